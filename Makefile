@@ -1,0 +1,41 @@
+# Two commands: `make quickstart` and `make test`. Both install what they need and cost
+# nothing the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m layerskip_jax quickstart --workdir=$(RUN)
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	sys.exit(0 if v in ((3, 11), (3, 12)) else \
+	"layerskip_jax needs Python 3.11 or 3.12, and %s is %d.%d; set PYTHON=python3.12" \
+	% (sys.executable, *v))'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is newer than what it was made from only when the whole installation succeeded.
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

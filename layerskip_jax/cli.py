@@ -1,0 +1,42 @@
+"""The command line: a table from verb to the module in `commands/` that runs it."""
+
+import importlib
+import logging
+import sys
+
+from layerskip_jax.schema import ConfigError, UserError, nearest
+
+VERBS = {
+    "prepare": "turn text into packed windows to train on",
+    "train": "pretrain a model, or go on where a run was stopped",
+    "evaluate": "loss and perplexity at every exit",
+    "generate": "decode: plain, early-exit or self-speculative",
+    "sweep": "measure self-speculation over exits and draft lengths",
+    "export": "write a Hugging Face folder",
+    "report": "make the HTML page of a run",
+    "quickstart": "all of these in order, on Python's standard library",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `layerskip VERB ARGUMENTS...` and returns the exit code (2 for bad input)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+        print("usage: layerskip VERB ...  (layerskip VERB --help tells more)\n")
+        print("\n".join(lines))
+        return 0 if argv else 2
+    verb, *arguments = argv
+    if verb not in VERBS:
+        print(f"layerskip: there is no verb {verb!r}.{nearest(verb, VERBS)}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("layerskip_jax").setLevel(logging.INFO)
+    # Imported only now: one verb need not wait for the libraries of the others.
+    command = importlib.import_module(f"layerskip_jax.commands.{verb}")
+    try:
+        return command.main(arguments)
+    except (ConfigError, UserError) as error:
+        print(f"layerskip {verb}: {error}", file=sys.stderr)
+        return 2

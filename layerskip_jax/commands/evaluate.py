@@ -1,0 +1,89 @@
+"""layerskip evaluate: loss and perplexity at every exit, on the validation set."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from layerskip_jax.config import MeshConfig
+from layerskip_jax.data.manifest import read_manifest
+from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
+from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.parallel.mesh import MeshShape
+from layerskip_jax.runs import open_run, write_json
+from layerskip_jax.schema import UserError
+from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.setup import make_setup
+from layerskip_jax.training.train import validation_batches
+
+
+def evaluate(
+    workdir: str, *, step: int | None = None, data: str | None = None, limit: int = 0
+) -> dict:
+    """Scores every exit of a run, on all devices, sharded as one `fsdp` axis.
+
+    Args:
+      workdir: the run's folder.
+      step: the checkpoint; None takes the newest.
+      data: prepared data with the run's tokenizer; None takes the run's own.
+      limit: batches to score; 0 takes the whole validation set.
+
+    Returns:
+      `{"step": ..., "exits": [{"layers": E, "loss": ..., "perplexity": ...}, ...]}`.
+
+    Raises:
+      UserError: no such run or checkpoint, or data of another tokenizer.
+    """
+    folder, config = open_run(workdir)
+    trained_on = json.loads(folder.data_file.read_text())
+    path = data or config.data.path
+    manifest = read_manifest(path)
+    if manifest.tokenizer_sha256 != trained_on["tokenizer_sha256"]:
+        raise UserError(
+            f"{path} was prepared with another tokenizer ({manifest.tokenizer_sha256[:12]}) than "
+            f"the run's ({trained_on['tokenizer_sha256'][:12]}); prepare it with "
+            f"--tokenizer={folder.tokenizer_file}"
+        )
+    devices = jax.device_count()
+    rows = -(-config.training.batch_size // config.training.accumulation // devices) * devices
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=path),
+        mesh=MeshConfig(MeshShape(data=1, fsdp=-1), config.mesh.rules),
+        training=dataclasses.replace(config.training, batch_size=rows, accumulation=1),
+        layer_dropout=LayerDropoutConfig(),
+    )
+    setup = make_setup(config)
+    with jax.set_mesh(setup.mesh):
+        checkpoints = Checkpoints(folder.checkpoints)
+        step = checkpoints.require_step(step)
+        parameters = checkpoints.restore_parameters(step, setup.abstract_state().parameters)
+        checkpoints.close()
+        scorer = make_exit_scorer(setup.definition, chunk=config.training.loss_chunk)
+        exits = evaluate_exits(scorer, parameters, validation_batches(config, setup, limit))
+    return {"step": step, "exits": exits}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="layerskip evaluate", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
+    parser.add_argument("--data", help="prepared data (default: what the run trained on)")
+    parser.add_argument("--batches", type=int, default=0, help="batches to score (default: all)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(argv)
+    result = evaluate(options.workdir, step=options.step, data=options.data, limit=options.batches)
+    table = Table(title=f"Validation loss by exit, step {result['step']}")
+    for heading in ("layers", "loss (nats/token)", "perplexity"):
+        table.add_column(heading, justify="right")
+    for entry in result["exits"]:
+        table.add_row(str(entry["layers"]), f"{entry['loss']:.4f}", f"{entry['perplexity']:,.2f}")
+    Console().print(table)
+    if options.json:
+        write_json(options.json, result)
+    return 0

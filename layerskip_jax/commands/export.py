@@ -1,0 +1,138 @@
+"""layerskip export: write a run's model as a folder that Hugging Face transformers loads."""
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from layerskip_jax import __version__
+from layerskip_jax.interop.folder import (
+    DEFAULT_SHARD_BYTES,
+    check_output,
+    check_tokenizer,
+    write_folder,
+)
+from layerskip_jax.interop.huggingface import DTYPES, to_hugging_face
+from layerskip_jax.interop.model_card import write_model_card
+from layerskip_jax.runs import load_parameters, open_run, read_json_lines, write_json
+from layerskip_jax.schema import UserError
+from layerskip_jax.training.checkpoint import Checkpoints
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def export(
+    workdir: str | Path,
+    output: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a checkpoint of a run as a Hugging Face folder.
+
+    Args:
+      workdir: the run's folder.
+      output: the folder to write.
+      step: the checkpoint; None takes the newest.
+      dtype: of the stored tensors, one of `huggingface.DTYPES`.
+      max_shard_bytes: tensor bytes in a file.
+      overwrite: whether an earlier export in `output` may be replaced.
+
+    Returns:
+      What was written: output, step, dtype, and the counts of `write_folder`.
+
+    Raises:
+      UserError: no such run or checkpoint, or see `write_folder`.
+    """
+    output = Path(output)
+    folder, config = open_run(workdir)
+    if not folder.data_file.is_file():
+        raise UserError(f"{folder.data_file} is missing; without it the end token is unknown")
+    manifest = json.loads(folder.data_file.read_text())
+    end_token, end_token_id = manifest["end_token"], manifest["end_token_id"]
+    # Before the parameters are read, which takes minutes for a large model.
+    check_output(output, overwrite=overwrite)
+    check_tokenizer(folder.tokenizer_file, config.model, end_token, end_token_id)
+    checkpoints = Checkpoints(folder.checkpoints)
+    step = checkpoints.require_step(step)
+    checkpoints.close()
+
+    evaluations = [
+        record for record in read_json_lines(folder.evaluations_file) if record["step"] <= step
+    ]
+    provenance = {
+        "version": __version__,
+        "step": step,
+        "seed": config.seed,
+        "layer_dropout": dataclasses.asdict(config.layer_dropout),
+        "early_exit": dataclasses.asdict(config.early_exit),
+    }
+    _, _, _, parameters = load_parameters(workdir, step)
+    counts = write_folder(
+        output,
+        to_hugging_face(parameters, config.model),
+        config=config.model,
+        tokenizer_file=folder.tokenizer_file,
+        end_token=end_token,
+        end_token_id=end_token_id,
+        model_card=write_model_card(
+            config, step=step, dtype=dtype, evaluation=evaluations[-1] if evaluations else None
+        ),
+        provenance=provenance,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+    return {"output": str(output), "step": step, "dtype": dtype, **counts}
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes of a size such as `4GB` (4 * 10^9) or `4GiB` (4 * 2^30).
+
+    Raises:
+      argparse.ArgumentTypeError: it is none, or less than a byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 4GiB")
+    return size
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="layerskip export", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default=DEFAULT_SHARD_BYTES,
+        metavar="SIZE",
+        help="largest file of tensors, such as 500MB (default: 4GiB)",
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(argv)
+    result = export(
+        options.workdir,
+        options.output,
+        step=options.step,
+        dtype=options.dtype,
+        max_shard_bytes=options.max_shard_size,
+        overwrite=options.overwrite,
+    )
+    files = "1 file" if result["shards"] == 1 else f"{result['shards']} files"
+    print(
+        f"{result['output']}: step {result['step']}, {result['parameters']:,} parameters, "
+        f"{result['dtype']}, {files} of tensors"
+    )
+    if options.json:
+        write_json(options.json, result)
+    return 0

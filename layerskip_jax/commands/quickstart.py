@@ -1,0 +1,132 @@
+"""layerskip quickstart: the whole way, small, on Python's own standard library.
+
+Prepares the corpus, pretrains a LayerSkip model and, for comparison, a shorter plain one,
+evaluates every exit, measures self-speculative decoding, exports, reports. Each stage is one
+`layerskip` command, printed as you would type it; a stage that is done is not run again.
+"""
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from layerskip_jax.commands import evaluate, export, generate, prepare, report, sweep, train
+from layerskip_jax.runs import RunFolder, read_json_lines, write_json
+from layerskip_jax.schema import UserError
+
+SAMPLE_PROMPT = "def read_file(path):\n    "
+PLAIN_STEPS = 100
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="layerskip quickstart", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--config", default="configs/quickstart.py", help="recipe to train")
+    parser.add_argument("--plain-steps", type=int, default=PLAIN_STEPS)
+    parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
+    options = parser.parse_args(argv)
+    top = options.workdir
+    data, model, plain, exported = (top / name for name in ("data", "model", "plain", "export"))
+    folder = RunFolder(model)
+    start = time.monotonic()
+
+    _run(
+        prepare,
+        f"--source={options.source}",
+        f"--output={data}",
+        f"--vocab-size={options.vocab_size}",
+        f"--sequence-length={options.sequence_length}",
+    )
+    steps = [] if options.steps is None else [f"--config.training.steps={options.steps}"]
+    data_path = f"--config.data.path={data}"
+    _run(train, f"--config={options.config}", f"--workdir={model}", data_path, *steps)
+    _run(
+        train,
+        f"--config={options.config}:plain",
+        f"--workdir={plain}",
+        data_path,
+        f"--config.training.steps={options.plain_steps}",
+    )
+    evaluation = model / "evaluation.json"
+    _run(evaluate, f"--workdir={model}", f"--json={evaluation}", done=evaluation.exists())
+    _write_plain_twin(folder, RunFolder(plain), options.plain_steps)
+    _run(sweep, f"--workdir={model}", done=folder.speculation_file.exists())
+    _run(export, f"--workdir={model}", f"--output={exported}", done=exported.exists())
+    _run(report, f"--workdir={model}", done=folder.report_file.exists())
+    best = json.loads(folder.speculation_file.read_text())["best"]
+    _run(
+        generate,
+        f"--workdir={model}",
+        f"--prompt={SAMPLE_PROMPT}",
+        "--max-new-tokens=96",
+        "--mode=self_speculative",
+        f"--exit-layer={best['exit_layer']}",
+        f"--draft-length={best['draft_length']}",
+    )
+    _print_summary(folder, exported, time.monotonic() - start)
+    return 0
+
+
+def _run(command, *arguments: str, done: bool = False) -> None:
+    """Prints a command as it would be typed, and runs it unless its result is there."""
+    verb = command.__name__.rsplit(".", 1)[1]
+    line = shlex.join(["layerskip", verb, *arguments])
+    print(f"\n$ {line}{'   # done before' if done else ''}", flush=True)
+    if not done and (code := command.main(list(arguments))):
+        raise UserError(f"`{line}` ended with exit code {code}; run the quickstart again to go on")
+
+
+def _write_plain_twin(folder: RunFolder, plain: RunFolder, steps: int) -> None:
+    """Leaves the plain twin's exits where the report looks for them."""
+    exits = read_json_lines(plain.evaluations_file)[-1]["exits"]
+    label = f"plain training, {steps} steps (no layer dropout, no early exits)"
+    write_json(folder.path / "plain.json", {"label": label, "exits": exits})
+
+
+def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
+    console = Console()
+    ours = json.loads((folder.path / "evaluation.json").read_text())
+    twin = json.loads((folder.path / "plain.json").read_text())
+    entropy = json.loads(folder.data_file.read_text())["unigram_entropy_nats"]
+    table = Table(title="Perplexity by exit (validation)", title_justify="left")
+    table.add_column("layers run", justify="right")
+    table.add_column("LayerSkip", justify="right")
+    table.add_column(twin["label"], justify="right", max_width=34)
+    for a, b in zip(ours["exits"], twin["exits"], strict=True):
+        table.add_row(str(a["layers"]), f"{a['perplexity']:,.1f}", f"{b['perplexity']:,.1f}")
+    console.print()
+    console.print(table)
+    last = ours["exits"][-1]["loss"]
+    console.print(
+        f"last exit: {last:.3f} nats/token; unigram entropy of the corpus: {entropy:.3f}\n",
+        highlight=False,
+    )
+
+    speculation = json.loads(folder.speculation_file.read_text())
+    table = Table(title="Greedy decoding, batch 1", title_justify="left")
+    for heading in ("", "tokens/s", "speed-up", "accepted", "tokens a cycle", "same tokens"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("plain", f"{speculation['plain_tokens_per_second']:,.0f}", "1.00", "", "", "")
+    best = speculation["best"]
+    table.add_row(
+        f"self-speculative, E={best['exit_layer']} G={best['draft_length']}",
+        f"{best['tokens_per_second']:,.0f}",
+        f"{best['speedup']:.2f}",
+        f"{best['acceptance']:.0%}",
+        f"{best['tokens_per_cycle']:.2f}",
+        "yes" if best["identical"] else "NO",
+    )
+    console.print(table)
+    console.print(
+        f"\nreport:   {folder.report_file}\nexported: {exported} (a Hugging Face folder)\n"
+        f"{seconds:.0f} s in all",
+        highlight=False,
+    )

@@ -1,0 +1,19 @@
+"""layerskip train: pretrain a model, or go on where a run was stopped.
+
+usage: layerskip train --workdir=RUN --config=configs/NAME.py [--config.a.b=value ...]
+
+The same command goes on from the newest checkpoint in RUN, with the batches the run would
+have seen. It exits with 75 when a signal stopped it before the last step.
+"""
+
+from layerskip_jax.commands.arguments import split_config_arguments
+from layerskip_jax.config import load_config
+from layerskip_jax.training.train import train
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser, config_arguments, arguments = split_config_arguments("train", __doc__, argv)
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    options = parser.parse_args(arguments)
+    return train(load_config(config_arguments), options.workdir)

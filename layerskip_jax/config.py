@@ -1,0 +1,197 @@
+"""A run's whole configuration, and the way from a recipe and a command line to it.
+
+A recipe in `configs/` starts from `default_config()`, changes what differs, and returns the
+ConfigDict. The dataclasses below hold the defaults and the ranges; nothing else does.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from layerskip_jax.early_exit_loss import EarlyExitConfig
+from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.parallel.mesh import MeshShape
+from layerskip_jax.parallel.sharding import ShardingRules
+from layerskip_jax.schema import ConfigError, UserError, build, nearest, require
+from layerskip_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run reads.
+
+    Attributes:
+      path: folder made by `layerskip prepare`.
+      prefetch: batches read ahead in the background.
+    """
+
+    path: str = ""
+    prefetch: int = 4
+
+    def __post_init__(self):
+        require(self.prefetch >= 1, f"prefetch={self.prefetch} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How a run is laid out on its devices.
+
+    Attributes:
+      shape: devices along each mesh axis.
+      rules: mesh axes of each logical axis.
+    """
+
+    shape: MeshShape = MeshShape()
+    rules: ShardingRules = ShardingRules()
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved.
+
+    Attributes:
+      every_steps: optimizer steps between two saves; the last step is always saved.
+      keep: checkpoints kept, newest first.
+    """
+
+    every_steps: int = 1000
+    keep: int = 3
+
+    def __post_init__(self):
+        require(self.every_steps >= 1, f"every_steps={self.every_steps} must be at least 1")
+        require(self.keep >= 1, f"keep={self.keep} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The length of a run and what it reports.
+
+    Attributes:
+      steps: optimizer steps, T.
+      batch_size: windows per optimizer step, over all devices and accumulation steps.
+      accumulation: microbatches a step is computed in.
+      loss_chunk: positions of the sequence scored by the head at once.
+      log_every: steps between two logged lines.
+      evaluate_every: steps between two evaluations; 0 evaluates at the end only.
+      evaluate_batches: batches per evaluation during training; 0 takes the whole set.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation: int = 1
+    loss_chunk: int = 128
+    log_every: int = 10
+    evaluate_every: int = 0
+    evaluate_batches: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "loss_chunk", "log_every"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("evaluate_every", "evaluate_batches"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; two runs with equal configs and data are equal."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
+    early_exit: EarlyExitConfig = EarlyExitConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def to_dict(self) -> dict:
+        """Returns nested plain values, as `from_dict` and JSON take them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values) -> "RunConfig":
+        """Builds a config from nested values; see `schema.build` for the errors."""
+        return build(cls, values)
+
+
+def default_config() -> ConfigDict:
+    """Returns all settings at their defaults, for a recipe to change."""
+    config = ConfigDict(dataclasses.asdict(RunConfig()))
+    # 0 means "derive it"; the dataclass has already derived it from the default shape.
+    config.model.head_dim = 0
+    return config.lock()
+
+
+def as_variant(config: ConfigDict, variant: str) -> ConfigDict:
+    """Applies what follows the colon in `--config=FILE:VARIANT`.
+
+    Every recipe takes `plain`: the same model trained without layer dropout and early exits.
+
+    Raises:
+      ConfigError: unknown variant.
+    """
+    if variant not in ("", "plain"):
+        raise ConfigError(f"--config: there is no variant {variant!r}; the only one is 'plain'")
+    if variant == "plain":
+        config.layer_dropout.p_max = 0.0
+        config.early_exit.curriculum = "last"
+    return config
+
+
+def load_config(argv: list[str]) -> RunConfig:
+    """Reads `--config=FILE[:VARIANT]` and its `--config.a.b=value` overrides.
+
+    Args:
+      argv: exactly these arguments, without the program's name.
+
+    Raises:
+      ConfigError: no such file, a recipe that fails, an unknown key, a wrong type or value.
+    """
+    paths = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
+    if len(paths) != 1:
+        raise ConfigError("name one recipe: --config=configs/NAME.py")
+    recipe = Path(paths[0].partition(":")[0])
+    if not recipe.is_file():
+        hint = nearest(str(recipe), map(str, recipe.parent.glob("*.py")))
+        raise ConfigError(f"--config={paths[0]}: there is no such file.{hint}")
+    known = set(_leaves(default_config()))
+    for arg in argv:
+        key = re.match(r"--config\.([^=]*)", arg)
+        if key and key[1] not in known:
+            raise ConfigError(f"config.{key[1]} is not a setting.{nearest(key[1], known)}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["layerskip", *argv])
+    try:
+        values(["layerskip", *argv])
+    except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{paths[0]}: {error}") from error
+    return RunConfig.from_dict(values.config.to_dict())
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in config.items():
+        is_group = isinstance(value, ConfigDict)
+        names += _leaves(value, f"{prefix}{key}.") if is_group else [prefix + key]
+    return names
+
+
+def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
+    """Returns one line `key: old -> new` for each setting in which two configs differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}.{key}")
+        elif a != b:
+            lines.append(f"{prefix}.{key}: {a!r} -> {b!r}")
+    return lines
+
+
+__all__ = ["ConfigError", "RunConfig", "UserError", "as_variant", "default_config", "differences", "load_config"]

@@ -1,0 +1,65 @@
+"""Loss and perplexity of every exit on a fixed set of windows."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy
+
+
+def make_exit_scorer(definition: Any, *, chunk: int) -> Callable:
+    """Returns a jitted `score(parameters, batch) -> (nll [L], tokens)`.
+
+    `definition` is a `ModelDefinition`, `batch` holds `[N, B, S]` arrays as the train step
+    takes them. `nll` is the summed cross-entropy in nats of the head on each layer's output,
+    over the valid targets, which `tokens` counts. No layer is dropped.
+    """
+
+    @jax.jit
+    def score(parameters, batch) -> tuple[Float[Array, "L"], Int[Array, ""]]:
+        model = definition.model(parameters)
+        head, one = model.head_weight, jnp.ones(1)
+
+        def microbatch(total, batch):
+            def read(carry, _, x):
+                states = model.final_norm(x)[None]
+                nll = linear_cross_entropy(
+                    states, head, batch.targets, batch.valid, one, chunk=chunk
+                )[0]
+                return carry, nll
+
+            x = model.embed(batch.tokens)
+            rows = model.rows(batch.positions, batch.segment_ids)
+            _, nll = model.scan_layers(x, rows, read, None)
+            return total + nll, None
+
+        zeros = jnp.zeros(definition.config.num_layers)
+        nll, _ = jax.lax.scan(microbatch, zeros, batch)
+        return nll, batch.valid.sum()
+
+    return score
+
+
+def evaluate_exits(score: Callable, parameters: Any, batches: Iterable) -> list[dict]:
+    """Averages `score` over batches.
+
+    Returns:
+      For each exit `{"layers": E, "loss": nats per token, "perplexity": exp(loss)}`,
+      shallowest first.
+    """
+    total, tokens = 0.0, 0
+    for batch in batches:
+        nll, count = score(parameters, batch)
+        # float64 on the host, where a sum over a long validation set keeps its digits.
+        total = total + np.asarray(nll, np.float64)
+        tokens += int(count)
+    losses = total / max(tokens, 1)
+    return [
+        {"layers": layer + 1, "loss": float(loss), "perplexity": math.exp(min(loss, 700))}
+        for layer, loss in enumerate(np.atleast_1d(losses))
+    ]

@@ -1,0 +1,226 @@
+"""A Hugging Face model folder: sharded safetensors, configuration, tokenizer and model card."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from layerskip_jax.interop.huggingface import llama_config, tensor_shapes
+from layerskip_jax.interop.staging import staged_folder
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.schema import UserError
+
+DEFAULT_SHARD_BYTES = 4 * 2**30
+PROVENANCE = "layerskip"  # the key of config.json by which an export is known as ours
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_OUR_FILES = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|README\.md"
+    r"|(config|generation_config|tokenizer|tokenizer_config)\.json"
+)
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raises `UserError` unless `folder` is absent, empty, or an export to be overwritten.
+
+    Only a folder with nothing in it but what `write_folder` puts there is overwritten.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"--output={folder} cannot be a folder: {error}") from error
+    if not names:
+        return
+    foreign = sorted(name for name in names if not _OUR_FILES.fullmatch(name))
+    if foreign or not _has_provenance(folder / "config.json"):
+        found = foreign[0] if foreign else "a model from elsewhere"
+        raise UserError(
+            f"--output={folder} holds {found}, which `layerskip export` did not write; "
+            "name another folder"
+        )
+    if not overwrite:
+        raise UserError(
+            f"--output={folder} holds an export already; replace it with --overwrite, or name "
+            "another folder"
+        )
+
+
+def check_tokenizer(file: Path, config: ModelConfig, end_token: str, end_token_id: int) -> None:
+    """Checks that a tokenizer belongs to a model.
+
+    The model may have more rows than the tokenizer has tokens, since vocabularies are padded.
+
+    Raises:
+      UserError: the file cannot be read, has a token that the embedding has no row for, or
+        has `end_token` under another id than `end_token_id`.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"cannot read the tokenizer {file}: {error}") from error
+    token, largest = max(
+        tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]
+    )
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer {file} is larger than the model: its token {token!r} has id "
+            f"{largest}, and the embedding has {config.vocab_size} rows"
+        )
+    if tokenizer.token_to_id(end_token) != end_token_id:
+        raise UserError(
+            f"the end token {end_token!r} has id {tokenizer.token_to_id(end_token)} in {file}, "
+            f"but the model was trained with {end_token_id}"
+        )
+
+
+def write_folder(
+    folder: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    config: ModelConfig,
+    tokenizer_file: Path,
+    end_token: str,
+    end_token_id: int,
+    model_card: str,
+    provenance: dict[str, Any],
+    dtype: str = "float32",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Writes a folder that `transformers` loads, holding one shard in memory at a time.
+
+    The folder appears when it is complete, see `staged_folder`.
+
+    Args:
+      folder: where to; absent or empty, or an earlier export if `overwrite` is given.
+      tensors: what `to_hugging_face` yields.
+      config: the shapes.
+      tokenizer_file: a `tokenizer.json`, see `check_tokenizer`.
+      end_token: the token that ends a document.
+      end_token_id: its id.
+      model_card: text of `README.md`.
+      provenance: where the model comes from; kept in `config.json` under `PROVENANCE`.
+      dtype: what the tensors are cast to, one of `huggingface.DTYPES`.
+      max_shard_bytes: tensor bytes in a file; only a tensor larger than that exceeds it.
+      overwrite: whether an earlier export may be replaced.
+
+    Returns:
+      Counts of `parameters`, `bytes` of tensors, and `shards`.
+
+    Raises:
+      UserError: the folder stands in the way or cannot be written, the tokenizer does not fit,
+        or a value does not fit `dtype`.
+    """
+    settings = llama_config(config, eos_token_id=end_token_id, dtype=dtype)
+    settings[PROVENANCE] = provenance
+    check_tokenizer(tokenizer_file, config, end_token, end_token_id)
+    generation = {
+        "bos_token_id": settings["bos_token_id"],
+        "eos_token_id": end_token_id,
+        # Finished rows of a batch are filled with it; training has no padding token.
+        "pad_token_id": end_token_id,
+    }
+    tokenizer_settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end_token,
+        "model_max_length": config.max_sequence_length,
+        # `generate` refuses the token types that the class adds when this is left out.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+
+    def check(path: Path) -> None:
+        check_output(path, overwrite=overwrite)
+
+    with staged_folder(folder, check) as stage:
+        counts = _write_weights(stage, tensors, config, dtype, max_shard_bytes)
+        shutil.copyfile(tokenizer_file, stage / "tokenizer.json")
+        _write_json(stage / "tokenizer_config.json", tokenizer_settings)
+        _write_json(stage / "generation_config.json", generation)
+        (stage / "README.md").write_text(model_card, encoding="utf-8")
+        # Last: without it the folder does not load, should the process be killed before.
+        _write_json(stage / "config.json", settings)
+    return counts
+
+
+def _write_weights(
+    stage: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    config: ModelConfig,
+    dtype: str,
+    max_shard_bytes: int,
+) -> dict[str, int]:
+    """Writes the shards and, if there are several, their index."""
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(config).items()}
+    itemsize = jnp.dtype(dtype).itemsize
+    shards = list(_split(sizes, max_shard_bytes // itemsize))
+    counts = {
+        "parameters": sum(sizes.values()),
+        "bytes": sum(sizes.values()) * itemsize,
+        "shards": len(shards),
+    }
+    tensors = iter(tensors)
+    file_of = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        path = stage / (file if len(shards) > 1 else _WEIGHTS)
+        taken = itertools.islice(tensors, len(names))
+        shard = {name: _cast(name, tensor, dtype) for name, tensor in taken}
+        if list(shard) != names:
+            raise ValueError(f"expected the tensors {names}, got {list(shard)}")
+        save_file(shard, path, metadata={"format": "pt"})
+        # safetensors makes files that only their owner reads; take the folder's rights.
+        path.chmod(stage.stat().st_mode & 0o666)
+        file_of.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        metadata = {"total_size": counts["bytes"], "total_parameters": counts["parameters"]}
+        _write_json(stage / _INDEX, {"metadata": metadata, "weight_map": file_of})
+    return counts
+
+
+def _split(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Yields the names of each shard, in order, each shard as full as `limit` scalars allow."""
+    names, total = [], 0
+    for name, size in sizes.items():
+        if names and total + size > limit:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # reported below, with the tensor's name
+        # safetensors writes the memory as it lies, so a transposed view must be copied.
+        cast = np.ascontiguousarray(tensor, dtype=jnp.dtype(dtype))
+    if not np.isfinite(cast).all():
+        largest = np.abs(tensor).max()
+        raise UserError(
+            f"{name} holds values that are not finite in {dtype} (the largest is {largest})"
+        )
+    return cast
+
+
+def _has_provenance(config_file: Path) -> bool:
+    try:
+        settings = json.loads(config_file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and PROVENANCE in settings
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

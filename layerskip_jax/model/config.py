@@ -1,0 +1,80 @@
+"""Shape and numerics of the decoder."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from layerskip_jax.schema import require, require_choice
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REMAT_POLICIES = ("none", "dots", "full")
+ATTENTION_KERNELS = ("xla",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family.
+
+    Attributes:
+      vocab_size: V; 0 takes it from the prepared data's tokenizer.
+      num_layers: L.
+      model_dim: D, the width of the residual stream.
+      ffn_dim: F, the hidden width of the SwiGLU MLP.
+      num_heads: H, query heads.
+      num_kv_heads: K, key/value heads; H must be a multiple of it (grouped-query attention).
+      head_dim: h; 0 means D / H.
+      max_sequence_length: longest context the model is meant for, in tokens.
+      rope_theta: base of the rotary position embedding.
+      norm_eps: epsilon of RMSNorm.
+      tie_embeddings: whether the head is the transposed embedding.
+      dtype: dtype of activations and matrix products; parameters stay float32.
+      remat: what the backward pass computes again: `none`, `dots` (all but the matrix
+        products) or `full` (everything inside a block).
+      attention: attention kernel; `xla` runs everywhere.
+    """
+
+    vocab_size: int = 0
+    num_layers: int = 12
+    model_dim: int = 768
+    ffn_dim: int = 2048
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    head_dim: int = 0
+    max_sequence_length: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    dtype: str = "bfloat16"
+    remat: str = "dots"
+    attention: str = "xla"
+
+    def __post_init__(self):
+        sizes = "num_layers model_dim ffn_dim num_heads num_kv_heads max_sequence_length".split()
+        for name in sizes:
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must not be negative")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}",
+        )
+        if self.head_dim == 0:
+            require(
+                self.model_dim % self.num_heads == 0,
+                f"num_heads={self.num_heads} must divide model_dim={self.model_dim}; "
+                "or set head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.model_dim // self.num_heads)
+        require(
+            self.head_dim > 0 and self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} must be positive and even, since RoPE rotates pairs",
+        )
+        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be greater than 1")
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("remat", self.remat, REMAT_POLICIES)
+        require_choice("attention", self.attention, ATTENTION_KERNELS)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of activations and matrix products."""
+        return jnp.dtype(DTYPES[self.dtype])

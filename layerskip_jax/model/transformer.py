@@ -1,0 +1,280 @@
+"""The decoder: Llama family, layers stacked on a leading axis and scanned.
+
+Modules are plain pytrees: they hold `nnx.Param`s and static configuration, no state and no
+keys. Each parameter carries `logical_axes`, one name a dimension, which `parallel` maps to
+the axes of a mesh. Parameters are float32; they are cast where they are used.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from layerskip_jax.layer_dropout import Execution, KeepPlan
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.rope import apply_rope, rope_tables
+from layerskip_jax.ops.attention import packed_attention
+
+# Cosines, sines and segment ids: what a block reads of each row beside the residual stream.
+Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
+
+
+def _matrix(key, shape, logical_axes, fan_in, scale=1.0):
+    """A truncated-normal parameter of standard deviation scale / sqrt(fan_in)."""
+    init = jax.nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
+    return nnx.Param(init(key, shape, jnp.float32), logical_axes=logical_axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(dim, jnp.float32), logical_axes=("norm",))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns the normed x in its own dtype."""
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+        dim, heads, kv_heads = config.model_dim, config.num_heads, config.num_kv_heads
+        h = config.head_dim
+        kq, kk, kv, ko = jax.random.split(key, 4)
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        self.q = _matrix(kq, (dim, heads, h), ("embed", "heads", "head_dim"), dim)
+        self.k = _matrix(kk, (dim, kv_heads, h), kv_axes, dim)
+        self.v = _matrix(kv, (dim, kv_heads, h), kv_axes, dim)
+        # Residual branches start smaller with depth, so that their sum keeps its variance.
+        self.o = _matrix(
+            ko,
+            (heads, h, dim),
+            ("heads", "head_dim", "embed"),
+            heads * h,
+            (2 * config.num_layers) ** -0.5,
+        )
+
+    def project(
+        self,
+        x: Float[Array, "B S D"],
+        cos: Float[Array, "B S h2"],
+        sin: Float[Array, "B S h2"],
+    ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+        """Returns rotated queries, rotated keys, and values."""
+        q = jnp.einsum("bsd,dnh->bsnh", x, self.q[...].astype(x.dtype))
+        k = jnp.einsum("bsd,dnh->bsnh", x, self.k[...].astype(x.dtype))
+        v = jnp.einsum("bsd,dnh->bsnh", x, self.v[...].astype(x.dtype))
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def output(self, attended: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
+        """Projects the attended values back to the residual stream."""
+        return jnp.einsum("bsnh,nhd->bsd", attended, self.o[...].astype(attended.dtype))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+        dim, hidden = config.model_dim, config.ffn_dim
+        kg, ku, kd = jax.random.split(key, 3)
+        self.gate = _matrix(kg, (dim, hidden), ("embed", "mlp"), dim)
+        self.up = _matrix(ku, (dim, hidden), ("embed", "mlp"), dim)
+        scale = (2 * config.num_layers) ** -0.5
+        self.down = _matrix(kd, (hidden, dim), ("mlp", "embed"), hidden, scale)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns the branch's contribution to the residual stream."""
+        hidden = jax.nn.silu(x @ self.gate[...].astype(x.dtype)) * (
+            x @ self.up[...].astype(x.dtype)
+        )
+        return hidden @ self.down[...].astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+        self.kernel = config.attention
+        attention_key, mlp_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
+        self.attention = Attention(config, attention_key)
+        self.mlp_norm = RMSNorm(config.model_dim, config.norm_eps)
+        self.mlp = MLP(config, mlp_key)
+
+    def project(self, x: Float[Array, "B S D"], cos: Array, sin: Array):
+        """Returns q, k, v of the normed input; a cache goes between this and `finish`."""
+        return self.attention.project(self.attention_norm(x), cos, sin)
+
+    def finish(
+        self, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"]
+    ) -> Float[Array, "B S D"]:
+        """Adds both residual branches, given the attended values of the first."""
+        x = x + self.attention.output(attended)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def __call__(
+        self, x: Float[Array, "B S D"], cos: Array, sin: Array, segment_ids: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """Runs the layer over whole packed windows."""
+        q, k, v = self.project(x, cos, sin)
+        return self.finish(x, packed_attention(q, k, v, segment_ids, kernel=self.kernel))
+
+
+def _no_constraint(x: Array, *logical_axes: str) -> Array:
+    return x
+
+
+class Transformer(nnx.Module):
+    """Embedding, scanned blocks, final norm, and the one head that every exit shares."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        key: PRNGKeyArray,
+        constrain: Callable[..., Array] = _no_constraint,
+    ):
+        """Draws the parameters.
+
+        Args:
+          config: shapes; `vocab_size` must be known.
+          key: for the parameters.
+          constrain: `constrain(x, *logical_axes)` pins the sharding of an activation.
+        """
+        self.config = config
+        self.constrain = constrain
+        embed_key, layer_key, head_key = jax.random.split(key, 3)
+        shape = (config.vocab_size, config.model_dim)
+        self.embedding = _matrix(embed_key, shape, ("vocab", "embed"), config.model_dim)
+        layer_keys = jax.random.split(layer_key, config.num_layers)
+        self.layers = jax.vmap(lambda k: Block(config, k))(layer_keys)
+        self.final_norm = RMSNorm(config.model_dim, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = _matrix(head_key, shape[::-1], ("embed", "vocab"), config.model_dim)
+
+    @property
+    def head_weight(self) -> Float[Array, "D V"]:
+        """The shared head, float32."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Returns the states before the first layer."""
+        table = self.embedding[...].astype(self.config.compute_dtype)
+        # Gathered whole along D, as any layer's weights are: looking tokens up in rows cut
+        # along D would leave each device with a piece of every token.
+        x = self.constrain(table, "vocab", "activation")[tokens]
+        return self.constrain(x, "batch", "sequence", "activation")
+
+    def rows(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> Rows:
+        """Returns what the blocks read of each row beside the residual stream."""
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        return cos, sin, segment_ids
+
+    def scan_layers(
+        self,
+        x: Float[Array, "B S D"],
+        rows: Rows,
+        visit: Callable[[Any, Any, Float[Array, "B S D"]], tuple[Any, Any]],
+        carry: Any,
+        per_layer: Any = None,
+        *,
+        plan: KeepPlan | None = None,
+        execution: Execution | None = None,
+    ) -> tuple[Any, Any]:
+        """Runs all layers, showing the output of each to `visit`.
+
+        Args:
+          x: states before the first layer.
+          rows: see `rows`.
+          visit: `visit(carry, item, x_{l+1}) -> (carry, output)`, called after each layer,
+            outside of what is rematerialised.
+          carry: its first carry.
+          per_layer: pytree with leading axis L; `visit` gets layer l's item.
+          plan: the rows each layer runs on; None runs all.
+          execution: how the plan is carried out.
+
+        Returns:
+          The last carry, and the outputs stacked over the layers.
+        """
+        remat = _remat(self.config.remat)
+
+        def layer(state, inputs):
+            x, carry = state
+            block, layer_plan, item = inputs
+            if layer_plan is None:
+                x = remat(lambda block, x, *rows: block(x, *rows))(block, x, *rows)
+            else:
+                x = execution.run(block, x, rows, layer_plan, remat)
+            x = self.constrain(x, "batch", "sequence", "activation")
+            carry, output = visit(carry, item, x)
+            return (x, carry), output
+
+        (_, carry), outputs = jax.lax.scan(layer, (x, carry), (self.layers, plan, per_layer))
+        return carry, outputs
+
+    def exit_states(
+        self,
+        x: Float[Array, "B S D"],
+        rows: Rows,
+        slot_of_layer: Int[Array, "L"],
+        slots: int,
+        *,
+        plan: KeepPlan | None = None,
+        execution: Execution | None = None,
+    ) -> Float[Array, "A B S D"]:
+        """Runs all layers and returns the normed outputs of the exits, by slot.
+
+        Args:
+          x: states before the first layer.
+          rows: see `rows`.
+          slot_of_layer: where each layer's output is written; a later layer overwrites an
+            earlier one's, so the deepest layer of a slot is the exit.
+          slots: A.
+          plan: see `scan_layers`.
+          execution: see `scan_layers`.
+        """
+
+        def write(buffer, slot, x):
+            return jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0), None
+
+        buffer = jnp.zeros((slots, *x.shape), x.dtype)
+        buffer = self.constrain(buffer, "exits", "batch", "sequence", "activation")
+        buffer, _ = self.scan_layers(
+            x, rows, write, buffer, slot_of_layer, plan=plan, execution=execution
+        )
+        return self.final_norm(buffer)
+
+    def logits(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+    ) -> Float[Array, "B S V"]:
+        """Returns the float32 logits of the last exit; for tests and small inputs."""
+
+        def last(_, __, x):
+            return x, None
+
+        x = self.embed(tokens)
+        x, _ = self.scan_layers(x, self.rows(positions, segment_ids), last, x)
+        head = self.head_weight.astype(x.dtype)
+        return jnp.einsum(
+            "bsd,dv->bsv", self.final_norm(x), head, preferred_element_type=jnp.float32
+        )
+
+
+def _remat(policy: str) -> Callable[[Callable], Callable]:
+    """Returns the wrapper that `config.model.remat` names."""
+    if policy == "none":
+        return lambda function: function
+    if policy == "dots":
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return lambda function: jax.checkpoint(function, policy=saved)
+    return jax.checkpoint

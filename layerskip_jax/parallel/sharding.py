@@ -1,0 +1,116 @@
+"""From logical axis names to the axes of the mesh.
+
+Every parameter and activation names its dimensions ("embed", "heads", ...). `ShardingRules`
+says on which mesh axes each name lies, and everything else follows from that table.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from layerskip_jax.parallel.mesh import AXES, batch_shards
+from layerskip_jax.schema import ConfigError, require
+
+BATCH = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """The mesh axes that each logical axis is split over; () keeps it whole.
+
+    Attributes:
+      batch: rows of the batch.
+      sequence: positions.
+      activation: the width of the residual stream.
+      exits: slots of the early-exit buffer.
+      layers: the stacked layers.
+      embed: the width of the residual stream, in parameters.
+      mlp: hidden width of the MLP.
+      heads: query heads.
+      kv_heads: key/value heads.
+      head_dim: width of a head.
+      vocab: vocabulary.
+      norm: scales of the norms.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    sequence: tuple[str, ...] = ()
+    activation: tuple[str, ...] = ()
+    exits: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ("fsdp",)
+    mlp: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("tensor",)
+    norm: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            for axis in getattr(self, field.name):
+                require(axis in AXES, f"{field.name}: {axis!r} is no mesh axis; use {AXES}")
+
+    def spec(self, logical_axes: tuple[str, ...]) -> PartitionSpec:
+        """Returns the partition of an array whose dimensions bear these names."""
+        return PartitionSpec(*(getattr(self, name) or None for name in logical_axes))
+
+    def constrain(self, x: jax.Array, *logical_axes: str) -> jax.Array:
+        """Pins an activation's sharding on the mesh set by `jax.set_mesh`."""
+        return jax.lax.with_sharding_constraint(x, self.spec(logical_axes))
+
+
+def parameter_shardings(
+    shapes: Any, logical_axes: Any, mesh: jax.sharding.Mesh, rules: ShardingRules
+) -> Any:
+    """Returns a pytree of `NamedSharding` for a pytree of parameter shapes.
+
+    Args:
+      shapes: nested dict of arrays or `ShapeDtypeStruct`s.
+      logical_axes: the same nest, with a tuple of names for each parameter.
+      mesh: the device mesh.
+      rules: from names to mesh axes.
+
+    Raises:
+      ConfigError: naming the parameter, when two of its dimensions want the same mesh axis
+        or a dimension is not divisible by the axes it is split over.
+    """
+
+    def one(path, leaf, names):
+        name = ".".join(str(getattr(p, "key", p)) for p in path)
+        used = [axis for logical in names for axis in getattr(rules, logical)]
+        if len(used) != len(set(used)):
+            raise ConfigError(
+                f"config.mesh.rules: parameter {name} {names} would use a mesh axis twice: {used}"
+            )
+        for size, logical in zip(leaf.shape, names, strict=True):
+            parts = math.prod(mesh.shape[axis] for axis in getattr(rules, logical))
+            if size % parts:
+                raise ConfigError(
+                    f"parameter {name}: its axis {logical!r} of size {size} is not divisible "
+                    f"by the {parts} devices of mesh axes {getattr(rules, logical)}; change "
+                    f"config.mesh, config.model, or config.mesh.rules.{logical}"
+                )
+        return NamedSharding(mesh, rules.spec(names))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh, rules) -> int:
+    """Returns the number of batch shards, or raises unless it divides each microbatch."""
+    shards = batch_shards(mesh, rules.batch)
+    require(
+        batch_size % accumulation == 0,
+        f"config.training.accumulation={accumulation} must divide "
+        f"config.training.batch_size={batch_size}",
+    )
+    require(
+        (batch_size // accumulation) % shards == 0,
+        f"config.training.batch_size={batch_size} in {accumulation} accumulation step(s) "
+        f"is not divisible by the {shards} batch shards of the mesh {dict(mesh.shape)}; "
+        f"make it a multiple of {accumulation * shards}",
+    )
+    return shards

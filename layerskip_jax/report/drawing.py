@@ -1,0 +1,240 @@
+"""How every figure of the report looks, and how it becomes SVG inside a page."""
+
+import dataclasses
+import functools
+import html
+import io
+import math
+import re
+from collections.abc import Callable
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+INK = "#1b1b1f"
+MUTED = "#55555e"
+# Okabe and Ito's palette, told apart with every common colour blindness; markers and dashes
+# differ as well, so that no figure depends on colour alone.
+BLUE = "#0072b2"
+VERMILION = "#c44e00"
+GREY = "#6b6b75"
+
+# 360 units wide with 11-unit text: on a phone a unit is about a CSS pixel, on a desk 1.5.
+WIDTH, HEIGHT = 5.0, 3.6
+
+STEPS = (1, 2, 5, 10)  # tick intervals, times a power of ten
+
+# For words written among the curves.
+LABEL = {
+    "fontweight": "bold",
+    "bbox": {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1},
+}
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "layerskip",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "axes.titlesize": 11,
+    "legend.fontsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dfdfe4",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    # Labels may hold anything the user wrote, dollar signs included.
+    "text.parse_math": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure with its words.
+
+    Attributes:
+      figure: the matplotlib figure.
+      title: what it shows, in a few words.
+      label: what a reader who cannot see it should know; becomes its aria-label.
+      caption: definitions of what it prints, plain text.
+    """
+
+    figure: Figure
+    title: str
+    label: str
+    caption: str
+
+
+def styled(draw: Callable) -> Callable:
+    """Makes `draw` run under the report's style, leaving matplotlib's own as it was."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def new_figure(height: float = HEIGHT) -> Figure:
+    """Returns an empty figure of the report's width; `height` in inches of 72 units."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def inline_svg(drawing: Drawing, name: str) -> str:
+    """Returns the figure as an `<svg>` element to stand in an HTML page.
+
+    Args:
+      drawing: the figure.
+      name: prefix of all its ids, so that several figures can share a page.
+    """
+    text = svg_text(drawing.figure)
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    view = re.search(r'viewBox="[^"]*"', svg)[0]
+    opening = (
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" '
+        f'{view} role="img" aria-label="{html.escape(drawing.label)}">'
+    )
+    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
+
+
+def svg_text(figure: Figure) -> str:
+    """Returns the figure as a standalone SVG document."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    # Six decimals of a coordinate are half of the file and no part of the picture.
+    text = re.sub(
+        r' (d|x|y)="[^"]*"',
+        lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]),
+        buffer.getvalue(),
+    )
+    return re.sub(r"[ \t]*\n[ \t]*", "\n", text)
+
+
+def depth_colors(num_layers: int) -> Callable[[int], tuple]:
+    """Returns the colour of an exit from the number of layers it runs, light to dark."""
+    ramp = matplotlib.colormaps["plasma"]
+    return lambda layers: ramp(0.7 * (num_layers - layers) / max(num_layers - 1, 1))
+
+
+def add_depth_bar(figure: Figure, axes: Axes, exits: list[int], num_layers: int) -> None:
+    """Puts a colour bar beside `axes` that tells which colour is which of `exits`."""
+    color = depth_colors(num_layers)
+    mapping = ScalarMappable(
+        BoundaryNorm(np.arange(len(exits) + 1) - 0.5, max(len(exits), 1)),
+        ListedColormap([color(layers) for layers in exits]),
+    )
+    bar = figure.colorbar(mapping, ax=axes, pad=0.02, aspect=22)
+    every = max(math.ceil(len(exits) / 13), 1)
+    # Counted from the deepest, so that the last layer always has its number.
+    shown = range(len(exits) - 1, -1, -every)
+    bar.set_ticks(list(shown), labels=[str(exits[i]) for i in shown])
+    bar.ax.tick_params(length=0, which="both")
+    bar.outline.set_visible(False)
+    bar.set_label("layers run, E")
+
+
+def step_axis(axes: Axes, last: int) -> None:
+    """Labels the x axis in optimizer steps from 0 to `last`."""
+    axes.set_xlim(0, max(last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.set_xlabel("optimizer step, t")
+
+
+def layer_ticks(count: int, first: int, most: int = 12) -> list[int]:
+    """Returns at most about `most` of the numbers first..first+count-1, ends included."""
+    every = max(math.ceil(count / most), 1)
+    ticks = list(range(first, first + count, every))
+    last = first + count - 1
+    if ticks[-1] != last:
+        if last - ticks[-1] < every / 1.5:
+            ticks.pop()
+        ticks.append(last)
+    return ticks
+
+
+def log_axis(axes: Axes, values: np.ndarray) -> None:
+    """Makes the y axis logarithmic around `values`, with three to eight plain numbers on it."""
+    low, high = float(values.min()), float(values.max())
+    margin = max((high / low) ** 0.08, 1.03)
+    low, high = low / margin, high * margin
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5)):
+        ticks = [d * 10.0**power for power in powers for d in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            axes.yaxis.set_major_locator(FixedLocator(ticks))
+            break
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+
+
+def compact_percent(value: float) -> str:
+    """Returns a share as a percentage for an axis: 0%, 2.5%, 100%."""
+    return f"{100 * value:.4g}%"
+
+
+def compact(value: float) -> str:
+    """Returns a short form for an axis: 0.5, 20, 1,500, 20k, 3M."""
+    size = abs(value)
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):g}{unit}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.6g}"
+
+
+def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns at most about `limit` of the points, keeping each stretch's lowest and highest."""
+    if len(steps) <= limit:
+        return steps, values
+    kept = []
+    for chunk in np.array_split(np.arange(len(steps)), limit // 2):
+        kept += sorted({chunk[values[chunk].argmin()], chunk[values[chunk].argmax()]})
+    return steps[kept], values[kept]
+
+
+def smooth(
+    steps: np.ndarray, values: np.ndarray, limit: int = 150
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the centred moving average over 3% of the points, at most `limit` of them.
+
+    Near the beginning the window shrinks so that it stays centred, since one cut on one side
+    would misplace a steep fall; near the end, where curves are flat and the eye rests, it
+    only loses what lies past the end.
+    """
+    count = len(values)
+    half = round(0.015 * count)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(count)
+    before = np.minimum(half, index)
+    after = np.minimum(before, count - 1 - index)
+    means = (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
+    picked = np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))
+    return steps[picked], means[picked]

@@ -1,0 +1,211 @@
+"""What a run's folder holds, read once and leniently: only the metrics are required."""
+
+import dataclasses
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerskip_jax.config import RunConfig
+from layerskip_jax.runs import RunFolder, open_run, read_json_lines
+from layerskip_jax.schema import UserError
+
+
+class MissingPiece(Exception):
+    """A part of the report that this run cannot fill; the message says why, or what would."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run as the report sees it.
+
+    Attributes:
+      folder: where it lies.
+      config: its whole configuration.
+      metrics: one dict a logged step, by step; never empty.
+      evaluations: one dict an evaluation that has exits, by step.
+      data: the manifest of the training data, or {}.
+      speculation: what `layerskip sweep` measured, or {}.
+      plain: perplexity by exit of the plain twin, or {}.
+    """
+
+    folder: RunFolder
+    config: RunConfig
+    metrics: list[dict]
+    evaluations: list[dict]
+    data: dict
+    speculation: dict
+    plain: dict
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.config.model.num_layers
+
+    @property
+    def total_steps(self) -> int:
+        """T."""
+        return self.config.training.steps
+
+    @property
+    def last_step(self) -> int:
+        """The last logged step."""
+        return self.metrics[-1]["step"]
+
+    @property
+    def middle(self) -> int:
+        """The middle exit, in layers run: half of them, rounded down, and at least one."""
+        return max(self.num_layers // 2, 1)
+
+    @property
+    def unigram_perplexity(self) -> float | None:
+        """exp of the data's unigram entropy, or None where the manifest lacks it."""
+        entropy = number(self.data.get("unigram_entropy_nats"))
+        return math.exp(entropy) if entropy is not None and entropy < 50 else None
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the steps at which `key` was logged as a finite number, and its values."""
+        return _points((m["step"], m.get(key)) for m in self.metrics)
+
+    def exit_series(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Returns steps and training losses of each exit that was ever scored, by depth."""
+        points: dict[int, list] = {}
+        for record in self.metrics:
+            for layers, loss in (record.get("exit_loss") or {}).items():
+                points.setdefault(int(layers), []).append((record["step"], loss))
+        series = {layers: _points(points[layers]) for layers in sorted(points)}
+        return {layers: s for layers, s in series.items() if len(s[0])}
+
+    def latest(self, key: str) -> float | None:
+        """Returns the last finite value logged for `key`."""
+        values = self.series(key)[1]
+        return float(values[-1]) if len(values) else None
+
+    def final_perplexities(self) -> dict[int, float]:
+        """Returns perplexity by layers run at the last evaluation.
+
+        Raises:
+          MissingPiece: the run has not been evaluated.
+        """
+        if not self.evaluations:
+            raise MissingPiece(
+                "No evaluation is recorded yet. Training makes one when it ends (and every "
+                f"`config.training.evaluate_every` steps); {self.command('train')} with the "
+                "run's `--config` goes on with it."
+            )
+        return perplexities(self.evaluations[-1])
+
+    def plain_perplexities(self) -> dict[int, float]:
+        """Returns perplexity by layers run of the plain twin, empty without one."""
+        return perplexities(self.plain)
+
+    @property
+    def plain_label(self) -> str:
+        """What to call the plain twin."""
+        return str(self.plain.get("label") or "plain twin")
+
+    def speculation_pairs(self) -> list[dict]:
+        """Returns the measured pairs of exit layer and draft length, fastest first.
+
+        Raises:
+          MissingPiece: nothing was measured.
+        """
+        pairs = [
+            pair
+            for pair in self.speculation.get("pairs") or []
+            if isinstance(pair, dict)
+            and number(pair.get("exit_layer")) is not None
+            and number(pair.get("draft_length")) is not None
+        ]
+        if not pairs:
+            raise MissingPiece(
+                f"Self-speculation has not been measured yet; {self.command('sweep')} does it."
+            )
+        return sorted(pairs, key=lambda pair: -(number(pair.get("speedup")) or 0))
+
+    def best_pair(self) -> dict:
+        """Returns the pair that the sweep calls best, with all that was measured of it."""
+        pairs = self.speculation_pairs()
+        best = self.speculation.get("best")
+        if not isinstance(best, dict):
+            return pairs[0]
+        identity = ("exit_layer", "draft_length")
+        for pair in pairs:
+            if all(pair.get(key) == best.get(key) for key in identity):
+                return {**pair, **best}
+        return pairs[0]
+
+    def command(self, verb: str) -> str:
+        """Returns the command line of another verb on this run."""
+        return f"`layerskip {verb} --workdir={shlex.quote(str(self.folder.path))}`"
+
+
+def read_run(workdir: str | Path) -> RunRecord:
+    """Reads a run's folder.
+
+    Raises:
+      UserError: no run there, a run that has logged nothing yet, or a damaged file.
+    """
+    folder, config = open_run(workdir)
+    metrics = _read_lines(folder.metrics_file)
+    if not metrics:
+        raise UserError(
+            f"{folder.metrics_file} holds no logged step, so there is nothing to report; "
+            "start the run with `layerskip train`, or wait for its first logged line"
+        )
+    return RunRecord(
+        folder=folder,
+        config=config,
+        metrics=metrics,
+        evaluations=[e for e in _read_lines(folder.evaluations_file) if perplexities(e)],
+        data=_read_object(folder.data_file),
+        speculation=_read_object(folder.speculation_file),
+        plain=_read_object(folder.path / "plain.json"),
+    )
+
+
+def number(value: Any) -> float | None:
+    """Returns `value` as a float if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def perplexities(evaluation: dict) -> dict[int, float]:
+    """Returns perplexity by layers run from the `exits` of an evaluation, by depth."""
+    found = {}
+    for record in evaluation.get("exits") or []:
+        value, loss = number(record.get("perplexity")), number(record.get("loss"))
+        if value is None and loss is not None and loss < 700:
+            value = math.exp(loss)
+        if value is not None and value > 0 and "layers" in record:
+            found[int(record["layers"])] = value
+    return dict(sorted(found.items()))
+
+
+def _points(pairs) -> tuple[np.ndarray, np.ndarray]:
+    kept = [(step, value) for step, value in pairs if number(value) is not None]
+    steps = np.array([step for step, _ in kept], dtype=np.int64)
+    return steps, np.array([value for _, value in kept], dtype=np.float64)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    try:
+        return read_json_lines(path)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} holds a line that has no step; remove that line") from error
+
+
+def _read_object(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); make it again or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; make it again or remove it")
+    return value

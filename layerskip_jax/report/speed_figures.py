@@ -1,0 +1,245 @@
+"""Figures of how fast: throughput and its companions, and what self-speculation gained."""
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from layerskip_jax.report.drawing import (
+    BLUE,
+    GREY,
+    STEPS,
+    VERMILION,
+    Drawing,
+    add_depth_bar,
+    compact,
+    compact_percent,
+    depth_colors,
+    new_figure,
+    smooth,
+    step_axis,
+    styled,
+    thin,
+)
+from layerskip_jax.report.run_record import MissingPiece, RunRecord, number
+from layerskip_jax.report.schedule_figures import drop_map, sampled_steps
+from layerskip_jax.report.words import amount, percent
+
+SMALL = 2.7  # inches: these are looked at side by side
+
+
+def _curve(run: RunRecord, key: str, name: str, *, smoothed: bool = True):
+    """Starts a small figure of one logged quantity; returns it with the data."""
+    steps, values = run.series(key)
+    if not len(steps):
+        raise MissingPiece(f"No {name} was logged.")
+    figure = new_figure(SMALL)
+    axes = figure.add_subplot()
+    if smoothed:
+        axes.plot(*thin(steps, values, 400), color=BLUE, alpha=0.3, linewidth=1)
+        axes.plot(*smooth(steps, values), color=BLUE)
+    else:
+        axes.plot(*thin(steps, values, 300), color=BLUE)
+    step_axis(axes, run.last_step)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    return figure, axes, values
+
+
+def _limit(axes, values: np.ndarray, *also: float) -> str:
+    """Fits the y axis from 0 to the bulk of the values; returns what to say of the rest."""
+    top = 1.12 * max(float(np.quantile(values, 0.98)), *also, 1e-12)
+    axes.set_ylim(0, top)
+    over = int((values > top).sum())
+    if not over:
+        return ""
+    records = "one record" if over == 1 else f"{over:,} records"
+    return f" Above the frame: {records}, the highest {amount(float(values.max()))}."
+
+
+@styled
+def throughput(run: RunRecord) -> Drawing:
+    """Draws training tokens per second."""
+    figure, axes, values = _curve(run, "tokens_per_second", "throughput")
+    median = float(np.median(values))
+    cut = _limit(axes, values, median)
+    axes.set_ylabel("tokens per second")
+    return Drawing(
+        figure,
+        "Training throughput",
+        f"Training tokens per second over the steps, median {amount(median)}.",
+        f"Positions of all windows, padding included, over wall-clock time, all devices together; "
+        f"median {amount(median)} tokens/s.{cut}",
+    )
+
+
+@styled
+def gradient_norm(run: RunRecord) -> Drawing:
+    """Draws the global norm of the gradient, and where clipping begins."""
+    figure, axes, values = _curve(run, "gradient_norm", "gradient norm")
+    clip = run.config.optimizer.clip_norm
+    text = "Clipping is off."
+    # A line far above every value would flatten the curve it is to explain.
+    near = 0 < clip < 4 * float(np.quantile(values, 0.98))
+    if near:
+        axes.axhline(clip, color=VERMILION, linestyle="--", linewidth=1.2)
+        text = f"Dashed: longer ones are scaled down to {clip:g}."
+    elif clip > 0:
+        text = f"Gradients longer than {clip:g} would be scaled down to that."
+    cut = _limit(axes, values, clip if near else 0.0)
+    axes.set_ylabel("gradient norm")
+    return Drawing(
+        figure,
+        "Gradient norm",
+        f"Gradient norm over the steps, median {amount(float(np.median(values)))}, highest "
+        f"{amount(float(values.max()))}.",
+        "Euclidean norm of the gradient of J over all parameters, before clipping, averaged over "
+        f"the steps since the record before. {text}{cut}",
+    )
+
+
+@styled
+def learning_rate(run: RunRecord) -> Drawing:
+    """Draws the learning rate."""
+    figure, axes, values = _curve(run, "learning_rate", "learning rate", smoothed=False)
+    axes.set_ylim(0, 1.08 * float(values.max()) or 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    axes.set_ylabel("learning rate")
+    schedule = run.config.optimizer.schedule
+    return Drawing(
+        figure,
+        "Learning rate",
+        f"Learning rate over the steps, peak {_power(values.max())}, last {_power(values[-1])}.",
+        f"AdamW's step size, schedule “{schedule}” after {run.config.optimizer.warmup_steps:,} "
+        f"steps of warm-up; peak {_power(values.max())}.",
+    )
+
+
+def _power(value: float) -> str:
+    """Returns 3e-4 or 2.5e-4, as learning rates are written."""
+    digits, power = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(power)}" if value else "0"
+
+
+@styled
+def layers_run(run: RunRecord) -> Drawing:
+    """Draws the share of layers that training ran, against what the schedule expects."""
+    if run.config.layer_dropout.p_max == 0:
+        raise MissingPiece("Layer dropout is off (p_max = 0): every layer runs at every step.")
+    figure, axes, values = _curve(run, "layers_run", "share of layers run")
+    steps = sampled_steps(run.total_steps)
+    expected = 1 - drop_map(run.config, steps).mean(axis=0)
+    axes.plot(steps, expected, color=VERMILION, linestyle="--", linewidth=1.4)
+    low = min(float(values.min()), float(expected.min()))
+    axes.set_ylim(max(low - 0.25 * (1 - low) - 0.01, 0), 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact_percent(value)))
+    axes.set_ylabel("share of layers run")
+    mean = float(values.mean())
+    return Drawing(
+        figure,
+        "Share of layers run",
+        f"Share of layers run over the steps, {percent(mean, 1)} on average, expected "
+        f"{percent(float(expected.mean()), 1)} over the whole run.",
+        f"Pairs of layer and training sequence that were not skipped; {percent(mean, 1)} on "
+        "average. Dashed: the share that p(l, t) expects.",
+    )
+
+
+@styled
+def speculation_speed(run: RunRecord) -> Drawing:
+    """Draws decoding speed of every measured pair against plain decoding.
+
+    Raises:
+      MissingPiece: nothing was measured.
+    """
+    pairs = [p for p in run.speculation_pairs() if number(p.get("tokens_per_second"))]
+    if not pairs:
+        raise MissingPiece("The sweep holds no decoding speed.")
+    figure = new_figure()
+    axes = figure.add_subplot()
+    color = depth_colors(run.num_layers)
+    exits = sorted({p["exit_layer"] for p in pairs})
+    for exit_layer in exits:
+        rows = sorted(
+            (p["draft_length"], p["tokens_per_second"])
+            for p in pairs
+            if p["exit_layer"] == exit_layer
+        )
+        axes.plot(*zip(*rows, strict=True), color=color(exit_layer), marker="o", linewidth=1.5)
+    top = max(p["tokens_per_second"] for p in pairs)
+    plain = number(run.speculation.get("plain_tokens_per_second"))
+    lengths = [p["draft_length"] for p in pairs]
+    best, spoken = run.best_pair(), ""
+    speed = number(best.get("tokens_per_second"))
+    if speed:
+        pair = f"E={best['exit_layer']}, G={best['draft_length']}"
+        axes.plot(
+            [best["draft_length"]],
+            [speed],
+            color=color(best["exit_layer"]),
+            marker="*",
+            markersize=13,
+            linestyle="none",
+            zorder=4,
+            label=f"best: {amount(speed)} tokens/s ({pair})",
+        )
+        spoken += f"; the best, {pair}, makes {amount(speed)}"
+    if plain:
+        label = f"plain decoding: {amount(plain)} tokens/s"
+        axes.axhline(plain, color=GREY, linestyle="--", linewidth=1.4, label=label)
+        top, spoken = max(top, plain), f"{spoken}; plain decoding makes {amount(plain)}"
+    if spoken:
+        figure.legend(loc="outside upper left", ncols=1)
+    axes.set_xlim(min(lengths) - 0.5, max(lengths) + 0.5)
+    axes.set_ylim(0, 1.08 * top)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.set_xlabel("draft length, G (tokens)")
+    axes.set_ylabel("tokens per second")
+    add_depth_bar(figure, axes, exits, run.num_layers)
+    return Drawing(
+        figure,
+        "Decoding speed",
+        f"Tokens per second of {len(pairs)} pairs of exit and draft length{spoken}.",
+        "New tokens per second of wall-clock time on the machine of the sweep, by draft length G "
+        "and exit E that drafts. Plain decoding is the same model, one token at a time.",
+    )
+
+
+@styled
+def acceptance_by_position(run: RunRecord) -> Drawing:
+    """Draws, for the longest draft of each exit, how often each position is accepted.
+
+    Raises:
+      MissingPiece: nothing was measured.
+    """
+    longest: dict[int, dict] = {}
+    for pair in run.speculation_pairs():
+        have = longest.get(pair["exit_layer"])
+        if pair.get("acceptance_by_position") and (
+            have is None or pair["draft_length"] > have["draft_length"]
+        ):
+            longest[pair["exit_layer"]] = pair
+    if not longest:
+        raise MissingPiece("The sweep holds no acceptance by draft position.")
+    figure = new_figure()
+    axes = figure.add_subplot()
+    color = depth_colors(run.num_layers)
+    spoken = []
+    for exit_layer in sorted(longest):
+        rates = [number(r) for r in longest[exit_layer]["acceptance_by_position"]]
+        rates = [np.nan if r is None else r for r in rates]
+        axes.plot(range(1, len(rates) + 1), rates, color=color(exit_layer), marker="o")
+        spoken.append(f"exit {exit_layer}: " + ", ".join(percent(r) for r in rates))
+    axes.set_ylim(0, 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact_percent(value)))
+    axes.set_xlabel("position in the draft")
+    axes.set_ylabel("accepted")
+    add_depth_bar(figure, axes, sorted(longest), run.num_layers)
+    return Drawing(
+        figure,
+        "Acceptance by draft position",
+        "Share of drafted tokens accepted by position in the draft. " + "; ".join(spoken) + ".",
+        "Share of the tokens drafted at this position that the full model accepted, for the "
+        "longest draft measured of each exit. A token falls with the first one rejected before "
+        "it, so the curve can only fall.",
+    )

@@ -1,0 +1,129 @@
+"""The folder of a run: what lies where, and how a trained model is read back from it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from layerskip_jax.config import RunConfig
+from layerskip_jax.schema import UserError
+from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.state import ModelDefinition, Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run's folder.
+
+    Attributes:
+      path: the folder given as `--workdir`.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The whole `RunConfig`, resolved, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def data_file(self) -> Path:
+        """The manifest of the data the run trains on."""
+        return self.path / "data.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer of that data."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax checkpoints, one folder a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a logged step; after a resumption the last line of a step counts."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations_file(self) -> Path:
+        """One JSON object an evaluation: step, and loss and perplexity by exit."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def speculation_file(self) -> Path:
+        """What `layerskip sweep` measured, as JSON."""
+        return self.path / "speculation.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def report_file(self) -> Path:
+        """The HTML page of `layerskip report`."""
+        return self.path / "report.html"
+
+
+def open_run(workdir: str | Path) -> tuple[RunFolder, RunConfig]:
+    """Returns the folder and config of an existing run.
+
+    Raises:
+      UserError: `workdir` holds no run.
+    """
+    folder = RunFolder(Path(workdir))
+    if not folder.config_file.is_file():
+        raise UserError(
+            f"--workdir={workdir} holds no run ({folder.config_file} is missing); "
+            "train one with `layerskip train`"
+        )
+    return folder, RunConfig.from_dict(json.loads(folder.config_file.read_text()))
+
+
+def load_parameters(
+    workdir: str | Path, step: int | None = None
+) -> tuple[RunFolder, RunConfig, ModelDefinition, Parameters]:
+    """Reads a run's parameters onto the first device.
+
+    Args:
+      workdir: the run's folder.
+      step: the checkpoint; None takes the newest.
+    """
+    folder, config = open_run(workdir)
+    definition = ModelDefinition(config.model)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        definition.shapes,
+    )
+    checkpoints = Checkpoints(folder.checkpoints)
+    parameters = checkpoints.restore_parameters(step, template)
+    checkpoints.close()
+    return folder, config, definition, parameters
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON beside `path` and moves it into place, so that no reader sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Returns the objects of a JSON-lines file, the last one for each step, by step.
+
+    A last line cut short by a crash is left out.
+    """
+    by_step = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,99 @@
+"""Checked construction of the frozen configuration dataclasses.
+
+A recipe is an `ml_collections.ConfigDict`; the code below it only sees frozen dataclasses.
+`build` is the one crossing between the two: unknown keys, wrong types and values that a
+dataclass refuses all become a `ConfigError` that names the full key and the remedy.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, the value and the remedy."""
+
+
+class UserError(RuntimeError):
+    """Anything else that is the caller's to mend (files, folders, devices).
+
+    The command line prints the message without a traceback, as it does for `ConfigError`.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ` Did you mean 'x'?` for the closest of `known`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises `ConfigError` unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise ConfigError(
+            f"{name}={value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}"
+        )
+
+
+def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+    """Builds the frozen dataclass `cls` from nested mappings, checking every key and type.
+
+    Args:
+      cls: a dataclass whose fields are scalars, tuples of scalars, or dataclasses.
+      values: nested mapping with a subset of the fields; what is missing takes its default.
+      path: dotted prefix used in messages.
+
+    Raises:
+      ConfigError: unknown key, wrong type, or a value `cls.__post_init__` refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{path}.{key} is not a setting.{nearest(key, fields)}")
+        arguments[key] = _convert(hints[key], value, f"{path}.{key}")
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(
+            message if message.startswith("config") else f"{path}.{message}"
+        ) from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r} must be a group of settings")
+        return build(hint, value, path)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (arm for arm in typing.get_args(hint) if arm is not type(None))
+        return _convert(inner, value, path)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ConfigError(f"{path}={value!r} must be a tuple")
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(
+            f"{path}={value!r} has type {type(value).__name__}; it must be {hint.__name__}"
+        )
+    return value

@@ -1,0 +1,105 @@
+"""Orbax checkpoints of a run: asynchronous, sharded, restored onto any mesh."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from layerskip_jax.schema import UserError
+
+logger = logging.getLogger(__name__)
+
+PARAMETERS, OPTIMIZER = "parameters", "optimizer"
+
+
+class Checkpoints:
+    """The numbered checkpoints of one run.
+
+    A checkpoint holds two items: `parameters`, a nested dict of arrays, and `optimizer`, so
+    that evaluation and export read the one without the other. Its number is the count of
+    optimizer steps done; that number alone fixes the next batch, so nothing else is stored.
+    """
+
+    def __init__(self, folder: Path, *, every_steps: int = 1, keep: int | None = None):
+        """Opens the folder, creating it if `keep` is given (that is, to write).
+
+        Args:
+          folder: where the checkpoints are.
+          every_steps: steps between two saves.
+          keep: the number kept; None opens an existing folder to read.
+        """
+        self._writes = keep is not None
+        if not self._writes and not folder.is_dir():
+            raise UserError(f"{folder} does not exist; the run has saved nothing yet")
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=every_steps,
+            max_to_keep=keep,
+            create=self._writes,
+            read_only=not self._writes,
+            enable_async_checkpointing=self._writes,
+        )
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_names=(PARAMETERS, OPTIMIZER)
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, parameters: Any, optimizer: Any, *, force: bool = False) -> bool:
+        """Starts saving if `step` is due (or `force`), and returns whether it did.
+
+        A failure of an earlier asynchronous save is raised here, at the latest in `close`.
+        """
+        if step in self._manager.all_steps():
+            return False
+        items = ocp.args.Composite(
+            **{
+                PARAMETERS: ocp.args.StandardSave(parameters),
+                OPTIMIZER: ocp.args.StandardSave(optimizer),
+            }
+        )
+        return self._manager.save(step, args=items, force=force)
+
+    def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any]:
+        """Restores both items, each leaf with the shape, dtype and sharding of its template."""
+        items = ocp.args.Composite(
+            **{
+                PARAMETERS: ocp.args.StandardRestore(parameters),
+                OPTIMIZER: ocp.args.StandardRestore(optimizer),
+            }
+        )
+        restored = self._manager.restore(step, args=items)
+        return restored[PARAMETERS], restored[OPTIMIZER]
+
+    def require_step(self, step: int | None) -> int:
+        """Returns `step` if there is such a checkpoint, the newest one's for None.
+
+        Raises:
+          UserError: there is none.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise UserError(f"{self._folder} holds no complete checkpoint; train the run first")
+        if step is not None and step not in steps:
+            raise UserError(f"{self._folder} has no checkpoint of step {step}; it has {steps}")
+        return steps[-1] if step is None else step
+
+    def restore_parameters(self, step: int | None, template: Any) -> Any:
+        """Restores the parameters alone, from `step` or the newest checkpoint.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        step = self.require_step(step)
+        logger.info("restoring the parameters of step %d from %s", step, self._folder)
+        items = ocp.args.Composite(**{PARAMETERS: ocp.args.StandardRestore(template)})
+        return self._manager.restore(step, args=items)[PARAMETERS]
+
+    def close(self) -> None:
+        """Waits for a save under way and raises what went wrong in it."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,141 @@
+"""What a run says of itself while it trains: a line, a JSON record, TensorBoard scalars."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from layerskip_jax.runs import RunFolder
+from layerskip_jax.training.step import StepMetrics
+
+
+class MetricsLog:
+    """Averages the metrics of the steps between two records, and writes the records.
+
+    Only the first process writes. Losses are in nats per token; `tokens_per_second` counts
+    the positions of all windows, padding included, over wall-clock time, evaluation and
+    checkpoints included and compilation not.
+    """
+
+    def __init__(self, folder: RunFolder, *, total_steps: int, first_step: int, tokens_per_step):
+        self._writes = jax.process_index() == 0
+        self._total_steps = total_steps
+        self._tokens_per_step = tokens_per_step
+        self._start = self._window_start = time.monotonic()
+        self._window: list[StepMetrics] = []
+        self._progress = None
+        if not self._writes:
+            return
+        self._file = _open_to_append(folder.metrics_file)
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._progress = Progress(*columns, console=Console(stderr=True))
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step)
+            self._progress.start()
+
+    def add(self, step: int, metrics: StepMetrics, *, record: bool) -> None:
+        """Takes the metrics of the step that brought the count of steps to `step`.
+
+        Reading them waits for that step, so call this after the next one is dispatched.
+        """
+        self._window.append(jax.device_get(metrics))
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+        if record:
+            self._record(step)
+
+    def restart_clock(self) -> None:
+        """Leaves what has passed since the last record out of `tokens_per_second`."""
+        self._window_start = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the progress bar where there is one."""
+        if self._progress:
+            self._progress.console.print(line, highlight=False)
+        elif self._writes:
+            print(line, flush=True)
+
+    def evaluation(self, step: int, exits: list[dict]) -> None:
+        """Adds the losses of an evaluation to TensorBoard."""
+        if self._writes:
+            for entry in exits:
+                self._board.add_scalar(
+                    f"validation/loss_exit_{entry['layers']:02d}", entry["loss"], step
+                )
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        if self._progress:
+            self._progress.stop()
+        if self._writes:
+            self._file.close()
+            self._board.close()
+
+    def _record(self, step: int) -> None:
+        window, self._window = self._window, []
+        now = time.monotonic()
+        seconds, self._window_start = now - self._window_start, now
+        if not self._writes:
+            return
+        by_exit = defaultdict(list)
+        for metrics in window:
+            for layer, loss, weight in zip(
+                metrics.exit_layers, metrics.exit_losses, metrics.exit_weights, strict=True
+            ):
+                if weight > 0:
+                    by_exit[int(layer) + 1].append(float(loss))
+        last = window[-1]
+        record = {
+            "step": step,
+            "loss": float(np.mean([m.loss for m in window])),
+            "exit_loss": {str(e): float(np.mean(by_exit[e])) for e in sorted(by_exit)},
+            "tokens": step * self._tokens_per_step,
+            "tokens_per_second": len(window) * self._tokens_per_step / seconds,
+            "gradient_norm": float(np.mean([m.gradient_norm for m in window])),
+            "learning_rate": float(last.learning_rate),
+            "layers_run": float(np.mean([m.layers_run for m in window])),
+            "seconds": now - self._start,
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name == "exit_loss":
+                for exit_layers, loss in value.items():
+                    self._board.add_scalar(f"train/loss_exit_{int(exit_layers):02d}", loss, step)
+            elif name != "step":
+                self._board.add_scalar(f"train/{name}", value, step)
+        exits = list(record["exit_loss"].items())
+        shown = [exits[0], exits[-1]] if len(exits) > 1 else exits
+        text = f"loss {record['loss']:.3f}  " + "  ".join(f"exit {e} {v:.3f}" for e, v in shown)
+        text += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        if self._progress:
+            self._progress.update(self._task, description=text)
+        else:
+            self.say(
+                f"step {step}/{self._total_steps}  {text}  lr {record['learning_rate']:.2e}  "
+                f"grad {record['gradient_norm']:.2f}  layers run {record['layers_run']:.0%}"
+            )
+
+
+def _open_to_append(path: Path):
+    """Opens a JSON-lines file; a last line cut short by a crash is ended first."""
+    file = path.open("a+b")
+    if file.tell() > 0:
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    file.close()
+    return path.open("a")

@@ -1,0 +1,130 @@
+"""A run's pieces on a mesh: shardings, first state, and the compiled step."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layerskip_jax import layer_dropout
+from layerskip_jax.config import RunConfig
+from layerskip_jax.parallel.hosts import BatchPlacement
+from layerskip_jax.parallel.mesh import make_mesh
+from layerskip_jax.parallel.sharding import check_batch, parameter_shardings
+from layerskip_jax.training.optimizer import make_optimizer
+from layerskip_jax.training.state import ModelDefinition
+from layerskip_jax.training.step import Batch, TrainState, make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSetup:
+    """What `train` and the tests need beside the data.
+
+    Attributes:
+      config: the run.
+      mesh: the devices; set it with `jax.set_mesh` around every call below.
+      definition: the model's structure.
+      optimizer: the optax transformation.
+      shardings: a `TrainState` of shardings.
+      placement: puts rows of a batch onto the mesh.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    definition: ModelDefinition
+    optimizer: optax.GradientTransformation
+    shardings: TrainState
+    placement: BatchPlacement
+
+    def init(self) -> TrainState:
+        """Draws the first state, each device making its own shard; any mesh gives the same."""
+
+        def make():
+            parameters = self.definition.init(jax.random.key(self.config.seed))
+            return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters))
+
+        return jax.jit(make, out_shardings=self.shardings)()
+
+    def abstract_state(self) -> TrainState:
+        """Returns shapes, dtypes and shardings of the state, as a template to restore into."""
+        parameters = self.definition.shapes
+        state = TrainState(
+            jax.ShapeDtypeStruct((), jnp.int32),
+            parameters,
+            jax.eval_shape(self.optimizer.init, parameters),
+        )
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self.shardings,
+        )
+
+    def abstract_batch(self, sequence_length: int) -> Batch:
+        """Returns shapes, dtypes and shardings of the batches `placement` makes."""
+        accumulation = self.config.training.accumulation
+        shape = (accumulation, self.config.training.batch_size // accumulation, sequence_length)
+        ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.sharding)
+        bools = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=self.placement.sharding)
+        return Batch(ints, ints, bools, ints, ints)
+
+    def compile_step(self, sequence_length: int) -> Callable:
+        """Compiles the step, once and ahead of time, for windows of this length.
+
+        The result takes and donates a `TrainState`, and refuses any other shape or sharding
+        instead of compiling again.
+        """
+
+        def pin(gradients):
+            return jax.lax.with_sharding_constraint(gradients, self.shardings.parameters)
+
+        step = make_train_step(self.definition, self.config, self.optimizer, pin)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        start = time.monotonic()
+        compiled = jitted.lower(
+            self.abstract_state(), self.abstract_batch(sequence_length)
+        ).compile()
+        logger.info("compiled the train step in %.1f s", time.monotonic() - start)
+        return compiled
+
+
+def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
+    """Checks a resolved config against the devices and lays the run out on them.
+
+    Raises:
+      ConfigError: the batch, a parameter's axis or the dropout groups do not fit the mesh.
+    """
+    rules, training = config.mesh.rules, config.training
+    mesh = make_mesh(config.mesh.shape, devices)
+    shards = check_batch(training.batch_size, training.accumulation, mesh, rules)
+    layer_dropout.check_groups(
+        config.layer_dropout,
+        batch_size=training.batch_size,
+        batch_shards=shards,
+        accumulation=training.accumulation,
+    )
+    definition = ModelDefinition(config.model, rules.constrain)
+    optimizer = make_optimizer(config.optimizer, training.steps)
+    parameters = parameter_shardings(definition.shapes, definition.logical_axes, mesh, rules)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    # The moments of each parameter are laid out like the parameter itself.
+    optimizer_state = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, definition.shapes),
+        parameters,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainSetup(
+        config=config,
+        mesh=mesh,
+        definition=definition,
+        optimizer=optimizer,
+        shardings=TrainState(everywhere, parameters, optimizer_state),
+        placement=BatchPlacement(mesh, rules.batch, training.batch_size, training.accumulation),
+    )

@@ -1,0 +1,162 @@
+"""One optimizer step: keep plan, layers, exits, gradient, update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from layerskip_jax import layer_dropout
+from layerskip_jax.config import RunConfig
+from layerskip_jax.early_exit_loss import early_exit_loss, max_active_exits, select_exits
+from layerskip_jax.training.optimizer import learning_rate_schedule
+from layerskip_jax.training.state import ModelDefinition, Parameters
+
+
+class TrainState(NamedTuple):
+    """All that an optimizer step changes.
+
+    Attributes:
+      step: optimizer steps done; it alone fixes the next batch, keep plan and exits.
+      parameters: nested dict of float32 arrays.
+      optimizer: state of the optax transformation.
+    """
+
+    step: Int[Array, ""]
+    parameters: Parameters
+    optimizer: Any
+
+
+class Batch(NamedTuple):
+    """A global batch on the devices: N microbatches of B rows of S tokens."""
+
+    tokens: Int[Array, "N B S"]
+    targets: Int[Array, "N B S"]
+    valid: Bool[Array, "N B S"]
+    segment_ids: Int[Array, "N B S"]
+    positions: Int[Array, "N B S"]
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; the loss is in nats per valid token.
+
+    Attributes:
+      loss: J of LayerSkip eq. 5.
+      exit_layers: layer index of each exit slot.
+      exit_losses: mean cross-entropy of each slot, before weighting.
+      exit_weights: w(t, l) of each slot; 0 marks a slot that was not scored.
+      gradient_norm: global norm before clipping.
+      learning_rate: of this step.
+      layers_run: share of (layer, row) pairs that were not dropped.
+      valid_tokens: targets that counted.
+    """
+
+    loss: Float[Array, ""]
+    exit_layers: Int[Array, "A"]
+    exit_losses: Float[Array, "A"]
+    exit_weights: Float[Array, "A"]
+    gradient_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    layers_run: Float[Array, ""]
+    valid_tokens: Int[Array, ""]
+
+
+def make_train_step(
+    definition: ModelDefinition,
+    config: RunConfig,
+    optimizer: optax.GradientTransformation,
+    pin_gradients: Callable[[Parameters], Parameters] = lambda gradients: gradients,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Returns the function of one optimizer step, to be jitted.
+
+    Args:
+      definition: the model.
+      config: the run; every schedule is evaluated from it and the step.
+      optimizer: the optax transformation.
+      pin_gradients: constrains the gradients to the shardings of the parameters.
+    """
+    num_layers, total_steps = config.model.num_layers, config.training.steps
+    accumulation, batch_size = config.training.accumulation, config.training.batch_size
+    rows = batch_size // accumulation
+    dropout = config.layer_dropout
+    menu = layer_dropout.capacity_menu(dropout.p_max, batch_size // dropout.groups)
+    execution = layer_dropout.Execution(
+        dropout.execution, max(dropout.groups // accumulation, 1), menu
+    )
+    slots = max_active_exits(config.early_exit, num_layers)
+    learning_rate = learning_rate_schedule(config.optimizer, total_steps)
+
+    def microbatch_loss(parameters, batch, plan, exits, valid_tokens):
+        model = definition.model(parameters)
+        states = model.exit_states(
+            model.embed(batch.tokens),
+            model.rows(batch.positions, batch.segment_ids),
+            exits.slot_of_layer,
+            slots,
+            plan=plan,
+            execution=execution,
+        )
+        return early_exit_loss(
+            states,
+            model.head_weight,
+            batch.targets,
+            batch.valid,
+            exits.weights,
+            valid_tokens,
+            chunk=config.training.loss_chunk,
+        )
+
+    def batch_gradient(parameters, batch, plan, exits, valid_tokens):
+        def one(index):
+            micro = jax.tree.map(lambda array: array[index], batch)
+            micro_plan = None if plan is None else plan.rows(index * rows, rows)
+            function = jax.value_and_grad(microbatch_loss, has_aux=True)
+            return function(parameters, micro, micro_plan, exits, valid_tokens)
+
+        if accumulation == 1:
+            return one(0)
+
+        def add(total, index):
+            return jax.tree.map(jnp.add, total, one(index)), None
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, 0))
+        total, _ = jax.lax.scan(add, zeros, jnp.arange(accumulation))
+        return total
+
+    def train_step(state, batch):
+        plan, layers_run = None, jnp.float32(1)
+        if dropout.p_max > 0:
+            # Every host folds the same step into the same seed, so all draw the same plan.
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            plan = layer_dropout.draw_keep_plan(
+                key,
+                layer_dropout.drop_probabilities(dropout, num_layers, state.step, total_steps),
+                batch_size=batch_size,
+                groups=dropout.groups,
+                menu=menu,
+            )
+            layers_run = plan.keep.mean(dtype=jnp.float32)
+        exits = select_exits(config.early_exit, num_layers, state.step, total_steps)
+        # Normalising by the whole batch makes microbatches of uneven length add up exactly.
+        valid_tokens = batch.valid.sum()
+        (loss, exit_losses), gradients = batch_gradient(
+            state.parameters, batch, plan, exits, valid_tokens
+        )
+        gradients = pin_gradients(gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        metrics = StepMetrics(
+            loss=loss,
+            exit_layers=exits.layers,
+            exit_losses=exit_losses,
+            exit_weights=exits.weights,
+            gradient_norm=optax.tree.norm(gradients),
+            learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
+            layers_run=layers_run,
+            valid_tokens=valid_tokens,
+        )
+        parameters = optax.apply_updates(state.parameters, updates)
+        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+    return train_step

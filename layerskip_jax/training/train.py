@@ -1,0 +1,248 @@
+"""The training run, from top to bottom."""
+
+import dataclasses
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from layerskip_jax.config import RunConfig
+from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.data.manifest import Manifest, read_manifest
+from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
+from layerskip_jax.runs import RunFolder, read_json_lines
+from layerskip_jax.schema import ConfigError, UserError
+from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.metrics import MetricsLog
+from layerskip_jax.training.setup import TrainSetup, make_setup
+from layerskip_jax.training.state import Parameters
+from layerskip_jax.training.step import Batch, TrainState
+from layerskip_jax.training.workdir import check_workdir, claim_workdir
+
+logger = logging.getLogger(__name__)
+
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped before the end; the same command goes on
+
+
+def train(config: RunConfig, workdir: str | Path) -> int:
+    """Trains a model, or goes on training it from its newest checkpoint.
+
+    Args:
+      config: the run; `config.data.path` names prepared data.
+      workdir: its folder. What lies there already must come from the same config and data.
+
+    Returns:
+      0 when all steps are done, `STOPPED_EXIT_CODE` when SIGTERM or SIGINT ended it early.
+
+    Raises:
+      ConfigError, UserError: before anything is written.
+    """
+    # Data
+    manifest = read_manifest(config.data.path)
+    config = resolve(config, manifest)
+    source = BatchSource(
+        config.data.path, "train", batch_size=config.training.batch_size, seed=config.seed
+    )
+
+    # Mesh, model, shardings
+    setup = make_setup(config)
+    folder = RunFolder(Path(workdir))
+    check_workdir(folder, config, dataclasses.asdict(manifest))
+    claim_workdir(
+        folder, config, dataclasses.asdict(manifest), Path(config.data.path) / "tokenizer.json"
+    )
+    _log_decisions(setup, source)
+
+    with jax.set_mesh(setup.mesh):
+        # Restore
+        checkpoints = Checkpoints(
+            folder.checkpoints,
+            every_steps=config.checkpoint.every_steps,
+            keep=config.checkpoint.keep,
+        )
+        state, first_step = _restore_or_init(setup, checkpoints)
+
+        # Compile, unless all steps are done
+        total_steps = config.training.steps
+        step_function = None
+        if first_step < total_steps:
+            step_function = setup.compile_step(source.sequence_length)
+        scorer = make_exit_scorer(setup.definition, chunk=config.training.loss_chunk)
+
+        # Loop
+        metrics_log = MetricsLog(
+            folder,
+            total_steps=total_steps,
+            first_step=first_step,
+            tokens_per_step=config.training.batch_size * source.sequence_length,
+        )
+        previous = None  # metrics of the step before, read while the next one runs
+        rows, steps = setup.placement.rows, range(first_step, total_steps)
+        try:
+            with (
+                _stop_requests() as stop,
+                source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
+            ):
+                for index, host_batch in batches:
+                    batch = setup.placement.place(Batch(*host_batch))
+                    state, metrics = step_function(state, batch)
+                    step = index + 1
+                    if previous is not None:
+                        _add(metrics_log, config, *previous)
+                    previous = (step, metrics)
+                    if checkpoints.save(step, state.parameters, state.optimizer):
+                        metrics_log.say(f"step {step}/{total_steps}  saving a checkpoint")
+                    every = config.training.evaluate_every
+                    if every and step % every == 0 and step < total_steps:
+                        _add(metrics_log, config, *previous)
+                        previous = None
+                        _evaluate(
+                            config, setup, scorer, state.parameters, step, folder, metrics_log
+                        )
+                        metrics_log.restart_clock()
+                    if stop:
+                        break
+            if previous is not None:
+                metrics_log.add(*previous, record=True)
+            last_step = int(state.step)
+
+            # The last checkpoint and evaluation
+            if last_step > first_step:
+                checkpoints.save(last_step, state.parameters, state.optimizer, force=True)
+            if last_step == total_steps and not _is_evaluated(folder, total_steps):
+                _evaluate(config, setup, scorer, state.parameters, last_step, folder, metrics_log)
+        finally:
+            metrics_log.close()
+            checkpoints.close()
+    if last_step < total_steps:
+        logger.warning(
+            "stopped by %s after step %d of %d; the same command goes on from there",
+            signal.Signals(stop[0]).name, last_step, total_steps,
+        )  # fmt: skip
+        return STOPPED_EXIT_CODE
+    return 0
+
+
+def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Fills in what the data decides, and checks that model and data fit each other.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    model = config.model
+    vocab_size = model.vocab_size or manifest.vocab_size
+    if vocab_size < manifest.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size={vocab_size} is smaller than the tokenizer's "
+            f"{manifest.vocab_size}; set 0 to take it from the data"
+        )
+    if manifest.sequence_length > model.max_sequence_length:
+        raise ConfigError(
+            f"config.model.max_sequence_length={model.max_sequence_length} is shorter than the "
+            f"windows of {manifest.sequence_length} tokens in {config.data.path}; raise it, or "
+            "prepare shorter windows"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size))
+
+
+def _restore_or_init(setup: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    step = checkpoints.latest_step
+    if step is None:
+        return setup.init(), 0
+    template = setup.abstract_state()
+    parameters, optimizer = checkpoints.restore(step, template.parameters, template.optimizer)
+    logger.info("going on from the checkpoint of step %d", step)
+    counter = jax.device_put(jnp.int32(step), setup.shardings.step)
+    return TrainState(counter, parameters, optimizer), step
+
+
+def _add(metrics_log: MetricsLog, config: RunConfig, step: int, metrics) -> None:
+    due = step % config.training.log_every == 0 or step == 1
+    metrics_log.add(step, metrics, record=due)
+
+
+def _evaluate(
+    config: RunConfig,
+    setup: TrainSetup,
+    scorer,
+    parameters: Parameters,
+    step: int,
+    folder: RunFolder,
+    metrics_log: MetricsLog,
+) -> None:
+    """Scores every exit on the validation set; the last evaluation takes all of it."""
+    limit = config.training.evaluate_batches if step < config.training.steps else 0
+    exits = evaluate_exits(scorer, parameters, validation_batches(config, setup, limit))
+    metrics_log.evaluation(step, exits)
+    chosen = {len(exits) // 2, len(exits)}
+    text = "  ".join(
+        f"exit {e['layers']} {e['perplexity']:.2f}" for e in exits if e["layers"] in chosen
+    )
+    metrics_log.say(f"step {step}/{config.training.steps}  validation perplexity: {text}")
+    if jax.process_index() == 0:
+        with folder.evaluations_file.open("a") as file:
+            file.write(json.dumps({"step": step, "exits": exits}) + "\n")
+
+
+def validation_batches(config: RunConfig, setup: TrainSetup, limit: int = 0) -> Iterator[Batch]:
+    """Yields the validation set on the mesh, in order; `limit` batches, or all for 0."""
+    source = BatchSource(
+        config.data.path,
+        "validation",
+        batch_size=config.training.batch_size,
+        seed=0,
+        shuffle=False,
+    )
+    steps = source.steps_per_epoch if limit == 0 else min(limit, source.steps_per_epoch)
+    for step in range(steps):
+        yield setup.placement.place(Batch(*source.rows(step, setup.placement.rows)))
+
+
+def _is_evaluated(folder: RunFolder, step: int) -> bool:
+    return any(record["step"] == step for record in read_json_lines(folder.evaluations_file))
+
+
+def _log_decisions(setup: TrainSetup, source: BatchSource) -> None:
+    """Says what was chosen, so that nothing is chosen silently."""
+    config = setup.config
+    logger.info(
+        "%d device(s) %s as mesh %s; %.1fM parameters; %d windows of %d tokens, %d a step",
+        setup.mesh.size, setup.mesh.devices.flat[0].platform, dict(setup.mesh.shape),
+        setup.definition.num_parameters / 1e6, source.num_windows, source.sequence_length,
+        config.training.batch_size,
+    )  # fmt: skip
+    dropout, exits = config.layer_dropout, config.early_exit
+    logger.info(
+        "attention %s, remat %s, %s; layer dropout %s; early exits %s",
+        config.model.attention, config.model.remat, config.model.dtype,
+        f"p_max {dropout.p_max} {dropout.depth}/{dropout.time} by {dropout.execution}"
+        if dropout.p_max else "off",
+        exits.curriculum,
+    )  # fmt: skip
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
+    received: list[int] = []
+
+    def receive(number, frame):
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+
+    old = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["STOPPED_EXIT_CODE", "UserError", "resolve", "train", "validation_batches"]

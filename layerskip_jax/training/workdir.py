@@ -1,0 +1,91 @@
+"""Claiming a folder for a run, so that a run only ever goes on with what it began with."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from layerskip_jax.config import RunConfig, differences
+from layerskip_jax.runs import RunFolder, write_json
+from layerskip_jax.schema import UserError
+
+# Settings that change neither the parameters a run arrives at nor the order of its data.
+FREE_TO_CHANGE = (
+    "config.data.",
+    "config.checkpoint.",
+    "config.mesh.",
+    "config.training.accumulation",
+    "config.training.log_every",
+    "config.training.evaluate_",
+    "config.model.remat",
+)
+
+
+def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
+    """Checks, before anything is written, that `folder` is free or holds this very run.
+
+    Args:
+      folder: the run's folder, which need not exist.
+      config: the resolved config.
+      manifest: of the data, as plain values; its `fingerprint` identifies the data.
+
+    Raises:
+      UserError: it holds a run with another config or other data, or something else.
+    """
+    if folder.config_file.is_file():
+        lines = [
+            line
+            for line in differences(json.loads(folder.config_file.read_text()), config.to_dict())
+            if not line.startswith(FREE_TO_CHANGE)
+        ]
+        if lines:
+            raise UserError(
+                f"--workdir={folder.path} holds a run with another config:\n  "
+                + "\n  ".join(lines)
+                + "\nTake another --workdir for the new config, or set these back to go on."
+            )
+        old = json.loads(folder.data_file.read_text())
+        if old["fingerprint"] != manifest["fingerprint"]:
+            raise UserError(
+                f"--workdir={folder.path} holds a run on other data (fingerprint "
+                f"{old['fingerprint'][:12]}, not {manifest['fingerprint'][:12]}); point "
+                "--config.data.path at the data it began with, or take another --workdir"
+            )
+        return
+    if folder.path.is_dir():
+        ours = {folder.data_file.name, folder.tokenizer_file.name}
+        others = sorted(p.name for p in folder.path.iterdir() if not _is_temporary(p))
+        if not ours.issuperset(others):
+            raise UserError(
+                f"--workdir={folder.path} is not empty and holds no run (it has "
+                f"{', '.join(others[:3])}); take a new folder"
+            )
+    elif folder.path.exists():
+        raise UserError(f"--workdir={folder.path} is a file; take a folder")
+
+
+def claim_workdir(
+    folder: RunFolder, config: RunConfig, manifest: dict, tokenizer_file: Path
+) -> None:
+    """Creates the folder and writes what identifies the run, the config last.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.tokenizer_file.exists():
+            temporary = folder.path / f".tokenizer.json.{os.getpid()}"
+            shutil.copyfile(tokenizer_file, temporary)
+            os.replace(temporary, folder.tokenizer_file)
+        write_json(folder.data_file, manifest)
+        write_json(folder.config_file, config.to_dict())
+    except OSError as error:
+        raise UserError(
+            f"--workdir={folder.path} cannot be written ({error.strerror}: {error.filename}); "
+            "free some space or take another folder"
+        ) from error
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".")

@@ -1,0 +1,78 @@
+"""Small models, configs and batches that several tests share."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from layerskip_jax.config import RunConfig, TrainingConfig
+from layerskip_jax.early_exit_loss import EarlyExitConfig
+from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.training.setup import TrainSetup, make_setup
+from layerskip_jax.training.step import Batch
+
+SEQUENCE = 12
+
+
+def small_model(**changes) -> ModelConfig:
+    """A float32 grouped-query model of four layers."""
+    settings = {
+        "vocab_size": 64,
+        "num_layers": 4,
+        "model_dim": 32,
+        "ffn_dim": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "dtype": "float32",
+    }
+    return ModelConfig(**{**settings, **changes})
+
+
+def small_run(**changes) -> RunConfig:
+    """A run with layer dropout and rotating exits on `small_model`, 16 rows a step."""
+    settings = {
+        "model": small_model(),
+        "layer_dropout": LayerDropoutConfig(p_max=0.5, groups=8),
+        "early_exit": EarlyExitConfig("rotational", interval=2),
+        "training": TrainingConfig(steps=20, batch_size=16),
+    }
+    return RunConfig(**{**settings, **changes})
+
+
+def with_training(config: RunConfig, **changes) -> RunConfig:
+    """The run with some of its training settings changed."""
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
+
+def random_batch(seed: int, rows: int = 16, vocab: int = 64, length: int = SEQUENCE):
+    """Random packed rows with uneven numbers of valid tokens, as `BatchSource` gives them."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    segments = np.sort(random.integers(1, 4, (rows, length)), axis=1).astype(np.int32)
+    starts = np.diff(segments, axis=1, prepend=0) != 0
+    index = np.arange(length)
+    first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    share = random.uniform(0.1, 1, (rows, 1))
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        valid=random.random((rows, length)) < share,
+        segment_ids=segments,
+        positions=(index - first).astype(np.int32),
+    )
+
+
+def run_steps(config: RunConfig, steps: int, devices: int = 1, batch=random_batch):
+    """Trains on random batches and returns the setup, the last state and all metrics."""
+    setup: TrainSetup = make_setup(config, jax.devices()[:devices])
+    history = []
+    with jax.set_mesh(setup.mesh):
+        state = setup.init()
+        step = setup.compile_step(SEQUENCE)
+        for index in range(steps):
+            rows = batch(index, rows=config.training.batch_size)
+            rows = Batch(*(array[setup.placement.rows] for array in rows))
+            state, metrics = step(state, setup.placement.place(rows))
+            history.append(jax.device_get(metrics))
+    return setup, state, history

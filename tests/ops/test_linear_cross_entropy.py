@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy
+
+
+def _reference(states, head, targets, valid, weights):
+    """The definition, in float64, with all logits at once."""
+    states, head = np.asarray(states, np.float64), np.asarray(head, np.float64)
+    logits = np.einsum("absd,dv->absv", states, head)
+    top = logits.max(axis=-1, keepdims=True)
+    log_z = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
+    picked = np.take_along_axis(logits, np.asarray(targets)[None, ..., None], axis=-1)[..., 0]
+    sums = ((log_z - picked) * np.asarray(valid)).sum(axis=(1, 2))
+    d_logits = np.exp(logits - log_z[..., None])
+    d_logits -= np.eye(head.shape[1])[np.asarray(targets)]
+    d_logits *= (np.asarray(weights)[:, None, None] * np.asarray(valid))[..., None]
+    d_states = np.einsum("absv,dv->absd", d_logits, head)
+    d_head = np.einsum("absd,absv->dv", states, d_logits)
+    return (np.asarray(weights) * sums).sum(), sums, d_states, d_head
+
+
+def _case(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    states = jax.random.normal(keys[0], (3, 2, 10, 8)).astype(dtype)
+    head = jax.random.normal(keys[1], (8, 23))
+    targets = jax.random.randint(keys[2], (2, 10), 0, 23)
+    valid = jax.random.bernoulli(keys[3], 0.7, (2, 10))
+    return states, head, targets, valid, jnp.array([0.3, 0.0, 0.05])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+def test_loss_and_gradients_equal_the_float64_reference(chunk):
+    states, head, targets, valid, weights = _case()
+    loss, sums, d_states, d_head = _reference(states, head, targets, valid, weights)
+
+    def function(states, head):
+        return linear_cross_entropy(states, head, targets, valid, weights, chunk=chunk)
+
+    (value, by_slot), gradients = jax.jit(
+        jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
+    )(states, head)
+    assert value == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(by_slot, [sums[0], 0, sums[2]], rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], d_states, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradients[1], d_head, rtol=1e-5, atol=1e-6)
+    # without differentiation the same numbers come out
+    plain = jax.jit(function)(states, head)
+    np.testing.assert_allclose(plain[0], value, rtol=1e-6)
+
+
+def test_a_cotangent_scales_the_gradient():
+    states, head, targets, valid, weights = _case()
+
+    def function(factor, head):
+        return factor * linear_cross_entropy(states, head, targets, valid, weights, chunk=4)[0]
+
+    once = jax.grad(function, argnums=1)(1.0, head)
+    np.testing.assert_allclose(jax.grad(function, argnums=1)(-2.5, head), -2.5 * once, rtol=1e-6)
+
+
+def test_bfloat16_states_keep_a_float32_head_gradient():
+    states, head, targets, valid, weights = _case(jnp.bfloat16)
+    gradients = jax.grad(
+        lambda s, h: linear_cross_entropy(s, h, targets, valid, weights, chunk=5)[0], (0, 1)
+    )(states, head)
+    assert gradients[0].dtype == jnp.bfloat16
+    assert gradients[1].dtype == jnp.float32
+    *_, d_head = _reference(states.astype(jnp.float32), head, targets, valid, weights)
+    assert np.linalg.norm(gradients[1] - d_head) < 2e-2 * np.linalg.norm(d_head)
+
+
+def test_the_logits_of_all_tokens_are_never_held():
+    """At 16 chunks the gradient needs far less memory than the logits of every token."""
+    slots, batch, length, width, vocab = 4, 2, 256, 16, 4096
+    shapes = (
+        jax.ShapeDtypeStruct((slots, batch, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, vocab), jnp.float32),
+    )
+    targets, valid = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
+    function = jax.grad(
+        lambda s, h: linear_cross_entropy(s, h, targets, valid, jnp.ones(slots), chunk=16)[0],
+        argnums=(0, 1),
+    )
+    memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < slots * batch * length * vocab * 4 / 4

@@ -1,0 +1,150 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from layerskip_jax.cli import main
+from layerskip_jax.config import (
+    ConfigError,
+    RunConfig,
+    as_variant,
+    default_config,
+    differences,
+    load_config,
+)
+
+RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.py"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from layerskip_jax.config import as_variant, default_config\n\n\n"
+        "def get_config(variant=''):\n"
+        "    config = default_config()\n"
+        "    config.model.num_layers = 4\n"
+        "    config.layer_dropout.p_max = 0.2\n"
+        "    config.early_exit.curriculum = 'all'\n"
+        "    return as_variant(config, variant)\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("variant", ["", ":plain"])
+def test_every_recipe_loads(path, variant):
+    config = load_config([f"--config={path}{variant}"])
+    assert (config.early_exit.curriculum == "last") == (variant == ":plain")
+    assert (config.layer_dropout.p_max == 0) == (variant == ":plain")
+
+
+def test_a_config_survives_json():
+    config = RunConfig()
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_default_config_dict_is_the_default_dataclass():
+    assert RunConfig.from_dict(default_config().to_dict()) == RunConfig()
+
+
+def test_overrides_of_every_type(recipe):
+    config = load_config(
+        [
+            f"--config={recipe}",
+            "--config.model.model_dim=96",
+            "--config.optimizer.learning_rate=1e-2",
+            "--config.model.tie_embeddings=True",
+            "--config.early_exit.curriculum=gradual",
+            "--config.mesh.rules.embed=('data', 'fsdp')",
+        ]
+    )
+    assert config.model.num_layers == 4
+    assert (config.model.model_dim, config.model.head_dim) == (96, 8)
+    assert config.optimizer.learning_rate == 0.01
+    assert config.model.tie_embeddings is True
+    assert config.early_exit.curriculum == "gradual"
+    assert config.mesh.rules.embed == ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        (
+            "--config.model.num_layer=8",
+            r"config.model.num_layer is not a setting. Did you mean 'model.num_layers'\?",
+        ),
+        ("--config.modle.num_layers=8", "Did you mean 'model.num_layers'"),
+        ("--config.model.num_layers=eight", "num_layers=eight: invalid literal for int"),
+        ("--config.model.num_layers=0", "config.model.num_layers=0 must be at least 1"),
+        ("--config.model.num_heads=7", "config.model.num_kv_heads=12 must divide num_heads=7"),
+        ("--config.training.steps=-5", "config.training.steps=-5 must be at least 1"),
+        ("--config.mesh.rules.embed=('fdsp',)", "'fdsp' is no mesh axis"),
+        ("--config.early_exit.curriculum=rotate", "Did you mean 'rotational'"),
+    ],
+)
+def test_a_bad_override_is_refused(recipe, argument, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([f"--config={recipe}", argument])
+
+
+def test_a_missing_recipe_names_the_nearest(recipe):
+    with pytest.raises(ConfigError, match="no such file. Did you mean '.*/recipe.py'"):
+        load_config([f"--config={recipe.parent / 'receipe.py'}"])
+    with pytest.raises(ConfigError, match="name one recipe"):
+        load_config([])
+    with pytest.raises(ConfigError, match="no variant 'plane'"):
+        load_config([f"--config={recipe}:plane"])
+
+
+def test_a_typo_inside_a_recipe_is_named(recipe):
+    recipe.write_text(recipe.read_text().replace("num_layers", "num_layer"))
+    with pytest.raises(ConfigError, match='Did you mean "num_layers"'):
+        load_config([f"--config={recipe}"])
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model": {"num_layer": 8}}, r"config.model.num_layer is not a setting. .*'num_layers'"),
+        ({"model": 8}, "config.model=8 must be a group of settings"),
+        ({"model": {"num_layers": "8"}}, "config.model.num_layers='8' has type str; it must be int"),
+        ({"model": {"num_layers": True}}, "has type bool; it must be int"),
+        ({"optimizer": {"beta1": "x"}}, "config.optimizer.beta1='x' has type str"),
+        ({"mesh": {"rules": {"embed": "fsdp"}}}, "embed='fsdp' must be a tuple"),
+    ],
+)
+def test_bad_values_in_a_file_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict(values)
+
+
+def test_plain_turns_both_ideas_off():
+    config = RunConfig.from_dict(as_variant(default_config(), "plain").to_dict())
+    assert config.layer_dropout.p_max == 0
+    assert config.early_exit.curriculum == "last"
+
+
+def test_differences_name_the_keys():
+    old = RunConfig()
+    new = dataclasses.replace(old, seed=3, model=dataclasses.replace(old.model, num_layers=2))
+    assert differences(old.to_dict(), new.to_dict()) == [
+        "config.model.num_layers: 12 -> 2",
+        "config.seed: 0 -> 3",
+    ]
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "there is no verb 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_bad_config_is_one_line_on_the_terminal(capsys, recipe, tmp_path):
+    workdir = tmp_path / "run"
+    code = main(["train", f"--config={recipe}", f"--workdir={workdir}", "--config.sed=1"])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "layerskip train: config.sed is not a setting. Did you mean 'seed'?" in error
+    assert "Traceback" not in error
+    assert not workdir.exists()

@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_jax import early_exit_loss as ee
+from layerskip_jax.schema import ConfigError
+
+
+@pytest.mark.parametrize(
+    "scale, expected",
+    [(1.0, [0, 0.1, 0.3, 0.6]), (0.2, [0, 0.045455, 0.136364, 0.818182]), (0.0, [0, 0, 0, 1])],
+)
+def test_depth_weights_have_the_published_values(scale, expected):
+    weights = ee.exit_weights(ee.EarlyExitConfig("all", scale=scale), 4, 0, 10)
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [(0, [0, 4, 7]), (1, [1, 5, 7]), (2, [2, 6, 7]), (3, [3, 7]), (4, [0, 4, 7]), (8, [0, 4, 7])],
+)
+def test_rotational_curriculum_by_hand(step, expected):
+    config = ee.EarlyExitConfig("rotational", interval=4)
+    assert np.flatnonzero(ee.active_exits(config, 8, step, 100)).tolist() == expected
+
+
+def test_rotation_of_an_uneven_depth_has_period_l():
+    config = ee.EarlyExitConfig("rotational", interval=2)
+    on = [np.flatnonzero(ee.active_exits(config, 5, t, 9)).tolist() for t in range(6)]
+    assert on == [[0, 2, 4], [0, 1, 3, 4], [1, 2, 4], [0, 2, 3, 4], [1, 3, 4], [0, 2, 4]]
+
+
+def test_gradual_curriculum_goes_from_the_top_down():
+    config = ee.EarlyExitConfig("gradual", gradual_fraction=0.5)
+    # f T / L = 10 steps a layer at T = 80, L = 4
+    counts = [int(ee.active_exits(config, 4, t, 80).sum()) for t in (0, 9, 10, 20, 29, 30, 79)]
+    assert counts == [1, 1, 2, 3, 3, 4, 4]
+    assert np.flatnonzero(ee.active_exits(config, 4, 10, 80)).tolist() == [2, 3]
+
+
+def test_last_and_all():
+    assert np.flatnonzero(ee.active_exits(ee.EarlyExitConfig("last"), 4, 3, 9)).tolist() == [3]
+    assert ee.active_exits(ee.EarlyExitConfig("all"), 4, 3, 9).all()
+
+
+curricula = st.builds(
+    ee.EarlyExitConfig,
+    curriculum=st.sampled_from(ee.CURRICULA),
+    interval=st.integers(1, 9),
+    gradual_fraction=st.floats(0.1, 1),
+    scale=st.floats(0, 2),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=curricula, num_layers=st.integers(1, 9), step=st.integers(0, 49))
+def test_slots_hold_exactly_the_active_exits(config, num_layers, step):
+    active = np.flatnonzero(ee.active_exits(config, num_layers, step, 50))
+    exits = ee.select_exits(config, num_layers, step, 50)
+    slots = ee.max_active_exits(config, num_layers)
+    assert len(exits.layers) == slots >= len(active)
+    assert active[-1] == num_layers - 1
+    np.testing.assert_array_equal(exits.layers[: len(active)], active)
+    np.testing.assert_allclose(exits.weights.sum(), 1, rtol=1e-5)
+    assert (np.asarray(exits.weights[len(active) :]) == 0).all()
+    # Replaying the writes leaves each active layer's output in its own slot.
+    buffer = np.full(slots, -1)
+    for layer, slot in enumerate(np.asarray(exits.slot_of_layer)):
+        buffer[slot] = layer
+    np.testing.assert_array_equal(buffer[: len(active)], active)
+
+
+@settings(max_examples=30, deadline=None)
+@given(config=curricula, num_layers=st.integers(1, 9))
+def test_max_active_exits_is_reached_and_never_passed(config, num_layers):
+    counts = [int(ee.active_exits(config, num_layers, t, 200).sum()) for t in range(200)]
+    assert max(counts) == ee.max_active_exits(config, num_layers)
+
+
+def test_zero_states_lose_ln_v_at_every_exit():
+    slots, batch, length, width, vocab = 3, 2, 5, 4, 11
+    loss, by_exit = ee.early_exit_loss(
+        jnp.zeros((slots, batch, length, width)),
+        jax.random.normal(jax.random.key(0), (width, vocab)),
+        jnp.ones((batch, length), jnp.int32),
+        jnp.ones((batch, length), bool),
+        jnp.array([0.2, 0.3, 0.5]),
+        jnp.int32(batch * length),
+        chunk=2,
+    )
+    np.testing.assert_allclose(by_exit, np.log(vocab), rtol=1e-6)
+    assert loss == pytest.approx(np.log(vocab), rel=1e-6)
+
+
+def test_no_valid_token_gives_zero_and_no_gradient():
+    def loss(states):
+        return ee.early_exit_loss(
+            states,
+            jnp.ones((4, 7)),
+            jnp.zeros((1, 3), jnp.int32),
+            jnp.zeros((1, 3), bool),
+            jnp.ones(1),
+            jnp.int32(0),
+            chunk=3,
+        )[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.ones((1, 1, 3, 4)))
+    assert value == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings_, message",
+    [
+        ({"curriculum": "rotate"}, "curriculum='rotate' is not one of .*'rotational'"),
+        ({"interval": 0}, "interval=0"),
+        ({"gradual_fraction": 0.0}, "gradual_fraction=0.0"),
+        ({"scale": -1.0}, "scale=-1.0"),
+    ],
+)
+def test_bad_settings_are_refused(settings_, message):
+    with pytest.raises(ConfigError, match=message):
+        ee.EarlyExitConfig(**settings_)

@@ -1,0 +1,60 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layerskip_jax.schema import ConfigError
+from layerskip_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+)
+
+
+def _rates(steps, **settings):
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, **settings), 100)
+    return [float(schedule(step)) for step in steps]
+
+
+def test_cosine_warms_up_and_ends_at_its_share():
+    rates = _rates([0, 4, 9, 10, 55, 100], warmup_steps=10, final_fraction=0.1)
+    np.testing.assert_allclose(rates, [0.1, 0.5, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
+
+
+def test_wsd_stays_then_falls_linearly():
+    rates = _rates(
+        [10, 79, 80, 90, 100],
+        schedule="wsd",
+        warmup_steps=10,
+        decay_fraction=0.2,
+        final_fraction=0.0,
+    )
+    np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0], atol=1e-6)
+
+
+def test_constant_without_warmup():
+    assert _rates([0, 50, 99], schedule="constant", warmup_steps=0) == [1, 1, 1]
+
+
+def test_decay_leaves_the_norms_alone():
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10
+    )
+    parameters = {"final_norm": {"scale": jnp.ones(2)}, "head": jnp.ones((2, 2))}
+    zeros = {"final_norm": {"scale": jnp.zeros(2)}, "head": jnp.zeros((2, 2))}
+    updates, _ = optimizer.update(zeros, optimizer.init(parameters), parameters)
+    assert (updates["final_norm"]["scale"] == 0).all()
+    np.testing.assert_allclose(updates["head"], -0.05, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"schedule": "cosin"}, "Did you mean 'cosine'"),
+        ({"beta2": 1.5}, r"beta2=1.5 must be in \[0, 1\]"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimizerConfig(**settings)
