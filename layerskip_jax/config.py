@@ -194,4 +194,12 @@ def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
     return lines
 
 
-__all__ = ["ConfigError", "RunConfig", "UserError", "as_variant", "default_config", "differences", "load_config"]
+__all__ = [
+    "ConfigError",
+    "RunConfig",
+    "UserError",
+    "as_variant",
+    "default_config",
+    "differences",
+    "load_config",
+]

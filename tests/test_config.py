@@ -109,7 +109,10 @@ def test_a_typo_inside_a_recipe_is_named(recipe):
     [
         ({"model": {"num_layer": 8}}, r"config.model.num_layer is not a setting. .*'num_layers'"),
         ({"model": 8}, "config.model=8 must be a group of settings"),
-        ({"model": {"num_layers": "8"}}, "config.model.num_layers='8' has type str; it must be int"),
+        (
+            {"model": {"num_layers": "8"}},
+            "config.model.num_layers='8' has type str; it must be int",
+        ),
         ({"model": {"num_layers": True}}, "has type bool; it must be int"),
         ({"optimizer": {"beta1": "x"}}, "config.optimizer.beta1='x' has type str"),
         ({"mesh": {"rules": {"embed": "fsdp"}}}, "embed='fsdp' must be a tuple"),

@@ -182,7 +182,7 @@ def log_axis(axes: Axes, values: np.ndarray) -> None:
     """Makes the y axis logarithmic around `values`, with three to eight plain numbers on it."""
     low, high = float(values.min()), float(values.max())
     margin = max((high / low) ** 0.08, 1.03)
-    low, high = low / margin, high * margin
+    low, high = low / margin**1.5, high * margin  # values are written below the lowest curve
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -196,12 +196,12 @@ def log_axis(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
 
-def compact_percent(value: float) -> str:
+def compact_percent(value: float | int) -> str:
     """Returns a share as a percentage for an axis: 0%, 2.5%, 100%."""
     return f"{100 * value:.4g}%"
 
 
-def compact(value: float) -> str:
+def compact(value: float | int) -> str:
     """Returns a short form for an axis: 0.5, 20, 1,500, 20k, 3M."""
     size = abs(value)
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):

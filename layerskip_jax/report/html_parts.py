@@ -80,7 +80,8 @@ def table(
     for index, row in enumerate(rows):
         first = cell("th", 0, row[0], ' scope="row"')
         rest = "".join(cell("td", i, text) for i, text in enumerate(row[1:], start=1))
-        body.append(f"<tr{f' class={chr(34)}{kind}{chr(34)}' * (index in marked)}>{first}{rest}</tr>")
+        mark = f' class="{kind}"' if index in marked else ""
+        body.append(f"<tr{mark}>{first}{rest}</tr>")
     heading = f"<h3>{escape(title)}</h3>\n" if title else ""
     label = html.escape(title or headings[0])
     # Focusable, so that a keyboard can scroll it too.

@@ -184,7 +184,7 @@ def _movement(run: RunRecord) -> str:
         "The middle and the last exit",
         ["step", f"exit {middle}", f"exit {last}", "ratio"],
         rows[::-1][::every][::-1],
-        note="Validation perplexity."
+        note=f"Validation perplexity. {run.evaluation_note}"
         + (f" Every {every} evaluations, counted from the last." if every > 1 else ""),
     )
     return figures(run, [*MOVEMENT.items()], numbers)
@@ -246,7 +246,7 @@ def _speculation(run: RunRecord) -> str:
         "of new tokens for each pass of the verifying layers. Speedup: tokens/s to those of "
         "plain decoding. Same output: every token equals plain decoding's.",
     )
-    return paragraph(intro) + figures(run, [*SPECULATION.items()], pair_table)
+    return paragraph(intro) + figures(run, [*SPECULATION.items()]) + pair_table
 
 
 def _settings(run: RunRecord) -> str:
@@ -282,6 +282,8 @@ def _flat(values: dict, prefix: str = "") -> dict[str, str]:
             flat.update(_flat(value, f"{prefix}{key}."))
         elif isinstance(value, int) and not isinstance(value, bool):
             flat[prefix + str(key)] = f"{value:,}"
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            flat[prefix + str(key)] = f"{len(value):,} of them"
         elif isinstance(value, list):
             flat[prefix + str(key)] = ", ".join(map(str, value)) or "(none)"
         else:

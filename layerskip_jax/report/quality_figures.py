@@ -73,13 +73,12 @@ def perplexity_by_exit(run: RunRecord) -> Drawing:
     )
     if plain:
         caption += (
-            f"“{run.plain_label}” is the same training without layer dropout and "
-            "early-exit loss. "
+            f"“{run.plain_label}” is the same training without layer dropout and early-exit loss. "
         )
     if unigram:
         caption += (
-            f"The unigram baseline, exp(unigram entropy) = {amount(unigram)}, is what knowing "
-            "only how often each token occurs would give. "
+            f"The unigram baseline, exp(unigram entropy) = {amount(unigram)}, is the perplexity "
+            "of a model that ignores all context. "
         )
     title = "This run and its plain twin" if plain else "This run"
     return Drawing(figure, title, spoken, caption)
@@ -145,7 +144,7 @@ def training_loss(run: RunRecord) -> Drawing:
         "Training loss",
         f"Training loss from {values[0]:.2f} nats per token at step {steps[0]:,} to "
         f"{smoothed[1][-1]:.2f} at step {steps[-1]:,}.",
-        f"J is {weighting}, with layer dropout on. {_drawn(run, values)}{cut}",
+        f"J is {weighting}, with layer dropout on. {_drawn(run, len(values))}{cut}",
     )
 
 
@@ -181,15 +180,15 @@ def exit_losses(run: RunRecord) -> Drawing:
         f"Training loss of each exit over the steps; at the end, by layers run: {spoken}.",
         "Cross-entropy on training text, with layer dropout on, before weighting; averaged over "
         f"the steps since the record before in which the exit was on.{missing} "
-        f"{_drawn(run, values)}{cut}",
+        f"{_drawn(run, max(len(steps) for steps, _ in series.values()))}{cut}",
     )
 
 
-def _drawn(run: RunRecord, values: np.ndarray) -> str:
+def _drawn(run: RunRecord, points: int) -> str:
     record = run.config.training.log_every
     every = "each logged step" if record == 1 else f"one record every {record} steps"
-    if len(values) < 34:  # the window of `smooth` is then a single point
-        return f"One point: {every}."
+    if points < 34:  # the window of `smooth` is then a single point
+        return f"Drawn: {every}."
     return f"Faint: {every}; bold: moving average over 3% of the records."
 
 
@@ -227,9 +226,21 @@ def perplexity_over_training(run: RunRecord) -> Drawing:
     axes = figure.add_subplot()
     color = depth_colors(run.num_layers)
     exits = sorted(by_exit)
+    alone = bool(run.evaluation_note)
     for layers in exits:
         last = layers == run.num_layers
         steps, values = np.array(by_exit[layers]).T
+        if alone:
+            axes.plot(
+                steps[-1],
+                values[-1],
+                color=color(layers),
+                marker="D",
+                markerfacecolor="white",
+                zorder=3,
+                clip_on=False,
+            )
+            steps, values = steps[:-1], values[:-1]
         axes.plot(
             *thin(steps, values, 150),
             color=color(layers),
@@ -241,8 +252,9 @@ def perplexity_over_training(run: RunRecord) -> Drawing:
     step_axis(axes, max(run.last_step, run.evaluations[-1]["step"]))
     axes.set_ylabel("perplexity (log scale)")
     add_depth_bar(figure, axes, exits, run.num_layers)
-    batches = run.config.training.evaluate_batches
-    part = f" All but the last evaluation score {batches} batches of it." if batches else ""
+    note = f" {run.evaluation_note}" if alone else ""
+    if alone:
+        note += " Diamonds: the last."
     moves = join_words(
         [f"exit {e} from {amount(by_exit[e][0][1])} to {amount(by_exit[e][-1][1])}" for e in exits]
     )
@@ -250,5 +262,5 @@ def perplexity_over_training(run: RunRecord) -> Drawing:
         figure,
         "At each evaluation",
         f"Perplexity of each exit at {len(run.evaluations)} evaluations: {moves}.",
-        f"Validation perplexity of each exit, no layer dropped, at each evaluation.{part}",
+        f"Validation perplexity of each exit, no layer dropped, at each evaluation.{note}",
     )

@@ -62,7 +62,7 @@ class RunRecord:
 
     @property
     def unigram_perplexity(self) -> float | None:
-        """exp of the data's unigram entropy, or None where the manifest lacks it."""
+        """The exp of the data's unigram entropy, or None where the manifest lacks it."""
         entropy = number(self.data.get("unigram_entropy_nats"))
         return math.exp(entropy) if entropy is not None and entropy < 50 else None
 
@@ -101,6 +101,18 @@ class RunRecord:
     def plain_perplexities(self) -> dict[int, float]:
         """Returns perplexity by layers run of the plain twin, empty without one."""
         return perplexities(self.plain)
+
+    @property
+    def evaluation_note(self) -> str:
+        """What sets the last evaluation apart from the others, or "" if nothing does."""
+        batches = self.config.training.evaluate_batches
+        whole = self.evaluations and self.evaluations[-1]["step"] >= self.total_steps
+        if not (batches and whole):
+            return ""
+        return (
+            f"The last evaluation takes the whole validation set, the others its first {batches} "
+            "batches, so it does not continue them."
+        )
 
     @property
     def plain_label(self) -> str:

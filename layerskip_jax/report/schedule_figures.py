@@ -1,5 +1,7 @@
 """Heat maps of what the config asked for: which layers were skipped, which exits learned."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ from layerskip_jax.report.words import percent
 COLUMNS = 120  # most steps drawn side by side; finer than that no screen shows
 WINDOW = 48  # most steps of a curriculum that turns at every step
 PERCENTS = FuncFormatter(lambda value, _: compact_percent(value))
+MOST_TICKS = 14
 
 
 def sampled_steps(total_steps: int, limit: int = COLUMNS) -> np.ndarray:
@@ -47,10 +50,11 @@ def drop_map(config: RunConfig, steps: np.ndarray) -> np.ndarray:
 def exit_map(config: RunConfig, steps: np.ndarray) -> np.ndarray:
     """Returns C(t, l), whether exit l is on at step t, as a bool array [L, len(steps)]."""
     layers, total = config.model.num_layers, config.training.steps
-    on = [np.asarray(active_exits(config.early_exit, layers, int(step), total)) for step in steps]
-    return np.stack(on, axis=1)
+    one = jax.vmap(lambda step: active_exits(config.early_exit, layers, step, total))
+    return np.asarray(one(jnp.asarray(steps, jnp.int32))).T
 
 
+@functools.lru_cache(maxsize=4)  # two figures ask for the same
 def exit_means(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Averages over all T steps: the share in which each exit is on, and its weight w(t, l)."""
     layers, total = config.model.num_layers, config.training.steps
@@ -187,7 +191,8 @@ def exit_weight_bars(run: RunRecord) -> Drawing:
     axes = figure.add_subplot()
     layers = np.arange(run.num_layers)
     axes.barh(layers, weights, color=BLUE, height=0.75)
-    for layer in layers if run.num_layers <= 24 else layers[-1:]:
+    labelled = layers if run.num_layers <= 24 else layer_ticks(run.num_layers, 0, MOST_TICKS)
+    for layer in labelled:
         text = percent(float(weights[layer]), 1)
         axes.annotate(
             text, (weights[layer], layer), xytext=(4, 0), textcoords="offset points", va="center",
@@ -198,7 +203,7 @@ def exit_weight_bars(run: RunRecord) -> Drawing:
     axes.set_xlabel("mean weight in the loss")
     axes.grid(False, axis="y")
     _layer_axis(axes, run.num_layers)
-    listed = ", ".join(f"layer {l} {percent(float(weights[l]), 1)}" for l in layers)
+    listed = ", ".join(f"layer {layer} {percent(float(weights[layer]), 1)}" for layer in layers)
     return Drawing(
         figure,
         "How much each exit counts",
@@ -215,7 +220,7 @@ def _height(num_layers: int) -> float:
 
 def _layer_axis(axes, num_layers: int) -> None:
     axes.set_ylim(-0.5, num_layers - 0.5)
-    axes.yaxis.set_major_locator(FixedLocator(layer_ticks(num_layers, 0, most=14)))
+    axes.yaxis.set_major_locator(FixedLocator(layer_ticks(num_layers, 0, MOST_TICKS)))
     axes.set_ylabel("layer, l")
 
 

@@ -17,10 +17,12 @@ h2 {
 p { margin: .5rem 0; max-width: 46rem; }
 a { color: var(--blue); }
 nav { margin: .9rem 0 0; font-size: .95rem; line-height: 1.9; }
-nav a { margin-right: 1rem; white-space: nowrap; }
+nav a { display: inline-block; margin-right: 1rem; }
+p code, dd code { display: inline-block; max-width: 100%; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .92em; }
 .lead { font-size: 1.1rem; }
 .muted, figcaption p { color: var(--muted); }
+.grid + .table { margin-top: 1.6rem; }
 .table > p { font-size: .9rem; }
 .note { background: var(--soft); border-left: 4px solid var(--blue); padding: .6rem .9rem; }
 .tiles {
@@ -66,13 +68,15 @@ footer { margin-top: 3rem; color: var(--muted); font-size: .9rem; }
   a { color: inherit; text-decoration: none; }
   .grid { grid-template-columns: 1fr 1fr; gap: 1.1rem 1.4rem; }
   .tiles { grid-template-columns: repeat(3, 1fr); }
-  figure, .tiles div, .note, tr { break-inside: avoid; }
+  section, figure, .tiles div, .note, tr { break-inside: avoid; }
+  p { orphans: 3; widows: 3; }
   h1, h2, h3, summary { break-after: avoid; }
   h2 { margin-top: 1.6rem; }
   thead { display: table-header-group; }
   section > p { break-after: avoid; }
   .scroll { overflow: visible; }
   table { font-size: .85rem; }
+  th, td { padding-top: .18rem; padding-bottom: .18rem; }
   details table { font-size: .78rem; line-height: 1.25; }
   .tiles div, .note, tr.best { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details::details-content { content-visibility: visible; display: block; height: auto; }

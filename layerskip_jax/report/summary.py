@@ -79,7 +79,8 @@ def _model(run: RunRecord) -> tuple[str, str, str]:
 def _tokens(run: RunRecord) -> tuple[str, str, str]:
     seen = run.latest("tokens")
     text = f"After {run.last_step:,} of {run.total_steps:,} optimizer steps, padding included."
-    tokens = number(run.data.get("train_tokens"))
+    split = run.data.get("train")
+    tokens = number(split.get("tokens")) if isinstance(split, dict) else None
     if seen and tokens:
         text += f" That is {amount(seen / tokens)} times the training set."
     return "Tokens seen", count(seen), text

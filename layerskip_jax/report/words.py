@@ -3,7 +3,7 @@
 import math
 
 
-def amount(value: float | None, digits: int = 3) -> str:
+def amount(value: float | int | None, digits: int = 3) -> str:
     """Returns `value` with about `digits` significant digits: 0.0123, 24.8, 1,930."""
     if value is None or not math.isfinite(value):
         return "–"
@@ -15,7 +15,7 @@ def amount(value: float | None, digits: int = 3) -> str:
     return f"{round(value, places):,.{max(places, 0)}f}"
 
 
-def count(value: float | None) -> str:
+def count(value: float | int | None) -> str:
     """Returns a large count with a prefix: 812, 24.6 thousand, 7.9 million, 1.5 billion."""
     if value is None or not math.isfinite(value):
         return "–"
@@ -25,19 +25,19 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-def percent(value: float | None, places: int = 0) -> str:
+def percent(value: float | int | None, places: int = 0) -> str:
     """Returns a share as a percentage."""
     return "–" if value is None else f"{100 * value:.{places}f}%"
 
 
-def times(ratio: float | None) -> str:
+def times(ratio: float | int | None) -> str:
     """Returns a ratio with two decimals, or with three digits from 10 on: 0.97×, 1.20×, 107×."""
     if ratio is None or not math.isfinite(ratio):
         return "–"
     return f"{ratio:.2f}×" if ratio < 9.995 else f"{amount(ratio)}×"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | int | None) -> str:
     """Returns 48 s, 12 min 5 s, 3 h 20 min or 2 d 4 h."""
     if seconds is None:
         return "–"

@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from layerskip_jax.config import RunConfig
@@ -55,28 +57,27 @@ def make_run(folder: Path, config: RunConfig, *, seed: int = 0, upto: int | None
         return floor + (math.log(4096) - floor) / (1 + 14 * step / total) ** 0.9
 
     write_json(folder / "config.json", config.to_dict())
+    steps = jnp.arange(upto)
+    all_weights = np.asarray(
+        jax.vmap(lambda t: exit_weights(config.early_exit, layers, t, total))(steps)
+    )
+    dropped = np.asarray(
+        jax.vmap(lambda t: drop_probabilities(config.layer_dropout, layers, t, total))(steps)
+    ).mean(axis=1)
     lines = []
     for step in range(1, upto + 1):
         if step % every and step != 1 and step != upto:
             continue
-        weights = np.sum(
-            [
-                np.asarray(exit_weights(config.early_exit, layers, t, total))
-                for t in range(max(step - min(every, layers), 0), step)
-            ],
-            axis=0,
-        )
+        weights = all_weights[max(step - min(every, layers), 0) : step].sum(axis=0)
         noisy = exit_losses(step) + rng.normal(0, 0.05, layers)
-        kept = 1 - drop_probabilities(config.layer_dropout, layers, step - 1, total).mean()
+        kept = 1 - dropped[step - 1]
         lines.append(
             {
                 "step": step,
                 "loss": float((noisy * weights).sum() / weights.sum()),
                 "exit_loss": {str(i + 1): float(noisy[i]) for i in np.flatnonzero(weights)},
                 "tokens": step * tokens_per_step,
-                "tokens_per_second": float(
-                    9200 / kept * rng.normal(1, 0.03)
-                ),
+                "tokens_per_second": float(9200 / kept * rng.normal(1, 0.03)),
                 "gradient_norm": float(0.4 + 3 / (1 + 20 * step / total) + rng.gamma(2, 0.05)),
                 "learning_rate": 3e-4 * min(step / (0.1 * total), 1.15 - step / total),
                 "layers_run": float(np.clip(kept + rng.normal(0, 0.02), 0, 1)),
@@ -106,10 +107,13 @@ def make_run(folder: Path, config: RunConfig, *, seed: int = 0, upto: int | None
             "vocab_size": 4096,
             "sequence_length": 256,
             "unigram_entropy_nats": 6.31,
-            "train_tokens": 9_800_000,
-            "validation_tokens": 310_000,
-            "documents": 5120,
-            "sources": ["/usr/lib/python3.11"],
+            "train": {
+                "documents": 5120,
+                "tokens": 9_800_000,
+                "shards": [{"name": "train-00000", "windows": 38_281, "sha256": "0a1b"}],
+            },
+            "validation": {"documents": 160, "tokens": 310_000, "shards": []},
+            "request": {"sources": ["/usr/lib/python3.11"], "seed": 0},
         },
     )
     pairs = []

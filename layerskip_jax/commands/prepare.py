@@ -1,0 +1,100 @@
+"""layerskip prepare: turn text into packed windows to train on.
+
+A source is `stdlib` (Python's own standard library without its tests), a folder, a file or a
+glob of .txt, .md, .rst, .py and .jsonl files, or `tfds:FOLDER[@SPLIT]` for a TFDS data set on
+disk in array_record format. Documents are split into training and validation, tokenized
+by a byte-level BPE trained on the former, and packed.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from layerskip_jax.data.corpus import STANDARD_LIBRARY
+from layerskip_jax.data.manifest import Manifest, Request
+from layerskip_jax.data.prepare import prepare
+from layerskip_jax.data.tokenizer import file_sha256, load_tokenizer
+from layerskip_jax.runs import write_json
+from layerskip_jax.schema import require
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="layerskip prepare", description=__doc__)
+    add = parser.add_argument
+    add("--source", action="append", help="may be repeated (default: stdlib)")
+    add("--output", type=Path, required=True, help="folder to make")
+    add("--sequence-length", type=int, default=2048, help="inputs per window")
+    add("--vocab-size", type=int, default=8192, help="of the tokenizer to train")
+    add("--tokenizer", type=Path, help="existing tokenizer.json to use instead")
+    add("--end-token", default="", help="its token that ends a document, if not a usual one")
+    add("--validation-fraction", type=float, default=0.05, help="share of documents held out")
+    add("--text-field", default="text", help="field of .jsonl lines and TFDS examples")
+    add("--skip-bad-files", action="store_true", help="leave out files that are not UTF-8")
+    add("--seed", type=int, default=0, help="of the split")
+    add("--overwrite", action="store_true", help="replace other prepared data in --output")
+    add("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(argv)
+    length, fraction = options.sequence_length, options.validation_fraction
+    require(length >= 2, f"--sequence-length={length} must be at least 2")
+    require(0 < fraction < 1, f"--validation-fraction={fraction} must be between 0 and 1")
+    tokenizer_sha256 = ""
+    if options.tokenizer is not None:
+        load_tokenizer(options.tokenizer)
+        tokenizer_sha256 = file_sha256(options.tokenizer)
+    request = Request(
+        sources=tuple(options.source or [STANDARD_LIBRARY]),
+        sequence_length=length,
+        vocab_size=0 if options.tokenizer else options.vocab_size,
+        tokenizer_sha256=tokenizer_sha256,
+        end_token=options.end_token,
+        validation_fraction=fraction,
+        text_field=options.text_field,
+        skip_bad_files=options.skip_bad_files,
+        seed=options.seed,
+    )
+    manifest = prepare(
+        request, options.output, tokenizer_file=options.tokenizer, overwrite=options.overwrite
+    )
+    _print(manifest, options.output)
+    if options.json:
+        write_json(options.json, figures(manifest))
+    return 0
+
+
+def figures(manifest: Manifest) -> dict:
+    """Returns the counts of a manifest, flat and named."""
+    result = {
+        "vocab_size": manifest.vocab_size,
+        "sequence_length": manifest.sequence_length,
+        "unigram_entropy_nats": manifest.unigram_entropy_nats,
+        "bytes_per_token": manifest.train.bytes / manifest.train.tokens,
+        "skipped_files": manifest.skipped_files,
+    }
+    for name in ("train", "validation"):
+        counts = dataclasses.asdict(manifest.split(name))
+        del counts["shards"]
+        result |= {f"{name}_{key}": value for key, value in counts.items()}
+    return result
+
+
+def _print(manifest: Manifest, output: Path) -> None:
+    table = Table(title=f"{output}: {', '.join(manifest.request.sources)}", title_justify="left")
+    for heading in ("", "documents", "bytes", "tokens", "windows"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in ("train", "validation"):
+        split = manifest.split(name)
+        counts = (split.documents, split.bytes, split.tokens, split.windows)
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    console = Console()
+    console.print(table)
+    skipped = f"; {manifest.skipped_files} files skipped" if manifest.skipped_files else ""
+    console.print(
+        f"vocabulary {manifest.vocab_size:,}, windows of {manifest.sequence_length} tokens, "
+        f"{manifest.train.bytes / manifest.train.tokens:.2f} bytes a token, "
+        f"unigram entropy {manifest.unigram_entropy_nats:.3f} nats a token{skipped}",
+        highlight=False,
+    )

@@ -1,0 +1,106 @@
+"""Batch n of a run, as a function of (seed, n, batch size) and nothing else.
+
+A seeded permutation of all windows, drawn anew each epoch, is indexed at n B + row. Hosts,
+workers and devices do not enter the order, so a run goes on with the very same batches on
+any other machine. Grain does the shuffling, the reading and the reading ahead.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from layerskip_jax.data.manifest import read_manifest
+from layerskip_jax.data.packing import Batch, unpack
+from layerskip_jax.schema import UserError
+
+READ_THREADS = 2
+
+
+class BatchSource:
+    """Batches of one split of prepared data.
+
+    Attributes:
+      manifest: of the folder.
+      num_windows: windows in the split.
+      sequence_length: S.
+      batch_size: B.
+      steps_per_epoch: batches until every window was seen, the last perhaps in part.
+    """
+
+    def __init__(
+        self, folder: str | Path, split: str, *, batch_size: int, seed: int, shuffle: bool = True
+    ):
+        """Opens a split.
+
+        Args:
+          folder: made by `layerskip prepare`.
+          split: `train` or `validation`.
+          batch_size: rows of a global batch.
+          seed: of the order.
+          shuffle: whether to draw an order and go on for ever; otherwise the windows come
+            once, as they lie, and rows past the last one are padding.
+        """
+        self.manifest = read_manifest(folder)
+        self.sequence_length = self.manifest.sequence_length
+        self.num_windows = self.manifest.split(split).windows
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-self.num_windows // batch_size)
+        if self.num_windows == 0:
+            raise UserError(f"{folder} has no {split} window; prepare more text")
+        shards = self.manifest.split(split).shards
+        self._shards = [str(Path(folder) / shard.name) for shard in shards]
+        self._starts = np.cumsum([0, *(shard.windows for shard in shards)])
+        self._source = grain.sources.ArrayRecordDataSource(self._shards)
+        if len(self._source) != self.num_windows:
+            raise UserError(
+                f"{folder}: the shards of {split} hold {len(self._source)} windows, and the "
+                f"manifest says {self.num_windows}; prepare the data again"
+            )
+        self._shuffle = shuffle
+        order = grain.MapDataset.range(self.num_windows)
+        self._order = order.seed(seed).shuffle().repeat() if shuffle else order
+
+    def rows(self, step: int, rows: Sequence[int]) -> Batch:
+        """Returns these rows of batch `step`, reading no other."""
+        windows = []
+        for row in rows:
+            index = step * self.batch_size + row
+            if self._shuffle or index < self.num_windows:
+                windows.append(self._window(int(self._order[index])))
+            else:
+                windows.append(np.zeros((2, self.sequence_length + 1), np.int32))
+        return unpack(np.stack(windows))
+
+    def batch(self, step: int) -> Batch:
+        """Returns the whole of batch `step`."""
+        return self.rows(step, range(self.batch_size))
+
+    @contextmanager
+    def prefetch(
+        self, steps: range, rows: Sequence[int], *, buffer_size: int
+    ) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """Gives an iterator of `(step, rows of that batch)`, read ahead in the background.
+
+        At most `buffer_size` batches are held. Leaving the context ends the reading.
+        """
+        dataset = grain.MapDataset.source(steps).map(lambda step: (step, self.rows(step, rows)))
+        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=buffer_size)
+        iterator = iter(dataset.to_iter_dataset(options))
+        try:
+            yield iterator
+        finally:
+            iterator.close()
+
+    def _window(self, number: int) -> np.ndarray:
+        try:
+            record = self._source[number]
+            return np.frombuffer(record, np.int32).reshape(2, self.sequence_length + 1)
+        except (ValueError, RuntimeError, IndexError) as error:
+            shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+            raise UserError(
+                f"{self._shards[shard]}: record {number - self._starts[shard]} is damaged "
+                f"({error}); prepare the data again"
+            ) from error
