@@ -1,7 +1,7 @@
-"""A small LayerSkip model of Python source code, in about three minutes on two CPU cores.
+r"""A small LayerSkip model of Python source code, in about three minutes on two CPU cores.
 
-    layerskip prepare --source=stdlib --output=runs/quickstart/data \\
-        --vocab-size=2048 --sequence-length=256
+    layerskip prepare --source=stdlib --output=runs/quickstart/data \
+        --vocab-size=2048 --sequence-length=128
     layerskip train --config=configs/quickstart.py --workdir=runs/quickstart/model
 
 `make quickstart` runs both, and what comes after. `--config=configs/quickstart.py:plain` is
@@ -24,9 +24,10 @@ def get_config(variant=""):
     config.model.ffn_dim = 352
     config.model.num_heads = 4
     config.model.num_kv_heads = 2
-    config.model.max_sequence_length = 512
+    config.model.max_sequence_length = 256
     config.model.tie_embeddings = True
     config.model.dtype = "float32"
+    config.model.remat = "full"
 
     config.layer_dropout.p_max = 0.1
     config.layer_dropout.time = "exp"
@@ -39,8 +40,8 @@ def get_config(variant=""):
     config.optimizer.warmup_steps = 40
     config.optimizer.schedule = "wsd"
 
-    config.training.steps = 400
-    config.training.batch_size = 8
+    config.training.steps = 420
+    config.training.batch_size = 16
     config.training.log_every = 20
     config.training.evaluate_every = 100
     config.training.evaluate_batches = 8

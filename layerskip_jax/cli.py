@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("layerskip_jax").setLevel(logging.INFO)
+    # Orbax warns through absl of each option that the other options imply.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     # Imported only now: one verb need not wait for the libraries of the others.
     command = importlib.import_module(f"layerskip_jax.commands.{verb}")
     try:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from layerskip_jax.decoding.autoregressive import Limits, decode
+from layerskip_jax.decoding.autoregressive import Limits, Rows, decode
 from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import ConfigError, require, require_choice
@@ -20,24 +21,48 @@ SMALLEST_BUCKET = 16
 
 @dataclasses.dataclass(frozen=True)
 class Drafting:
-    """How the drafts of a self-speculative generation fared.
+    """How the drafts of a self-speculative generation fared; two of them add up.
 
     Attributes:
-      acceptance: drafts accepted over drafts made (what the paper prints).
-      tokens_per_cycle: mean new tokens of a cycle and row, the first token of all aside.
-      acceptance_by_position: of the drafts at each position whose predecessors were all
-        accepted, the share that was accepted; nan where there was none.
       cycles: cycles, summed over the rows.
-      drafted: drafts made.
+      tokens: new tokens that came out of cycles: all but the first of each row.
+      drafted: drafts made, see `SpeculationCounts`.
       accepted: drafts accepted.
+      examined: by draft position, drafts whose predecessors were all accepted.
+      kept: by draft position, drafts accepted.
     """
 
-    acceptance: float
-    tokens_per_cycle: float
-    acceptance_by_position: tuple[float, ...]
     cycles: int
+    tokens: int
     drafted: int
     accepted: int
+    examined: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def __add__(self, other: "Drafting") -> "Drafting":
+        """Returns the counts of both."""
+
+        def add(a, b):
+            return tuple(map(sum, zip(a, b, strict=True))) if isinstance(a, tuple) else a + b
+
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Drafting(*(add(a, b) for a, b in pairs))
+
+    @property
+    def acceptance(self) -> float:
+        """Drafts accepted over drafts made, what the paper prints; nan if none was made."""
+        return self.accepted / self.drafted if self.drafted else math.nan
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Mean new tokens of a cycle and row; nan if there was no cycle."""
+        return self.tokens / self.cycles if self.cycles else math.nan
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """Share accepted at each position, of those whose predecessors all were."""
+        pairs = zip(self.kept, self.examined, strict=True)
+        return tuple(kept / examined if examined else math.nan for kept, examined in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +85,12 @@ class Generation:
         return sum(map(len, self.tokens)) / self.seconds
 
 
-def bucket(length: int) -> int:
-    """Returns the padded size for `length`: a few sizes, so that few programs are compiled."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+def bucket(length: int, most: int) -> int:
+    """Returns the padded size for `length`: a power of two, or `most` if that is less.
+
+    Few sizes mean few programs to compile.
+    """
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), most)
 
 
 class Generator:
@@ -110,14 +138,17 @@ class Generator:
         exit_layer, draft_length = self._check(
             prompts, max_new_tokens, mode, exit_layer, draft_length, end_token
         )
-        width = bucket(max(map(len, prompts)))
+        context = self.config.max_sequence_length
+        width = bucket(max(map(len, prompts)), context)
         padded = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         limits = Limits(np.int32(max_new_tokens), np.int32(-1 if end_token is None else end_token))
         arguments = jax.device_put((padded, lengths, limits))
-        program = self._program(mode, exit_layer, draft_length, bucket(max_new_tokens), arguments)
+        program = self._program(
+            mode, exit_layer, draft_length, bucket(max_new_tokens, context), arguments
+        )
         start = time.perf_counter()
         result = jax.block_until_ready(program(self._weights, *arguments))
         seconds = time.perf_counter() - start
@@ -164,31 +195,33 @@ class Generator:
                 0 <= end_token < config.vocab_size,
                 f"end_token={end_token} is outside 0..{config.vocab_size - 1}",
             )
+        require(
+            mode != "plain" or exit_layer is None,
+            f"exit_layer={exit_layer} has no meaning for mode='plain', which runs every layer",
+        )
+        require(
+            mode == "self_speculative" or draft_length is None,
+            f"draft_length={draft_length} has no meaning for mode={mode!r}, which drafts nothing",
+        )
         if mode == "plain":
             return config.num_layers, None
         most = config.num_layers - 1
+        require(
+            most >= 1, f"a model of one layer has no early exit; use mode='plain', not {mode!r}"
+        )
         if exit_layer is None or not 1 <= exit_layer <= most:
             raise ConfigError(f"exit_layer={exit_layer} must be in 1..{most} for mode={mode!r}")
-        if mode == "early_exit":
-            return exit_layer, None
-        if draft_length is None or draft_length < 1:
+        if mode == "self_speculative" and (draft_length is None or draft_length < 1):
             raise ConfigError(f"draft_length={draft_length} must be at least 1")
         return exit_layer, draft_length
 
 
-def _drafting(rows, counts: SpeculationCounts) -> Drafting:
-    cycles, drafted, accepted = (
-        int(c.sum()) for c in (counts.cycles, counts.drafted, counts.accepted)
-    )
-    kept, examined = counts.kept.sum(axis=0), counts.examined.sum(axis=0)
-    by_position = np.divide(kept, examined, out=np.full(kept.shape, np.nan), where=examined > 0)
-    # The first token of a row comes from its prompt, before any cycle.
-    in_cycles = int(rows.count.sum()) - len(rows.count)
+def _drafting(rows: Rows, counts: SpeculationCounts) -> Drafting:
     return Drafting(
-        acceptance=accepted / drafted if drafted else float("nan"),
-        tokens_per_cycle=in_cycles / cycles if cycles else float("nan"),
-        acceptance_by_position=tuple(by_position.tolist()),
-        cycles=cycles,
-        drafted=drafted,
-        accepted=accepted,
+        cycles=int(counts.cycles.sum()),
+        tokens=int(rows.count.sum()) - len(rows.count),
+        drafted=int(counts.drafted.sum()),
+        accepted=int(counts.accepted.sum()),
+        examined=tuple(counts.examined.sum(axis=0).tolist()),
+        kept=tuple(counts.kept.sum(axis=0).tolist()),
     )

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from layerskip_jax.config import RunConfig
+from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.state import ModelDefinition, Parameters
@@ -85,14 +86,38 @@ def open_run(workdir: str | Path) -> tuple[RunFolder, RunConfig]:
     return folder, RunConfig.from_dict(json.loads(folder.config_file.read_text()))
 
 
-def load_parameters(
-    workdir: str | Path, step: int | None = None
-) -> tuple[RunFolder, RunConfig, ModelDefinition, Parameters]:
-    """Reads a run's parameters onto the first device.
+class TrainedRun(NamedTuple):
+    """A run read back from its folder.
+
+    Attributes:
+      folder: its paths.
+      config: its resolved config.
+      definition: the model's structure.
+      parameters: of the checkpoint, float32, on the first device.
+      step: of the checkpoint.
+    """
+
+    folder: RunFolder
+    config: RunConfig
+    definition: ModelDefinition
+    parameters: Parameters
+    step: int
+
+    @property
+    def model(self) -> Transformer:
+        """The model with these parameters."""
+        return self.definition.model(self.parameters)
+
+
+def load_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
+    """Reads a run's config and the parameters of a checkpoint.
 
     Args:
       workdir: the run's folder.
       step: the checkpoint; None takes the newest.
+
+    Raises:
+      UserError: no such run or checkpoint.
     """
     folder, config = open_run(workdir)
     definition = ModelDefinition(config.model)
@@ -102,9 +127,10 @@ def load_parameters(
         definition.shapes,
     )
     checkpoints = Checkpoints(folder.checkpoints)
+    step = checkpoints.require_step(step)
     parameters = checkpoints.restore_parameters(step, template)
     checkpoints.close()
-    return folder, config, definition, parameters
+    return TrainedRun(folder, config, definition, parameters, step)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,7 +40,7 @@ class SpeculationCounts(NamedTuple):
 
     Attributes:
       cycles: cycles in which the row was not done.
-      drafted: drafts, G a cycle but for a last one cut short.
+      drafted: drafts, G a cycle but for the last ones.
       accepted: drafts that became tokens.
       examined: by draft position, cycles in which all drafts before it were accepted.
       kept: by draft position, cycles in which it was accepted.
@@ -110,17 +110,23 @@ def accepted_drafts(drafts: Int[Array, "B G"], verified: Int[Array, "B G1"]) -> 
 
 
 def count_drafts(
-    accepted: Int[Array, "B"], given: Int[Array, "B"], done: Array, draft_length: int
+    drafts: Int[Array, "B G"], accepted: Int[Array, "B"], rows: Rows, limits: Limits
 ) -> SpeculationCounts:
-    """Counts one cycle, in which `accepted` drafts agreed and `given` tokens were taken."""
-    cut = given <= accepted  # ended within the accepted drafts: those after are nobody's
-    used = jnp.where(cut, given, accepted)
-    drafted = jnp.where(cut, given, draft_length)
-    index = jnp.arange(draft_length)
-    kept = index < used[:, None]
-    examined = index < jnp.where(cut, given, jnp.minimum(accepted + 1, draft_length))[:, None]
-    counts = SpeculationCounts(jnp.ones_like(given), drafted, used, examined, kept)
-    return jax.tree.map(lambda c: jnp.where(done.reshape(-1, *[1] * (c.ndim - 1)), 0, c), counts)
+    """Counts one cycle, given the rows before it and how many drafts agreed."""
+    index = jnp.arange(drafts.shape[1])
+    is_end = (drafts == limits.end_token).astype(jnp.int32)
+    ended_before = jnp.cumsum(is_end, axis=1) - is_end > 0
+    room = limits.max_new_tokens - rows.count
+    usable = (index < room[:, None]) & ~ended_before & ~rows.done[:, None]
+    kept = usable & (index < accepted[:, None])
+    examined = usable & (index <= accepted[:, None])
+    return SpeculationCounts(
+        cycles=(~rows.done).astype(jnp.int32),
+        drafted=usable.sum(axis=1),
+        accepted=kept.sum(axis=1),
+        examined=examined.astype(jnp.int32),
+        kept=kept.astype(jnp.int32),
+    )
 
 
 def speculate(
@@ -184,9 +190,9 @@ def speculate(
         )
         accepted = accepted_drafts(drafts, verified)
         # The accepted drafts are the first of `verified`, by definition of accepting.
-        after, given = append(rows, verified, accepted + 1, limits)
-        new = count_drafts(accepted, given, rows.done, draft_length)
-        return after, cache, jax.tree.map(jnp.add, counts, new)
+        new = count_drafts(drafts, accepted, rows, limits)
+        rows = append(rows, verified, accepted + 1, limits)
+        return rows, cache, jax.tree.map(jnp.add, counts, new)
 
     rows, _, counts = jax.lax.while_loop(unfinished, cycle, (rows, cache, counts))
     return rows, counts

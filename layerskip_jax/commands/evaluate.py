@@ -22,7 +22,7 @@ from layerskip_jax.training.train import validation_batches
 
 
 def evaluate(
-    workdir: str, *, step: int | None = None, data: str | None = None, limit: int = 0
+    workdir: str | Path, *, step: int | None = None, data: str | None = None, limit: int = 0
 ) -> dict:
     """Scores every exit of a run, on all devices, sharded as one `fsdp` axis.
 

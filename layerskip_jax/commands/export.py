@@ -16,7 +16,7 @@ from layerskip_jax.interop.folder import (
 )
 from layerskip_jax.interop.huggingface import DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
-from layerskip_jax.runs import load_parameters, open_run, read_json_lines, write_json
+from layerskip_jax.runs import load_run, open_run, read_json_lines, write_json
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
 
@@ -71,7 +71,7 @@ def export(
         "layer_dropout": dataclasses.asdict(config.layer_dropout),
         "early_exit": dataclasses.asdict(config.early_exit),
     }
-    _, _, _, parameters = load_parameters(workdir, step)
+    parameters = load_run(workdir, step).parameters
     counts = write_folder(
         output,
         to_hugging_face(parameters, config.model),

@@ -1,9 +1,11 @@
 """layerskip prepare: turn text into packed windows to train on.
 
 A source is `stdlib` (Python's own standard library without its tests), a folder, a file or a
-glob of .txt, .md, .rst, .py and .jsonl files, or `tfds:FOLDER[@SPLIT]` for a TFDS data set on
-disk in array_record format. Documents are split into training and validation, tokenized
-by a byte-level BPE trained on the former, and packed.
+glob of .txt, .md, .rst, .py and .jsonl files, or `tfds:NAME_OR_FOLDER[:SPLIT]` for a TFDS data
+set on this disk in array_record format. A document is a file, a line of a .jsonl file or a
+TFDS example. Documents are split into training and validation, tokenized by a byte-level BPE
+trained on the former, and packed. The output appears when it is complete; prepared already,
+it is left as it is.
 """
 
 import argparse
@@ -18,40 +20,52 @@ from layerskip_jax.data.manifest import Manifest, Request
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import file_sha256, load_tokenizer
 from layerskip_jax.runs import write_json
-from layerskip_jax.schema import require
 
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="layerskip prepare", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="layerskip prepare", description=__doc__, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--source", action="append", help="may be repeated (default: stdlib)")
     add("--output", type=Path, required=True, help="folder to make")
-    add("--sequence-length", type=int, default=2048, help="inputs per window")
-    add("--vocab-size", type=int, default=8192, help="of the tokenizer to train")
+    add("--sequence-length", type=int, default=512, help="inputs per window (default: %(default)s)")
+    add(
+        "--vocab-size",
+        type=int,
+        default=8192,
+        help="of the tokenizer to train (default: %(default)s)",
+    )
     add("--tokenizer", type=Path, help="existing tokenizer.json to use instead")
     add("--end-token", default="", help="its token that ends a document, if not a usual one")
-    add("--validation-fraction", type=float, default=0.05, help="share of documents held out")
-    add("--text-field", default="text", help="field of .jsonl lines and TFDS examples")
-    add("--skip-bad-files", action="store_true", help="leave out files that are not UTF-8")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--overwrite", action="store_true", help="replace other prepared data in --output")
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        help="share of documents held out (default: %(default)s)",
+    )
+    add("--max-bytes", type=int, default=0, help="cap on the text, drawn by document; 0 is none")
+    add("--jsonl-field", default="text", help="field of .jsonl lines (default: %(default)s)")
+    add("--text-field", default="text", help="field of TFDS examples (default: %(default)s)")
+    add("--skip-bad-files", action="store_true", help="leave out files that are not UTF-8 text")
+    add("--seed", type=int, default=0, help="of the split and of --max-bytes")
+    add("--overwrite", action="store_true", help="replace prepared data in --output")
     add("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
-    length, fraction = options.sequence_length, options.validation_fraction
-    require(length >= 2, f"--sequence-length={length} must be at least 2")
-    require(0 < fraction < 1, f"--validation-fraction={fraction} must be between 0 and 1")
     tokenizer_sha256 = ""
     if options.tokenizer is not None:
         load_tokenizer(options.tokenizer)
         tokenizer_sha256 = file_sha256(options.tokenizer)
     request = Request(
         sources=tuple(options.source or [STANDARD_LIBRARY]),
-        sequence_length=length,
+        sequence_length=options.sequence_length,
         vocab_size=0 if options.tokenizer else options.vocab_size,
         tokenizer_sha256=tokenizer_sha256,
         end_token=options.end_token,
-        validation_fraction=fraction,
+        validation_fraction=options.validation_fraction,
+        max_bytes=options.max_bytes,
+        jsonl_field=options.jsonl_field,
         text_field=options.text_field,
         skip_bad_files=options.skip_bad_files,
         seed=options.seed,
@@ -71,7 +85,7 @@ def figures(manifest: Manifest) -> dict:
         "vocab_size": manifest.vocab_size,
         "sequence_length": manifest.sequence_length,
         "unigram_entropy_nats": manifest.unigram_entropy_nats,
-        "bytes_per_token": manifest.train.bytes / manifest.train.tokens,
+        "bytes_per_token": manifest.train.bytes_per_token,
         "skipped_files": manifest.skipped_files,
     }
     for name in ("train", "validation"):
@@ -91,10 +105,10 @@ def _print(manifest: Manifest, output: Path) -> None:
         table.add_row(name, *(f"{count:,}" for count in counts))
     console = Console()
     console.print(table)
-    skipped = f"; {manifest.skipped_files} files skipped" if manifest.skipped_files else ""
+    skipped = f"; {manifest.skipped_files} skipped" if manifest.skipped_files else ""
     console.print(
         f"vocabulary {manifest.vocab_size:,}, windows of {manifest.sequence_length} tokens, "
-        f"{manifest.train.bytes / manifest.train.tokens:.2f} bytes a token, "
-        f"unigram entropy {manifest.unigram_entropy_nats:.3f} nats a token{skipped}",
+        f"{manifest.train.bytes_per_token:.2f} bytes a token, "
+        f"validation unigram entropy {manifest.unigram_entropy_nats:.3f} nats a token{skipped}",
         highlight=False,
     )

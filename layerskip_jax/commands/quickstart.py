@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plain-steps", type=int, default=PLAIN_STEPS)
     parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
     parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     options = parser.parse_args(argv)
     top = options.workdir

@@ -14,7 +14,7 @@ import numpy as np
 
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.data.packing import Batch, unpack
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import ConfigError, UserError
 
 READ_THREADS = 2
 
@@ -27,7 +27,8 @@ class BatchSource:
       num_windows: windows in the split.
       sequence_length: S.
       batch_size: B.
-      steps_per_epoch: batches until every window was seen, the last perhaps in part.
+      steps_per_epoch: batches until every window was seen, the last one in part if B does not
+        divide their number.
     """
 
     def __init__(
@@ -42,18 +43,30 @@ class BatchSource:
           seed: of the order.
           shuffle: whether to draw an order and go on for ever; otherwise the windows come
             once, as they lie, and rows past the last one are padding.
+
+        Raises:
+          UserError: the folder is not prepared, or damaged, or the split has no window.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1")
         self.manifest = read_manifest(folder)
         self.sequence_length = self.manifest.sequence_length
         self.num_windows = self.manifest.split(split).windows
         self.batch_size = batch_size
         self.steps_per_epoch = -(-self.num_windows // batch_size)
         if self.num_windows == 0:
-            raise UserError(f"{folder} has no {split} window; prepare more text")
+            raise UserError(
+                f"{folder} has no {split} window; prepare more text, or a shorter --sequence-length"
+            )
         shards = self.manifest.split(split).shards
         self._shards = [str(Path(folder) / shard.name) for shard in shards]
         self._starts = np.cumsum([0, *(shard.windows for shard in shards)])
-        self._source = grain.sources.ArrayRecordDataSource(self._shards)
+        try:
+            self._source = grain.sources.ArrayRecordDataSource(self._shards)
+        except RuntimeError as error:
+            raise UserError(
+                f"{folder}: a shard of {split} is damaged ({error}); prepare the data again"
+            ) from error
         if len(self._source) != self.num_windows:
             raise UserError(
                 f"{folder}: the shards of {split} hold {len(self._source)} windows, and the "
@@ -63,10 +76,20 @@ class BatchSource:
         order = grain.MapDataset.range(self.num_windows)
         self._order = order.seed(seed).shuffle().repeat() if shuffle else order
 
-    def rows(self, step: int, rows: Sequence[int]) -> Batch:
-        """Returns these rows of batch `step`, reading no other."""
+    def rows(self, step: int, rows: Sequence[int] | slice) -> Batch:
+        """Returns these rows of batch `step`, in this order, reading no other.
+
+        Args:
+          step: from 0.
+          rows: numbers below the batch size.
+
+        Raises:
+          UserError: a record is damaged; the message names the file and the record.
+        """
         windows = []
-        for row in rows:
+        for row in range(self.batch_size)[rows] if isinstance(rows, slice) else rows:
+            if not 0 <= row < self.batch_size:
+                raise IndexError(f"row {row} is not in a batch of {self.batch_size}")
             index = step * self.batch_size + row
             if self._shuffle or index < self.num_windows:
                 windows.append(self._window(int(self._order[index])))
@@ -80,7 +103,7 @@ class BatchSource:
 
     @contextmanager
     def prefetch(
-        self, steps: range, rows: Sequence[int], *, buffer_size: int
+        self, steps: range, rows: Sequence[int] | slice, *, buffer_size: int = 4
     ) -> Iterator[Iterator[tuple[int, Batch]]]:
         """Gives an iterator of `(step, rows of that batch)`, read ahead in the background.
 

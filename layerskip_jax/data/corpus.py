@@ -6,6 +6,7 @@ and writing need no TensorFlow: TFDS writes ArrayRecord and reads it back as a d
 
 import glob
 import hashlib
+import itertools
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import read_only_builder
 
 from layerskip_jax.schema import UserError
 
 EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl")
+SPLITS = ("train", "validation")
 STANDARD_LIBRARY = "stdlib"
 TFDS_PREFIX = "tfds:"
 # Tests, generated caches and installed packages are no part of the library's own source.
@@ -24,9 +27,17 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 class Document(NamedTuple):
-    """A text and the name it is known by: its path, with the line or example number."""
+    """A text and what it is known by.
 
-    name: str
+    Attributes:
+      path: relative to its source, with the line or example number. It decides the split, so
+        a corpus can be moved, or joined by another, without reshuffling.
+      key: the path with the source's number, unique among all.
+      text: never blank.
+    """
+
+    path: str
+    key: str
     text: str
 
 
@@ -34,99 +45,200 @@ class CorpusReader:
     """Reads the documents of several sources, in a fixed order.
 
     Attributes:
-      skipped: names of the files left out because they are not UTF-8 text.
+      sources: as given.
+      skipped: files, lines and examples left out by the last reading as they hold no text.
     """
 
     def __init__(
         self,
         sources: tuple[str, ...],
         *,
+        jsonl_field: str = "text",
         text_field: str = "text",
         skip_bad_files: bool = False,
+        max_bytes: int = 0,
+        seed: int = 0,
     ):
-        """Takes sources as `layerskip prepare --source` has them; nothing is read yet."""
+        """Takes what `layerskip prepare` takes; nothing is read yet.
+
+        Args:
+          sources: as `--source` has them.
+          jsonl_field: field of a `.jsonl` line that holds the text.
+          text_field: field of a TFDS example that holds the text.
+          skip_bad_files: whether to leave out what is not UTF-8 text, instead of failing.
+          max_bytes: UTF-8 bytes to take at most, as whole documents drawn with `seed`; 0 is
+            no limit.
+          seed: of that draw.
+
+        Raises:
+          UserError: a source is named twice.
+        """
         if len(set(sources)) < len(sources):
-            raise UserError(f"--source: {', '.join(sources)} names a source twice")
-        self._sources = sources
+            raise UserError(f"--source: {', '.join(sources)} names a source twice; name it once")
+        self.sources = sources
+        self._jsonl_field = jsonl_field
         self._text_field = text_field
         self._skip_bad_files = skip_bad_files
+        self._max_bytes = max_bytes
+        self._seed = seed
+        self._last_draw: int | None = None
         self.skipped: list[str] = []
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields every document that is not empty.
+        """Yields every document that is not blank, in the order of the sources and paths.
 
         Raises:
-          UserError: a source that does not exist or matches nothing, or a bad file.
+          UserError: a source that does not exist or matches nothing, a file that two sources
+            match, or a file that is not UTF-8 text.
         """
-        self.skipped = []
-        for source in self._sources:
-            if source.startswith(TFDS_PREFIX):
-                yield from self._dataset(source.removeprefix(TFDS_PREFIX))
-            else:
-                root, files = _files(source)
-                # Names tell documents of several sources apart, and do not move with a
-                # single one.
-                prefix = f"{source}:" if len(self._sources) > 1 else ""
-                for file in files:
-                    yield from self._file(prefix + str(file.relative_to(root)), file)
-
-    def _file(self, name: str, file: Path) -> Iterator[Document]:
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            if self._skip_bad_files:
-                self.skipped.append(name)
-                return
-            where = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-            raise UserError(
-                f"{file} cannot be read as UTF-8 text{where} ({error}); convert it, leave it "
-                "out, or pass --skip-bad-files"
-            ) from error
-        if file.suffix != ".jsonl":
-            if text.strip():
-                yield Document(name, text)
+        if not self._max_bytes:
+            yield from self._documents()
             return
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                yield from self._json_line(f"{name}:{number}", line)
+        if self._last_draw is None:
+            self._last_draw = self._draw_documents()
+        for document in self._documents():
+            if self._draw(document) <= self._last_draw:
+                yield document
 
-    def _json_line(self, name: str, line: str) -> Iterator[Document]:
-        try:
-            text = json.loads(line)[self._text_field]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if self._skip_bad_files:
-                self.skipped.append(name)
-                return
+    def _draw(self, document: Document) -> int:
+        return seeded_hash(f"take {self._seed}", document.key)
+
+    def _draw_documents(self) -> int:
+        """Returns the draw of the last document, in order of draws, that the limit has room for.
+
+        A pass over the corpus that keeps two numbers a document.
+        """
+        sizes = sorted((self._draw(doc), len(doc.text.encode())) for doc in self._documents())
+        last, total = -1, 0
+        for draw, size in sizes:
+            total += size
+            if total > self._max_bytes:
+                break
+            last = draw
+        if sizes and last < 0:
             raise UserError(
-                f"{name} is no JSON object with a field {self._text_field!r} ({error!r}); name "
-                "the field with --text-field, or pass --skip-bad-files"
-            ) from error
-        if text.strip():
-            yield Document(name, text)
+                f"--max-bytes={self._max_bytes} has no room for the first document drawn, of "
+                f"{sizes[0][1]} bytes; raise it"
+            )
+        return last
 
-    def _dataset(self, source: str) -> Iterator[Document]:
-        folder, _, split = source.partition("@")
+    def _documents(self) -> Iterator[Document]:
+        self.skipped = []
+        found_by: dict[Path, str] = {}
+        for number, source in enumerate(self.sources):
+            if source.startswith(TFDS_PREFIX):
+                for path, text in self._dataset(source):
+                    yield Document(path, f"{number}:{path}", text)
+                continue
+            root, files = _files(source)
+            for file in files:
+                # Read twice, a text could end up on both sides of the split.
+                real = file.resolve()
+                other = found_by.get(real)
+                if other == source:  # a link to another file of the same source
+                    continue
+                if other is not None:
+                    raise UserError(
+                        f"{file} is matched by both --source={other} and --source={source}; "
+                        "leave it out of one"
+                    )
+                found_by[real] = source
+                for path, text in self._file(str(file.relative_to(root)), file):
+                    yield Document(path, f"{number}:{path}", text)
+
+    def _bad(self, name: str, message: str, error: Exception | None = None) -> None:
+        """Counts what cannot be read, or fails."""
+        if not self._skip_bad_files:
+            raise UserError(f"{message}, or pass --skip-bad-files") from error
+        self.skipped.append(name)
+
+    def _file(self, path: str, file: Path) -> Iterator[tuple[str, str]]:
+        """Yields the documents of a file, as path and text."""
+        if file.suffix == ".jsonl":
+            yield from self._json_lines(path, file)
+            return
+        try:
+            text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            self._bad(str(file), _not_utf8(file, error.start, error.reason), error)
+        except OSError as error:
+            self._bad(str(file), f"{file} cannot be read ({error.strerror}); leave it out", error)
+        else:
+            if text.strip():
+                yield path, text
+
+    def _json_lines(self, path: str, file: Path) -> Iterator[tuple[str, str]]:
+        offset = 0
+        try:
+            # As bytes, since only b"\n" ends a line there: JSON strings may hold the other
+            # characters that Python takes for ends of lines.
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    text = self._json_text(f"{file}:{number}", file, offset, line)
+                    offset += len(line)
+                    if text.strip():
+                        yield f"{path}:{number}", text
+        except OSError as error:
+            self._bad(str(file), f"{file} cannot be read ({error.strerror}); leave it out", error)
+
+    def _json_text(self, name: str, file: Path, offset: int, line: bytes) -> str:
+        """Returns the text of a line, empty where there is none."""
+        if not line.strip():
+            return ""
+        try:
+            text = json.loads(line.decode("utf-8").removeprefix("\ufeff"))[self._jsonl_field]
+            text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
+            return text
+        except UnicodeDecodeError as error:
+            self._bad(name, _not_utf8(file, offset + error.start, error.reason), error)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self._bad(
+                name,
+                f"{name} is no JSON object with text in its field {self._jsonl_field!r} "
+                f"({error!r}); name the field with --jsonl-field",
+                error,
+            )
+        return ""
+
+    def _dataset(self, source: str) -> Iterator[tuple[str, str]]:
+        folder, _, split = source.removeprefix(TFDS_PREFIX).partition(":")
         split = split or "train"
         try:
-            examples = tfds.builder_from_directory(folder).as_data_source(split=split)
+            if Path(folder).is_dir():
+                builder = tfds.builder_from_directory(folder)
+            else:
+                # From its files and not its code, which is only needed to make it.
+                builder = read_only_builder.builder_from_files(folder)
+            examples = builder.as_data_source(split=split)
         except Exception as error:  # TFDS raises many kinds, all about what was asked for
             raise UserError(
-                f"--source={TFDS_PREFIX}{source}: no TFDS data set in array_record format with "
-                f"split {split!r} in {folder} ({error})"
+                f"--source={source}: {folder} is no folder or name of a TFDS data set on this "
+                f"disk, in array_record format, with the split {split!r} ({error})"
             ) from error
         for number, example in enumerate(examples):
-            if self._text_field not in example:
+            if not isinstance(example.get(self._text_field), bytes):
                 raise UserError(
-                    f"--source={TFDS_PREFIX}{source} has no field {self._text_field!r}; it has "
-                    f"{', '.join(sorted(example))}; name one with --text-field"
+                    f"--source={source} has no text in a field {self._text_field!r}; its fields "
+                    f"are {', '.join(sorted(example))}: name one with --text-field"
                 )
-            text = example[self._text_field].decode("utf-8")
+            path = f"{builder.name}:{split}:{number}"
+            try:
+                text = example[self._text_field].decode("utf-8")
+            except UnicodeDecodeError as error:
+                self._bad(
+                    path, f"--source={source}: example {number} is not UTF-8 ({error})", error
+                )
+                continue
             if text.strip():
-                yield Document(f"{folder}@{split}:{number}", text)
+                yield path, text
+
+
+def _not_utf8(file: Path, offset: int, reason: str) -> str:
+    return f"{file} is not UTF-8 text: {reason} at byte {offset}; convert it, leave it out"
 
 
 def _files(source: str) -> tuple[Path, list[Path]]:
-    """Returns the folder that names are relative to, and the files, sorted."""
+    """Returns the folder that paths are relative to, and the files, sorted."""
     if source == STANDARD_LIBRARY:
         root = Path(sysconfig.get_path("stdlib"))
         files = [
@@ -137,14 +249,17 @@ def _files(source: str) -> tuple[Path, list[Path]]:
         return root, sorted(files)
     path = Path(source)
     if path.is_dir():
-        root, files = path, [f for f in path.rglob("*") if f.suffix in EXTENSIONS and f.is_file()]
+        # Like a glob, this passes by what is hidden, such as .git or .venv.
+        root, found = path, (path / f for f in glob.glob("**", root_dir=path, recursive=True))
+        files = [file for file in found if file.suffix in EXTENSIONS and file.is_file()]
     elif path.is_file():
         root, files = path.parent, [path]
-    else:
-        root = Path(path.anchor)
+    elif glob.has_magic(source):
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+        root = Path(*plain)
         files = [Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file()]
-        if not files and not glob.has_magic(source):
-            raise UserError(f"--source={source}: there is no such file or folder")
+    else:
+        raise UserError(f"--source={source}: there is no such file or folder")
     if not files:
         raise UserError(
             f"--source={source} matches no file; a folder is searched for {', '.join(EXTENSIONS)}"
@@ -152,13 +267,18 @@ def _files(source: str) -> tuple[Path, list[Path]]:
     return root, sorted(files)
 
 
-def is_validation(name: str, seed: int, fraction: float) -> bool:
-    """Returns whether a document goes to the validation split.
-
-    A hash of its name decides, so that a document stays where it is when others come or go.
-    """
+def seeded_hash(seed: int | str, name: str) -> int:
+    """Returns 64 bits that depend on the seed and the name only."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big")
+
+
+def is_validation(path: str, seed: int, fraction: float) -> bool:
+    """Returns whether the document at `path` goes to the validation split.
+
+    A hash of its path decides, so a document stays where it is when others come or go.
+    """
+    return seeded_hash(seed, path) < fraction * 2**64
 
 
 class TextCorpus(tfds.core.GeneratorBasedBuilder):
@@ -175,17 +295,26 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(
-            {"name": tfds.features.Text(), "text": tfds.features.Text()}
+            {"path": tfds.features.Text(), "text": tfds.features.Text()}
         )
         return tfds.core.DatasetInfo(builder=self, description="Text documents.", features=features)
 
     def _split_generators(self, dl_manager):
-        return {
-            "train": self._generate_examples(validation=False),
-            "validation": self._generate_examples(validation=True),
-        }
+        return {name: self._generate_examples(validation=name == "validation") for name in SPLITS}
 
     def _generate_examples(self, validation: bool):
+        total = taken = 0
         for document in self._reader:
-            if is_validation(document.name, self._seed, self._validation_fraction) == validation:
-                yield document.name, {"name": document.name, "text": document.text}
+            total += 1
+            if is_validation(document.path, self._seed, self._validation_fraction) == validation:
+                taken += 1
+                # By the key TFDS orders what it writes, in the same order each time.
+                yield document.key, {"path": document.path, "text": document.text}
+        if total == 0:
+            raise UserError(f"--source={', '.join(self._reader.sources)}: every document is blank")
+        if taken == 0:
+            raise UserError(
+                f"none of {total} document(s) fell into the {SPLITS[validation]} split; give "
+                "more documents (a .jsonl file holds one a line), or change "
+                f"--validation-fraction={self._validation_fraction} or --seed={self._seed}"
+            )

@@ -5,11 +5,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from layerskip_jax.data.tokenizer import file_sha256
-from layerskip_jax.schema import ConfigError, UserError, build
+from layerskip_jax.data.tokenizer import SMALLEST_VOCABULARY, file_sha256
+from layerskip_jax.schema import UserError, build, require
 
 FORMAT = 1
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
+_AGAIN = "prepare the data again (`layerskip prepare --overwrite`)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Request:
       tokenizer_sha256: of the existing tokenizer, or "".
       end_token: as given, or "".
       validation_fraction: share of the documents held out.
-      text_field: field of jsonl lines and TFDS examples.
-      skip_bad_files: whether files that are not UTF-8 are left out.
-      seed: of the split.
+      max_bytes: cap on the text; 0 is none.
+      jsonl_field: field of `.jsonl` lines.
+      text_field: field of TFDS examples.
+      skip_bad_files: whether files that are not UTF-8 text are left out.
+      seed: of the split and of the draw that `max_bytes` makes.
     """
 
     sources: tuple[str, ...]
@@ -34,9 +37,22 @@ class Request:
     tokenizer_sha256: str
     end_token: str
     validation_fraction: float
+    max_bytes: int
+    jsonl_field: str
     text_field: str
     skip_bad_files: bool
     seed: int
+
+    def __post_init__(self):
+        length, fraction, size = self.sequence_length, self.validation_fraction, self.vocab_size
+        require(length >= 2, f"--sequence-length={length} must be at least 2")
+        require(0 < fraction < 1, f"--validation-fraction={fraction} must be between 0 and 1")
+        require(self.max_bytes >= 0, f"--max-bytes={self.max_bytes} must not be negative")
+        require(
+            size >= SMALLEST_VOCABULARY or bool(self.tokenizer_sha256),
+            f"--vocab-size={size} is too small: the bytes and the end token alone take "
+            f"{SMALLEST_VOCABULARY}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +62,13 @@ class Shard:
     Attributes:
       name: file name within the folder.
       windows: records in it.
+      bytes: size of the file.
       sha256: of the file.
     """
 
     name: str
     windows: int
+    bytes: int
     sha256: str
 
 
@@ -59,7 +77,7 @@ class Split:
     """Counts of one split.
 
     Attributes:
-      documents: documents that are not empty.
+      documents: documents that are not blank.
       bytes: of their UTF-8 text.
       tokens: with one end token a document.
       windows: packed windows.
@@ -71,6 +89,11 @@ class Split:
     tokens: int
     windows: int
     shards: tuple[Shard, ...]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text a token stands for, on average."""
+        return self.bytes / self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +110,10 @@ class Manifest:
       end_token_id: its id.
       train: counts of the training split.
       validation: counts of the held-out documents.
-      skipped_files: files left out because they are not UTF-8.
-      unigram_entropy_nats: cross-entropy of the validation tokens under the training split's
-        own unigram frequencies, nats a token: the loss of a model that ignores all context.
-      fingerprint: identifies the windows and the tokenizer.
+      skipped_files: files, lines and examples left out because they hold no UTF-8 text.
+      unigram_entropy_nats: entropy of the validation tokens' own frequencies, nats a token.
+        No model that ignores the context has a lower validation loss.
+      fingerprint: SHA-256 that identifies the windows and the tokenizer.
     """
 
     format: int
@@ -122,32 +145,34 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
       UserError: there is none, it is of another version, the tokenizer beside it is not the
-        one it was prepared with, or a shard is missing.
+        one it was prepared with, or a shard is missing or of another size.
     """
     path = Path(folder) / MANIFEST_FILE
     if not str(folder) or not path.is_file():
         raise UserError(
             f"config.data.path={str(folder)!r} holds no prepared data ({MANIFEST_FILE} is "
-            "missing); make it with `layerskip prepare --output=FOLDER`"
-        )
-    values = json.loads(path.read_text())
-    if values.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {values.get('format')}, and this version reads {FORMAT}; "
-            "prepare the data again"
+            "missing); run `layerskip prepare --output=FOLDER` first"
         )
     try:
+        values = json.loads(path.read_text())
+        if (version := values["format"]) != FORMAT:
+            raise UserError(
+                f"{path} has format {version}, and this version reads {FORMAT}; {_AGAIN}"
+            )
         manifest = build(Manifest, values, str(path))
-    except (ConfigError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); prepare the data again") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {_AGAIN}") from error
     tokenizer = path.with_name(TOKENIZER_FILE)
     actual = file_sha256(tokenizer) if tokenizer.is_file() else "none"
     if actual != manifest.tokenizer_sha256:
         raise UserError(
             f"{tokenizer} (sha256 {actual[:12]}) is not the tokenizer that {folder} was prepared "
-            f"with ({manifest.tokenizer_sha256[:12]}); put that one back, or prepare again"
+            f"with ({manifest.tokenizer_sha256[:12]}); put that one back, or {_AGAIN}"
         )
     for shard in (*manifest.train.shards, *manifest.validation.shards):
-        if not path.with_name(shard.name).is_file():
-            raise UserError(f"{path.with_name(shard.name)} is missing; prepare the data again")
+        file = path.with_name(shard.name)
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {_AGAIN}")
+        if (size := file.stat().st_size) != shard.bytes:
+            raise UserError(f"{file} has {size} bytes, not the {shard.bytes} written; {_AGAIN}")
     return manifest

@@ -33,18 +33,23 @@ class Batch(NamedTuple):
 
 
 def pack(
-    documents: Iterable[list[int]], sequence_length: int, end_token_id: int
+    documents: Iterable[Int32[np.ndarray, "tokens"]], sequence_length: int, end_token_id: int
 ) -> Iterator[Int32[np.ndarray, "2 S1"]]:
     """Cuts documents into windows of S + 1 tokens (row 0) and segment ids (row 1).
 
     Holds one window and one document at a time. The last window is padded with end tokens
     of segment 0; a last window that would hold no target is left out.
+
+    Args:
+      documents: token ids of each, without the end token.
+      sequence_length: S.
+      end_token_id: follows each document.
     """
     size = sequence_length + 1
     tokens, segments = np.empty(0, np.int32), np.empty(0, np.int32)
     for number, document in enumerate(documents):
-        tokens = np.concatenate([tokens, np.array([*document, end_token_id], np.int32)])
-        segments = np.concatenate([segments, np.full(len(document) + 1, number, np.int32)])
+        tokens = np.concatenate([tokens, document, [end_token_id]], dtype=np.int32)
+        segments = np.pad(segments, (0, len(document) + 1), constant_values=number)
         start = 0
         while len(tokens) - start >= size:
             window = slice(start, start + size)
@@ -62,7 +67,11 @@ def pack(
 
 
 def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Batch:
-    """Returns the inputs, targets, segments and positions of packed windows."""
+    """Returns the inputs, targets, segments and positions of packed windows.
+
+    Positions are not stored: they follow from the segments. The target of a document's end
+    token, the first token of the next document, is not valid; the end token itself is.
+    """
     tokens, segments = windows[:, 0], windows[:, 1]
     inputs = segments[:, :-1]
     index = np.arange(inputs.shape[1])

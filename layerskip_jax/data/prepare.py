@@ -1,12 +1,21 @@
 """From text to a folder of packed windows, all of it or nothing.
 
-Everything is written into a hidden folder beside the output and moved into place at the end,
-the manifest last. A run that was interrupted leaves nothing that looks finished, and the
-next one starts again.
+Everything is written into a folder beside the output, the manifest last, and moved into
+place at the end. A run that was interrupted leaves nothing that looks finished, and the next
+one starts again. The folder holds
+
+    manifest.json      what was asked for, what came of it, and checksums
+    tokenizer.json     of the `tokenizers` library
+    train-*.array_record, validation-*.array_record
+    corpus/            the documents, as a TFDS data set
+
+A record is one packed window, `[2, S + 1]` int32 in native byte order: tokens, then segment
+ids (`packing.py`). Positions are derived from the segment ids when a window is read.
 """
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -19,10 +28,11 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Int32, Int64
 from tokenizers import Tokenizer
 
 from layerskip_jax.data import manifest as manifests
-from layerskip_jax.data.corpus import CorpusReader, TextCorpus
+from layerskip_jax.data.corpus import SPLITS, CorpusReader, TextCorpus
 from layerskip_jax.data.manifest import Manifest, Request, Shard, Split
 from layerskip_jax.data.packing import pack
 from layerskip_jax.data.tokenizer import (
@@ -30,24 +40,27 @@ from layerskip_jax.data.tokenizer import (
     file_sha256,
     load_tokenizer,
     train_tokenizer,
+    vocabulary_size,
 )
 from layerskip_jax.schema import UserError
+from layerskip_jax.staging import staged_folder
 
 logger = logging.getLogger(__name__)
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 CORPUS = "corpus"  # the documents as a TFDS data set
-SHARD_WINDOWS = 1 << 16
-TOKENIZE_DOCUMENTS = 256  # tokenized at once, by all cores
+SHARD_BYTES = 64 << 20  # of windows; compressed, a shard is smaller
+# Tokenized at once by all cores, and so what has to fit in memory.
+CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 4 << 20
 
 
 @dataclasses.dataclass
 class _Counts:
-    """What is counted while a split is packed."""
+    """What is counted while a split is packed; `histogram` holds the tokens of each id."""
 
+    histogram: Int64[np.ndarray, "V"]
     documents: int = 0
     bytes: int = 0
-    tokens: int = 0
-    histogram: np.ndarray | int = 0
 
 
 def prepare(
@@ -57,63 +70,94 @@ def prepare(
 
     Args:
       request: what to prepare.
-      output: the folder. If it already holds the same, nothing is done.
+      output: the folder. If it already holds what `request` makes, nothing is done; whether
+        the text of the sources has changed since is not looked at.
       tokenizer_file: an existing tokenizer.json to use instead of training one.
-      overwrite: whether other prepared data in `output` may be replaced, once the new data
-        is complete.
+      overwrite: whether to prepare in any case, and replace prepared data in `output` once
+        the new data is complete.
 
     Raises:
       UserError: naming what is wrong with the sources, the tokenizer or the output.
     """
-    if (output / manifests.MANIFEST_FILE).is_file():
+    if (output / manifests.MANIFEST_FILE).is_file() and not overwrite:
         existing = manifests.read_manifest(output)
-        differing = [
-            f"{field.name}: {old!r} -> {new!r}"
-            for field in dataclasses.fields(Request)
-            if (old := getattr(existing.request, field.name))
-            != (new := getattr(request, field.name))
-        ]
-        if not differing and not overwrite:
-            logger.info("%s is prepared already", output)
-            return existing
-        if not overwrite:
+        _require_same(request, existing.request, output)
+        logger.info("%s is prepared already (--overwrite reads the sources once more)", output)
+        return existing
+
+    def check(place: Path) -> None:
+        if (place / manifests.MANIFEST_FILE).is_file():
+            if not overwrite:
+                raise UserError(f"--output={output} was prepared by another process meanwhile")
+        elif place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(
-                f"--output={output} holds data prepared otherwise ({'; '.join(differing)}); take "
-                "another --output, or pass --overwrite"
+                f"--output={output} exists and is no prepared data; take another folder"
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} exists and is no prepared data; take another folder")
-    with _staged(output) as folder:
+
+    with staged_folder(output, check) as folder, _disk_errors():
         return _write(request, folder, tokenizer_file)
+
+
+def _require_same(request: Request, existing: Request, output: Path) -> None:
+    differing = [
+        f"{field.name} {old!r} there, {new!r} asked for"
+        for field in dataclasses.fields(Request)
+        if (old := getattr(existing, field.name)) != (new := getattr(request, field.name))
+    ]
+    if differing:
+        raise UserError(
+            f"--output={output} holds data prepared otherwise ({'; '.join(differing)}); take "
+            "another --output, or pass --overwrite"
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Raises as an `OSError` what the libraries report of the disk in errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        if any(os.strerror(code) in str(error) for code in DISK_ERRORS):
+            raise OSError(str(error)) from error
+        raise
 
 
 def _write(request: Request, folder: Path, tokenizer_file: Path | None) -> Manifest:
     reader = CorpusReader(
-        request.sources, text_field=request.text_field, skip_bad_files=request.skip_bad_files
+        request.sources,
+        jsonl_field=request.jsonl_field,
+        text_field=request.text_field,
+        skip_bad_files=request.skip_bad_files,
+        max_bytes=request.max_bytes,
+        seed=request.seed,
     )
-    corpus = _build_corpus(reader, request, folder / CORPUS)
-
     target = folder / manifests.TOKENIZER_FILE
     if tokenizer_file is not None:
-        tokenizer = load_tokenizer(tokenizer_file)
         shutil.copyfile(tokenizer_file, target)
-    else:
-        texts = (text for _, text in _documents(corpus, "train"))
-        tokenizer = train_tokenizer(texts, request.vocab_size)
-        tokenizer.save(str(target))
+        # Looked at already now: reading the corpus can take long.
+        end_token_of(load_tokenizer(target), request.end_token or None)
+
+    logger.info("reading %s", ", ".join(request.sources))
+    corpus = _build_corpus(reader, request, folder / CORPUS)
+    if tokenizer_file is None:
+        logger.info("training a tokenizer")
+        train_tokenizer(_texts(corpus, "train"), request.vocab_size).save(str(target))
+    tokenizer = load_tokenizer(target)
+    vocab_size = vocabulary_size(tokenizer)
     end_token, end_token_id = end_token_of(tokenizer, request.end_token or None)
 
-    splits, histograms = {}, {}
-    for name in ("train", "validation"):
-        counts = _Counts(histogram=np.zeros(tokenizer.get_vocab_size(), np.int64))
-        tokens = _tokenized(_documents(corpus, name), tokenizer, end_token_id, counts)
+    splits = {}
+    for name in SPLITS:
+        logger.info("packing %s", name)
+        counts = _Counts(np.zeros(vocab_size, np.int64))
+        tokens = _tokenized(_texts(corpus, name), tokenizer, counts)
         windows = pack(tokens, request.sequence_length, end_token_id)
         shards = tuple(_write_shards(windows, folder, name))
-        histograms[name] = counts.histogram
+        counts.histogram[end_token_id] += counts.documents
         splits[name] = Split(
             documents=counts.documents,
             bytes=counts.bytes,
-            tokens=counts.tokens,
+            tokens=int(counts.histogram.sum()),
             windows=sum(shard.windows for shard in shards),
             shards=shards,
         )
@@ -122,12 +166,13 @@ def _write(request: Request, folder: Path, tokenizer_file: Path | None) -> Manif
         format=manifests.FORMAT,
         request=request,
         sequence_length=request.sequence_length,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocab_size,
         tokenizer_sha256=tokenizer_sha256,
         end_token=end_token,
         end_token_id=end_token_id,
-        skipped_files=len(set(reader.skipped)),
-        unigram_entropy_nats=_cross_entropy(histograms["train"], histograms["validation"]),
+        skipped_files=len(reader.skipped),
+        # The last counts are those of the validation split.
+        unigram_entropy_nats=_entropy(counts.histogram),
         fingerprint=manifests.fingerprint(tokenizer_sha256, *splits.values()),
         **splits,
     )
@@ -136,12 +181,8 @@ def _write(request: Request, folder: Path, tokenizer_file: Path | None) -> Manif
     return manifest
 
 
-def _build_corpus(reader: CorpusReader, request: Request, folder: Path):
+def _build_corpus(reader: CorpusReader, request: Request, folder: Path) -> TextCorpus:
     """Writes the documents as a TFDS data set and opens it."""
-    # The first document is read here, so that a bad source is reported as what it is
-    # rather than from within TFDS.
-    if next(iter(reader), None) is None:
-        raise UserError(f"--source={', '.join(request.sources)}: every document is empty")
     tfds.disable_progress_bar()
     builder = TextCorpus(
         reader=reader,
@@ -153,99 +194,58 @@ def _build_corpus(reader: CorpusReader, request: Request, folder: Path):
     with contextlib.redirect_stdout(io.StringIO()):  # it announces paths that will not last
         builder.download_and_prepare(file_format="array_record")
     shutil.rmtree(folder / "downloads", ignore_errors=True)
-    counts = {name: split.num_examples for name, split in builder.info.splits.items()}
-    for name in ("train", "validation"):
-        if not counts.get(name):
-            raise UserError(
-                f"all {sum(counts.values())} document(s) fell into one split, so {name} is "
-                "empty; give more documents (a .jsonl file holds one a line), or change "
-                f"--validation-fraction={request.validation_fraction} or --seed"
-            )
     return builder
 
 
-def _documents(corpus, split: str) -> Iterator[tuple[str, str]]:
+def _texts(corpus: TextCorpus, split: str) -> Iterator[str]:
     for example in corpus.as_data_source(split=split):
-        yield example["name"].decode(), example["text"].decode()
+        yield example["text"].decode("utf-8")
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Groups texts so that a group is many of them, but no more than fits in memory."""
+    chunk, characters = [], 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text)
+        if len(chunk) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _tokenized(
-    documents: Iterable[tuple[str, str]],
-    tokenizer: Tokenizer,
-    end_token_id: int,
-    counts: _Counts,
-) -> Iterator[list[int]]:
-    iterator = iter(documents)
-    while chunk := list(itertools.islice(iterator, TOKENIZE_DOCUMENTS)):
-        texts = [text for _, text in chunk]
-        for text, encoding in zip(
-            texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
-        ):
-            ids = encoding.ids
-            counts.documents += 1
-            counts.bytes += len(text.encode())
-            counts.tokens += len(ids) + 1
-            counts.histogram += np.bincount([*ids, end_token_id], minlength=len(counts.histogram))
-            yield ids
+    texts: Iterable[str], tokenizer: Tokenizer, counts: _Counts
+) -> Iterator[Int32[np.ndarray, "tokens"]]:
+    """Yields the token ids of each text, and counts them."""
+    for chunk in _chunks(texts):
+        encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+        documents = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        counts.documents += len(chunk)
+        counts.bytes += sum(len(text.encode()) for text in chunk)
+        counts.histogram += np.bincount(np.concatenate(documents), minlength=len(counts.histogram))
+        yield from documents
 
 
 def _write_shards(windows: Iterator[np.ndarray], folder: Path, split: str) -> Iterator[Shard]:
     for number in itertools.count():
-        chunk = itertools.islice(windows, SHARD_WINDOWS)
-        first = next(chunk, None)
+        first = next(windows, None)
         if first is None:
             return
+        rest = itertools.islice(windows, max(SHARD_BYTES // first.nbytes, 1) - 1)
         path = folder / f"{split}-{number:05d}.array_record"
         # Groups of one record make every record cheap to reach, in any order.
         writer = ArrayRecordWriter(str(path), "group_size:1")
         count = 0
-        for window in itertools.chain([first], chunk):
-            writer.write(window.astype(np.int32).tobytes())
+        for window in itertools.chain([first], rest):
+            writer.write(window.tobytes())
             count += 1
         writer.close()
-        yield Shard(path.name, count, file_sha256(path))
+        yield Shard(path.name, count, path.stat().st_size, file_sha256(path))
 
 
-def _cross_entropy(train: np.ndarray, validation: np.ndarray) -> float:
-    """Nats per validation token under the training unigrams, each counted once more."""
-    log_p = np.log((train + 1) / (train.sum() + len(train)))
-    return float(-(validation * log_p).sum() / validation.sum())
-
-
-@contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """Gives a hidden folder beside `output` that takes its place when the block ends well.
-
-    What is in place stays until then; what an earlier, dead process left is removed.
-    """
-    output = output.absolute()
-    staging = output.with_name(f".{output.name}.incomplete-{os.getpid()}")
-    try:
-        for stale in output.parent.glob(f".{output.name}.incomplete-*"):
-            if not _alive(int(stale.name.rsplit("-", 1)[1])):
-                shutil.rmtree(stale)
-        staging.mkdir(parents=True)
-        try:
-            yield staging
-            old = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-            if output.exists():
-                output.rename(old)
-            staging.rename(output)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"--output={output} cannot be written ({error.strerror or error}); free some space "
-            "or take another folder"
-        ) from error
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _entropy(histogram: Int64[np.ndarray, "V"]) -> float:
+    """Returns the entropy of tokens counted by id, in nats a token."""
+    p = histogram[histogram > 0] / histogram.sum()
+    return float(-(p * np.log(p)).sum())

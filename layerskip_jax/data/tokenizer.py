@@ -17,14 +17,10 @@ SMALLEST_VOCABULARY = 257  # every byte, and the end token
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE, which loses no byte of any text and knows no unknown token.
 
-    Raises:
-      UserError: `vocab_size` has no room for the bytes and the end token.
+    Args:
+      texts: to train on.
+      vocab_size: V, at least `SMALLEST_VOCABULARY`; less text may fill less of it.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"--vocab-size={vocab_size} is too small; the bytes and the end token alone take "
-            f"{SMALLEST_VOCABULARY}"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,7 +35,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a `tokenizer.json`.
+    """Reads a `tokenizer.json`, made to encode whole documents as nothing but text.
+
+    It neither truncates nor pads, and a special token spelled out in a document is text
+    there, not the token: a page about `<|endoftext|>` does not end in the middle.
 
     Raises:
       UserError: there is none, or it cannot be read.
@@ -47,9 +46,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"{path}: there is no such tokenizer.json")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path} is no tokenizer.json that can be read ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Returns V, one more than the largest id; published vocabularies may leave ids out."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def end_token_of(tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:

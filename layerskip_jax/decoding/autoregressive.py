@@ -50,16 +50,11 @@ def greedy(logits: Float[Array, "B S V"]) -> Int[Array, "B S"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def append(
-    rows: Rows, tokens: Int[Array, "B S"], offered: Int[Array, "B"], limits: Limits
-) -> tuple[Rows, Int[Array, "B"]]:
+def append(rows: Rows, tokens: Int[Array, "B S"], offered: Int[Array, "B"], limits: Limits) -> Rows:
     """Gives each row the first `offered` of its tokens, as far as it may have them.
 
     Nothing goes past an end token or past `max_new_tokens`, and nothing to a row that is
     done.
-
-    Returns:
-      The rows, and how many tokens each was given.
     """
     length = tokens.shape[1]
     is_end = tokens == limits.end_token
@@ -73,15 +68,12 @@ def append(
     )
     newest = jnp.take_along_axis(tokens, jnp.maximum(given - 1, 0)[:, None], axis=1)[:, 0]
     count = rows.count + given
-    return (
-        Rows(
-            last=jnp.where(given > 0, newest, rows.last),
-            position=rows.position + given,
-            tokens=written,
-            count=count,
-            done=rows.done | (given == until_end) | (count >= limits.max_new_tokens),
-        ),
-        given,
+    return Rows(
+        last=jnp.where(given > 0, newest, rows.last),
+        position=rows.position + given,
+        tokens=written,
+        count=count,
+        done=rows.done | (given == until_end) | (count >= limits.max_new_tokens),
     )
 
 
@@ -111,7 +103,7 @@ def prefill(
       choose: from logits to tokens.
     """
     batch, length = prompts.shape
-    cache = empty_cache(config, batch, length + capacity + lookahead)
+    cache = empty_cache(config, exit_layer, batch, length + capacity + lookahead)
     positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
     x, cache = run_layers(weights, cache, weights.embedding[prompts], positions, 0, exit_layer)
     last_states = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
@@ -124,8 +116,7 @@ def prefill(
         done=zeros > 0,
     )
     first = choose(read_head(weights, last_states))
-    rows, _ = append(rows, first, zeros + 1, limits)
-    return rows, cache
+    return append(rows, first, zeros + 1, limits), cache
 
 
 def decode(
@@ -159,8 +150,8 @@ def decode(
         rows, cache = state
         x = weights.embedding[rows.last][:, None]
         x, cache = run_layers(weights, cache, x, rows.position[:, None], 0, exit_layer)
-        rows, _ = append(rows, choose(read_head(weights, x)), jnp.ones_like(rows.count), limits)
-        return rows, cache
+        chosen = choose(read_head(weights, x))
+        return append(rows, chosen, jnp.ones_like(rows.count), limits), cache
 
     rows, _ = jax.lax.while_loop(unfinished, next_token, (rows, cache))
     return rows

@@ -26,7 +26,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The cache of all layers, and the rotary tables of its T positions.
+    """The cache of the layers that run, and the rotary tables of its T positions.
 
     Attributes:
       layers: one `LayerCache` a layer.
@@ -39,12 +39,12 @@ class Cache(NamedTuple):
     sin: Float[Array, "T h2"]
 
 
-def empty_cache(config: ModelConfig, batch_size: int, slots: int) -> Cache:
+def empty_cache(config: ModelConfig, num_layers: int, batch_size: int, slots: int) -> Cache:
     """Returns a cache of `slots` positions a row; writing past them would be silent."""
     shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     cos, sin = rope_tables(jnp.arange(slots)[None], config.head_dim, config.rope_theta)
-    return Cache((LayerCache(zeros, zeros),) * config.num_layers, cos[0], sin[0])
+    return Cache((LayerCache(zeros, zeros),) * num_layers, cos[0], sin[0])
 
 
 def run_layers(
@@ -83,8 +83,14 @@ def run_layers(
 
 def read_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Returns float32 logits of states after any layer: every exit shares norm and head."""
-    normed = weights.final_norm(x)
-    return jnp.einsum("bsd,dv->bsv", normed, weights.head, preferred_element_type=jnp.float32)
+    # Contracting with the embedding as it lies spares a transposed copy of a tied head.
+    tied = weights.head is None
+    return jnp.einsum(
+        "bsd,vd->bsv" if tied else "bsd,dv->bsv",
+        weights.final_norm(x),
+        weights.embedding if tied else weights.head,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _write(

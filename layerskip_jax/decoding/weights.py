@@ -4,7 +4,7 @@ Slicing layer l out of the stacked arrays inside the loop would copy every weigh
 token, which more than doubles the cost of a token.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -13,38 +13,35 @@ from layerskip_jax.model.transformer import Block, RMSNorm, Transformer
 
 
 class DecoderWeights(NamedTuple):
-    """What decoding reads, in the compute dtype.
+    """What decoding reads; matrices in the compute dtype, scales of norms in float32.
 
     Attributes:
       embedding: `[V, D]`.
       layers: one `Block` a layer.
       final_norm: shared by all exits.
-      head: `[D, V]`, shared by all exits.
+      head: `[D, V]`, shared by all exits; None where the embedding serves as the head.
     """
 
     embedding: Float[Array, "V D"]
-    layers: tuple[Any, ...]
+    layers: tuple[Block, ...]
     final_norm: RMSNorm
-    head: Float[Array, "D V"]
+    head: Float[Array, "D V"] | None
 
 
+@jax.jit
 def decoder_weights(model: Transformer) -> DecoderWeights:
-    """Takes a model's stacked layers apart and casts everything to its compute dtype."""
+    """Takes a model's stacked layers apart and casts its matrices to its compute dtype."""
+    dtype = model.config.compute_dtype
 
-    @jax.jit
-    def take_apart(model):
-        def cast(tree):
-            return jax.tree.map(lambda w: w.astype(model.config.compute_dtype), tree)
+    def cast(leaf):
+        return leaf.astype(dtype) if leaf.ndim > 1 else leaf
 
-        layers: list[Block] = [
-            jax.tree.map(lambda w, layer=layer: w[layer], cast(model.layers))
-            for layer in range(model.config.num_layers)
-        ]
-        return DecoderWeights(
-            embedding=cast(model.embedding[...]),
-            layers=tuple(layers),
-            final_norm=cast(model.final_norm),
-            head=cast(model.head_weight),
-        )
+    def take(layer):
+        return jax.tree.map(lambda stacked: cast(stacked[layer]), model.layers)
 
-    return take_apart(model)
+    return DecoderWeights(
+        embedding=cast(model.embedding[...]),
+        layers=tuple(take(layer) for layer in range(model.config.num_layers)),
+        final_norm=model.final_norm,
+        head=None if model.config.tie_embeddings else cast(model.head[...]),
+    )

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from layerskip_jax.interop.huggingface import llama_config, tensor_shapes
-from layerskip_jax.interop.staging import staged_folder
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import UserError
+from layerskip_jax.staging import staged_folder
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
 PROVENANCE = "layerskip"  # the key of config.json by which an export is known as ours
@@ -180,7 +181,10 @@ def _write_weights(
         shard = {name: _cast(name, tensor, dtype) for name, tensor in taken}
         if list(shard) != names:
             raise ValueError(f"expected the tensors {names}, got {list(shard)}")
-        save_file(shard, path, metadata={"format": "pt"})
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a disk that is full
+            raise OSError(str(error)) from error
         # safetensors makes files that only their owner reads; take the folder's rights.
         path.chmod(stage.stat().st_mode & 0o666)
         file_of.update(dict.fromkeys(names, file))

@@ -32,8 +32,8 @@ class Checkpoints:
         self._writes = keep is not None
         if not self._writes and not folder.is_dir():
             raise UserError(f"{folder} does not exist; the run has saved nothing yet")
+        self._every_steps = every_steps
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every_steps,
             max_to_keep=keep,
             create=self._writes,
             read_only=not self._writes,
@@ -54,7 +54,8 @@ class Checkpoints:
 
         A failure of an earlier asynchronous save is raised here, at the latest in `close`.
         """
-        if step in self._manager.all_steps():
+        due = force or step % self._every_steps == 0
+        if not due or step in self._manager.all_steps():
             return False
         items = ocp.args.Composite(
             **{
@@ -62,7 +63,7 @@ class Checkpoints:
                 OPTIMIZER: ocp.args.StandardSave(optimizer),
             }
         )
-        return self._manager.save(step, args=items, force=force)
+        return self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any]:
         """Restores both items, each leaf with the shape, dtype and sharding of its template."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource
@@ -190,7 +191,7 @@ def _evaluate(
 
 
 def validation_batches(config: RunConfig, setup: TrainSetup, limit: int = 0) -> Iterator[Batch]:
-    """Yields the validation set on the mesh, in order; `limit` batches, or all for 0."""
+    """Yields the validation set on the mesh: `limit` batches spread over it, or all for 0."""
     source = BatchSource(
         config.data.path,
         "validation",
@@ -198,8 +199,8 @@ def validation_batches(config: RunConfig, setup: TrainSetup, limit: int = 0) -> 
         seed=0,
         shuffle=False,
     )
-    steps = source.steps_per_epoch if limit == 0 else min(limit, source.steps_per_epoch)
-    for step in range(steps):
+    count = min(limit or source.steps_per_epoch, source.steps_per_epoch)
+    for step in np.linspace(0, source.steps_per_epoch - 1, count).round().astype(int).tolist():
         yield setup.placement.place(Batch(*source.rows(step, setup.placement.rows)))
 
 

@@ -3,12 +3,9 @@
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from layerskip_jax.schema import UserError
 
@@ -23,7 +20,8 @@ def staged_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
     are synced to the disk and it takes the place of `folder`, and what stood there before is
     removed. A reader finds the old folder whole or the new one whole, and none for the moment
     between the two renames; a process killed in that moment leaves both under hidden names.
-    Any failure leaves the old folder as it was.
+    Any failure leaves the old folder as it was. What a killed process left half-filled is
+    removed by the next one that writes the same folder.
 
     Args:
       folder: where the result goes; folders above it are made.
@@ -37,16 +35,19 @@ def staged_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
     stage = _sibling(folder, "partial")
     check(folder)
     try:
+        _remove_leftovers(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         stage.mkdir()
         yield stage
-        for path in (*stage.iterdir(), stage):
+        for path in (*stage.rglob("*"), stage):
             _sync(path)
         check(folder)
         _replace(stage, folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error}; free some space or take another folder"
+        ) from error
     finally:
         # Gone already after success. After a failure its cause is what counts, not whether
         # the same disk also failed here.
@@ -54,7 +55,25 @@ def staged_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
 
 
 def _sibling(folder: Path, role: str) -> Path:
-    return folder.with_name(f".{folder.name}.{role}-{secrets.token_hex(4)}")
+    return folder.with_name(f".{folder.name}.{role}-{os.getpid()}")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what processes that are gone have left half-filled."""
+    for stage in folder.parent.glob(f".{folder.name}.partial-*"):
+        owner = stage.name.rsplit("-", 1)[1]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            shutil.rmtree(stage)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return process != os.getpid()
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,50 @@
+"""A small corpus, prepared once for all tests of this folder."""
+
+from pathlib import Path
+
+import pytest
+
+from layerskip_jax.data.manifest import Request
+from layerskip_jax.data.prepare import prepare
+
+DOCUMENTS = 40
+
+
+def write_corpus(folder: Path) -> Path:
+    """Writes `DOCUMENTS` text files of different lengths."""
+    for number in range(DOCUMENTS):
+        file = folder / f"part{number % 3}" / f"{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"Document {number}, é and 字.\n" + f"word{number} again " * number)
+    return folder
+
+
+def small_request(*sources: Path | str, **changes) -> Request:
+    """Asks for windows of 16 tokens with a fifth of the documents held out."""
+    settings = {
+        "sources": tuple(map(str, sources)),
+        "sequence_length": 16,
+        "vocab_size": 300,
+        "tokenizer_sha256": "",
+        "end_token": "",
+        "validation_fraction": 0.2,
+        "max_bytes": 0,
+        "jsonl_field": "text",
+        "text_field": "text",
+        "skip_bad_files": False,
+        "seed": 0,
+    }
+    return Request(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, corpus_folder) -> Path:
+    """A prepared folder; tests that change it work on a copy."""
+    output = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(small_request(corpus_folder), output)
+    return output

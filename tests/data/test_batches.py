@@ -1,0 +1,138 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.schema import ConfigError, UserError
+
+BATCH = 6
+
+
+def source(folder, split="train", *, seed=3, batch_size=BATCH, shuffle=True):
+    return BatchSource(folder, split, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def assert_same(a, b):
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def row_keys(batch):
+    return [row.tobytes() for row in np.concatenate([batch.tokens, batch.segment_ids], axis=1)]
+
+
+def test_shapes_and_kinds(prepared):
+    batch = source(prepared).batch(0)
+    for name in ("tokens", "targets", "segment_ids", "positions"):
+        array = getattr(batch, name)
+        assert array.shape == (BATCH, 16)
+        assert array.dtype == np.int32
+    assert batch.valid.dtype == bool
+
+
+def test_a_batch_depends_on_seed_and_step_alone(prepared):
+    assert_same(source(prepared).batch(17), source(prepared).batch(17))
+    assert row_keys(source(prepared).batch(0)) != row_keys(source(prepared, seed=4).batch(0))
+    # Reading others before it changes nothing.
+    used = source(prepared)
+    for step in (5, 2, 40):
+        used.batch(step)
+    assert_same(used.batch(17), source(prepared).batch(17))
+
+
+@pytest.mark.parametrize("readers", [2, 3, 6])
+def test_readers_of_some_rows_read_the_same_batch(prepared, readers):
+    whole = source(prepared).batch(9)
+    part = BATCH // readers
+    for reader in range(readers):
+        rows = slice(reader * part, (reader + 1) * part)
+        mine = source(prepared).rows(9, rows)
+        assert_same(mine, whole.__class__(*(array[rows] for array in whole)))
+        assert_same(mine, source(prepared).rows(9, list(range(BATCH)[rows])))
+    scattered = [4, 0, 5]
+    assert_same(
+        source(prepared).rows(9, scattered),
+        whole.__class__(*(array[scattered] for array in whole)),
+    )
+
+
+def test_epochs_are_shuffled_anew_and_cover_every_window(prepared):
+    singles = source(prepared, shuffle=False, batch_size=1)
+    count = singles.num_windows
+    every = [row_keys(singles.batch(step))[0] for step in range(count)]
+    shuffled = source(prepared, batch_size=1)
+    epochs = [
+        [row_keys(shuffled.batch(epoch * count + step))[0] for step in range(count)]
+        for epoch in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(every)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != every
+
+
+def test_validation_comes_once_and_ends_in_padding(prepared):
+    validation = source(prepared, "validation", shuffle=False, batch_size=4)
+    count = validation.num_windows
+    assert validation.steps_per_epoch == -(-count // 4)
+    assert count % 4, "take another batch size, so that the last batch is not full"
+    last = validation.batch(validation.steps_per_epoch - 1)
+    assert (last.segment_ids[: count % 4, 0] > 0).all()
+    assert (last.segment_ids[count % 4 :] == 0).all()
+    assert not last.valid[count % 4 :].any()
+
+
+def test_every_validation_token_is_predicted_once(prepared):
+    validation = source(prepared, "validation", shuffle=False)
+    valid = sum(validation.batch(s).valid.sum() for s in range(validation.steps_per_epoch))
+    counts = validation.manifest.validation
+    assert valid == counts.tokens - counts.documents
+
+
+def test_prefetch_gives_what_rows_gives(prepared):
+    reading = source(prepared)
+    with reading.prefetch(range(3, 9), [1, 4], buffer_size=2) as batches:
+        fetched = list(batches)
+    assert [step for step, _ in fetched] == list(range(3, 9))
+    for step, batch in fetched:
+        assert_same(batch, reading.rows(step, [1, 4]))
+
+
+def test_prefetch_can_be_left_early_and_be_empty(prepared):
+    with source(prepared).prefetch(range(1000), slice(None)) as batches:
+        assert next(batches)[0] == 0
+    with source(prepared).prefetch(range(5, 5), slice(None)) as batches:
+        assert list(batches) == []
+
+
+def test_rows_outside_the_batch_and_empty_batches_are_refused(prepared):
+    with pytest.raises(IndexError, match="row 6 is not in a batch of 6"):
+        source(prepared).rows(0, [BATCH])
+    with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
+        source(prepared, batch_size=0)
+
+
+def damage(folder, start, stop):
+    file = folder / "train-00000.array_record"
+    content = bytearray(file.read_bytes())
+    content[start:stop] = bytes(stop - start)
+    file.write_bytes(content)
+
+
+def test_a_damaged_record_is_named(prepared, tmp_path):
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    # Riegeli's file header takes the first 64 bytes or so; the first records follow.
+    damage(folder, 200, 264)
+    with (
+        pytest.raises(UserError, match=r"train-00000.array_record: record \d+ is damaged"),
+        source(folder).prefetch(range(200), slice(None)) as batches,
+    ):
+        list(batches)
+
+
+def test_a_damaged_index_is_named(prepared, tmp_path):
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    size = (folder / "train-00000.array_record").stat().st_size
+    damage(folder, size - 65536, size)
+    with pytest.raises(UserError, match="a shard of train is damaged"):
+        source(folder)

@@ -1,0 +1,256 @@
+"""Whole runs: stopped and resumed, evaluated, refused. Real processes where one is stopped."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from layerskip_jax.cli import main
+from layerskip_jax.commands.evaluate import evaluate
+from layerskip_jax.runs import RunFolder, load_run, read_json_lines
+from layerskip_jax.schema import UserError
+from layerskip_jax.training.train import STOPPED_EXIT_CODE
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = """
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.num_layers = 4
+    config.model.model_dim = 32
+    config.model.ffn_dim = 48
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.max_sequence_length = 64
+    config.model.dtype = "float32"
+    config.layer_dropout.p_max = 0.4
+    config.layer_dropout.time = "exp"
+    config.layer_dropout.groups = 8
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 2
+    config.optimizer.learning_rate = 3e-3
+    config.training.steps = 12
+    config.training.batch_size = 8
+    config.training.log_every = 1
+    config.checkpoint.every_steps = 5
+    return as_variant(config, variant)
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "small.py"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(recipe, prepared):
+    return [f"--config={recipe}", f"--config.data.path={prepared}", "--config.mesh.shape.data=8"]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """A run of 12 steps that nothing interrupted, and what was logged while it ran."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    compiler = logging.getLogger("jax._src.dispatch")
+    compiler.addHandler(handler)
+    with jax.log_compiles():
+        assert main(["train", f"--workdir={workdir}", *arguments]) == 0
+    compiler.removeHandler(handler)
+    return workdir, records
+
+
+def _command(workdir, arguments, *extra):
+    """A run in a process of its own, on eight devices as the tests have."""
+    start = (
+        "import jax, sys; jax.config.update('jax_num_cpu_devices', 8); "
+        "from layerskip_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", start, "train", f"--workdir={workdir}", *arguments, *extra]
+
+
+def _parameters(workdir):
+    return load_run(workdir).parameters
+
+
+def _assert_equal_runs(a, b):
+    jax.tree.map(np.testing.assert_array_equal, _parameters(a), _parameters(b))
+    first, second = (read_json_lines(RunFolder(run).metrics_file) for run in (a, b))
+    keys = ("step", "loss", "exit_loss", "gradient_norm", "layers_run", "tokens")
+    assert [[r[k] for k in keys] for r in first] == [[r[k] for k in keys] for r in second]
+
+
+def test_the_train_step_is_compiled_once_a_run(finished):
+    _, records = finished
+    steps = [r for r in records if "Finished XLA compilation" in r and "train_step" in r]
+    assert len(steps) == 1, records
+
+
+def test_a_run_leaves_what_it_should(finished):
+    workdir, _ = finished
+    folder = RunFolder(workdir)
+    steps = [record["step"] for record in read_json_lines(folder.metrics_file)]
+    assert steps == list(range(1, 13))
+    assert sorted(int(p.name) for p in folder.checkpoints.iterdir()) == [5, 10, 12]
+    assert list(folder.tensorboard.iterdir())
+    (evaluation,) = read_json_lines(folder.evaluations_file)
+    assert [e["layers"] for e in evaluation["exits"]] == [1, 2, 3, 4]
+    assert load_run(workdir).step == 12
+
+
+def test_training_learns(finished):
+    records = read_json_lines(RunFolder(finished[0]).metrics_file)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+
+
+def test_the_same_command_again_does_nothing(finished, arguments):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if "tensorboard" not in str(p)}
+    assert main(["train", f"--workdir={workdir}", *arguments]) == 0
+    files = {p: p.stat().st_mtime_ns for p in before if p.is_file() and p.suffix != ".json"}
+    assert files == {p: before[p] for p in files}
+
+
+@pytest.mark.parametrize(
+    "number, at",
+    [(signal.SIGTERM, "step 7/12"), (signal.SIGKILL, "step 10/12  saving")],
+    ids=["SIGTERM", "SIGKILL-in-a-save"],
+)
+@pytest.mark.slow
+def test_a_stopped_run_ends_with_the_very_same_parameters(
+    finished, arguments, tmp_path, number, at
+):
+    """Across the checkpoint of step 5, an epoch's end, and inside both schedules."""
+    workdir = tmp_path / "run"
+    command = _command(workdir, arguments)
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
+    ) as process:
+        for line in process.stdout:
+            if line.startswith(at):
+                process.send_signal(number)
+                break
+        _, errors = process.communicate(timeout=120)
+    if number == signal.SIGTERM:
+        assert process.returncode == STOPPED_EXIT_CODE
+        assert "stopped by SIGTERM after step" in errors
+    else:
+        assert process.returncode == -number
+    resumed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from the checkpoint of step" in resumed.stderr
+    _assert_equal_runs(finished[0], workdir)
+
+
+def test_evaluate_prints_every_exit(finished, tmp_path, capsys):
+    workdir, _ = finished
+    file = tmp_path / "evaluation.json"
+    assert main(["evaluate", f"--workdir={workdir}", f"--json={file}"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    (recorded,) = read_json_lines(RunFolder(workdir).evaluations_file)
+    assert result["step"] == 12
+    for ours, theirs in zip(result["exits"], recorded["exits"], strict=True):
+        assert ours["layers"] == theirs["layers"]
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+        assert f"{ours['loss']:.4f}" in printed
+    with pytest.raises(UserError, match=r"no checkpoint of step 7; it has \[5, 10, 12\]"):
+        evaluate(workdir, step=7)
+
+
+def test_another_config_is_refused_and_named(finished, arguments, capsys):
+    workdir, _ = finished
+    config = (workdir / "config.json").read_bytes()
+    code = main(["train", f"--workdir={workdir}", *arguments, "--config.optimizer.beta1=0.8"])
+    assert code == 2
+    assert "config.optimizer.beta1: 0.9 -> 0.8" in capsys.readouterr().err
+    assert (workdir / "config.json").read_bytes() == config
+
+
+def test_other_data_is_refused(finished, arguments, prepared, tmp_path, capsys):
+    from layerskip_jax.commands import prepare
+
+    workdir, _ = finished
+    other = tmp_path / "other"
+    texts = prepared.parent / "texts"
+    options = ["--vocab-size=300", "--sequence-length=12", "--validation-fraction=0.3"]
+    assert prepare.main([f"--source={texts}", f"--output={other}", *options]) == 0
+    code = main(["train", f"--workdir={workdir}", *arguments, f"--config.data.path={other}"])
+    assert code == 2
+    assert "holds a run on other data" in capsys.readouterr().err
+
+
+def test_a_foreign_folder_is_left_alone(arguments, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert main(["train", f"--workdir={tmp_path}", *arguments]) == 2
+    assert "is not empty and holds no run (it has thesis.tex)" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ("--config.data.path=/nowhere", "holds no prepared data"),
+        ("--config.model.vocab_size=100", "vocab_size=100 is smaller than the tokenizer's 300"),
+        ("--config.model.max_sequence_length=8", "shorter than the windows of 12"),
+        ("--config.training.batch_size=12", "batch_size=12 .* not divisible by the 8 batch"),
+        ("--config.mesh.shape.tensor=3", "does not fit 8 device"),
+        ("--config.layer_dropout.groups=4", "groups=4 must be a multiple of 8"),
+    ],
+)
+def test_nothing_is_written_for_a_run_that_cannot_be(arguments, tmp_path, capsys, extra, message):
+    workdir = tmp_path / "run"
+    gather = ["--config.layer_dropout.execution=gather"]
+    assert main(["train", f"--workdir={workdir}", *arguments, *gather, extra]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not workdir.exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_named(arguments, capsys):
+    """/proc refuses new folders to everyone, root included."""
+    assert main(["train", "--workdir=/proc/run", *arguments]) == 2
+    assert "--workdir=/proc/run cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_spares_what_is_saved(arguments, tmp_path):
+    """The kernel refuses to let any file grow past a limit, as a full disk would."""
+    workdir = tmp_path / "run"
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *_command(workdir, arguments)]
+    full = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert full.returncode != 0
+    assert "File too large" in full.stderr
+    saved = RunFolder(workdir).checkpoints
+    assert not [p for p in saved.iterdir() if p.name.isdigit()], "no half checkpoint may count"
+    done = subprocess.run(_command(workdir, arguments), cwd=REPOSITORY, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert load_run(workdir).step == 12
+
+
+def test_a_tokenizer_that_is_not_the_datas_is_refused(prepared, arguments, tmp_path, capsys):
+    copy = tmp_path / "data"
+    shutil.copytree(prepared, copy)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code = main(
+        ["train", f"--workdir={tmp_path / 'run'}", *arguments, f"--config.data.path={copy}"]
+    )
+    assert code == 2
+    assert "is not the tokenizer" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["data"]
