@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument("--validation-fraction", type=float, default=0.02)
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     options = parser.parse_args(argv)
     top = options.workdir
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
         f"--output={data}",
         f"--vocab-size={options.vocab_size}",
         f"--sequence-length={options.sequence_length}",
+        f"--validation-fraction={options.validation_fraction}",
     )
     steps = [] if options.steps is None else [f"--config.training.steps={options.steps}"]
     data_path = f"--config.data.path={data}"
@@ -112,12 +114,16 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
 
     speculation = json.loads(folder.speculation_file.read_text())
     table = Table(title="Greedy decoding, batch 1", title_justify="left")
-    for heading in ("", "tokens/s", "speed-up", "accepted", "tokens a cycle", "same tokens"):
+    for heading in ("", "E", "G", "tokens/s", "speed-up", "accepted", "tokens/cycle", "same"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("plain", f"{speculation['plain_tokens_per_second']:,.0f}", "1.00", "", "", "")
+    table.add_row(
+        "plain", "", "", f"{speculation['plain_tokens_per_second']:,.0f}", "1.00", "", "", ""
+    )
     best = speculation["best"]
     table.add_row(
-        f"self-speculative, E={best['exit_layer']} G={best['draft_length']}",
+        "self-speculative",
+        str(best["exit_layer"]),
+        str(best["draft_length"]),
         f"{best['tokens_per_second']:,.0f}",
         f"{best['speedup']:.2f}",
         f"{best['acceptance']:.0%}",
@@ -126,7 +132,9 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
     )
     console.print(table)
     console.print(
-        f"\nreport:   {folder.report_file}\nexported: {exported} (a Hugging Face folder)\n"
+        "E: layers that draft; G: drafts a cycle; same: token for token plain decoding's\n\n"
+        f"report:   {folder.report_file}\nexported: {exported} (a Hugging Face folder)\n"
         f"{seconds:.0f} s in all",
         highlight=False,
+        soft_wrap=True,
     )

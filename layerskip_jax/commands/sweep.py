@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     add("--workdir", required=True, help="folder of the run")
     add("--step", type=int, help="checkpoint to read (default: the newest)")
     add("--exits", type=_numbers, help="values of E (default: L/8, L/4, L/2)")
-    add("--drafts", type=_numbers, default=(2, 4, 6), help="values of G (default: 2,4,6)")
+    add("--drafts", type=_numbers, default=(1, 2, 4), help="values of G (default: 1,2,4)")
     add("--prompts", type=int, default=32, help="prompts to measure on")
     add("--prompt-tokens", type=int, default=64)
     add("--new-tokens", type=int, default=64)
@@ -105,7 +105,7 @@ def _print(result: dict) -> None:
         f"{result['prompt_tokens']} tokens, {result['new_tokens']} new ones",
         title_justify="left",
     )
-    for heading in ("E", "G", "accepted", "tokens a cycle", "tokens/s", "speed-up", "same tokens"):
+    for heading in ("E", "G", "accepted", "tokens/cycle", "tokens/s", "speed-up", "same tokens"):
         table.add_column(heading, justify="right")
     plain = result["plain_tokens_per_second"]
     table.add_row("all", "", "", "", f"{plain:,.0f}", "1.00", "")

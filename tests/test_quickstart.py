@@ -1,0 +1,100 @@
+"""The whole way in one go, as the quickstart takes it, on a smaller corpus and model."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from layerskip_jax.cli import main
+from layerskip_jax.generator import Generator
+from layerskip_jax.runs import RunFolder, load_run
+
+RECIPE = """
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.num_layers = 4
+    config.model.model_dim = 48
+    config.model.ffn_dim = 96
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.max_sequence_length = 256
+    config.model.dtype = "float32"
+    config.layer_dropout.p_max = 0.2
+    config.layer_dropout.groups = 8
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 2
+    config.optimizer.learning_rate = 1e-2
+    config.training.batch_size = 8
+    config.training.evaluate_every = 40
+    config.training.evaluate_batches = 2
+    return as_variant(config, variant)
+"""
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The folder of a quickstart, and the command that made it."""
+    top = tmp_path_factory.mktemp("quickstart")
+    recipe = top / "recipe.py"
+    recipe.write_text(RECIPE)
+    command = [
+        "quickstart",
+        f"--workdir={top / 'run'}",
+        f"--config={recipe}",
+        f"--source={Path(sysconfig.get_path('stdlib')) / 'email'}",
+        "--vocab-size=512",
+        "--sequence-length=64",
+        "--validation-fraction=0.2",
+        "--steps=80",
+        "--plain-steps=5",
+    ]
+    assert main(command) == 0
+    return top / "run", command
+
+
+@pytest.mark.slow
+def test_every_result_is_there(quickstart):
+    top, _ = quickstart
+    folder = RunFolder(top / "model")
+    evaluation = json.loads((top / "model" / "evaluation.json").read_text())
+    assert [entry["layers"] for entry in evaluation["exits"]] == [1, 2, 3, 4]
+    entropy = json.loads(folder.data_file.read_text())["unigram_entropy_nats"]
+    assert evaluation["exits"][-1]["loss"] < entropy
+    speculation = json.loads(folder.speculation_file.read_text())
+    assert speculation["prompts"] == 32
+    assert all(pair["identical"] for pair in speculation["pairs"])
+    page = folder.report_file.read_text()
+    assert page.count("<svg") >= 8
+    assert "plain training, 5 steps" in page
+
+
+@pytest.mark.slow
+def test_the_second_time_is_free(quickstart, capsys):
+    top, command = quickstart
+    watched = [p for p in (top / "export").rglob("*") if p.is_file()]
+    watched += [RunFolder(top / "model").speculation_file, top / "data" / "manifest.json"]
+    before = [p.stat().st_mtime_ns for p in watched]
+    assert main(command) == 0
+    assert [p.stat().st_mtime_ns for p in watched] == before
+    assert capsys.readouterr().out.count("# done before") == 4
+
+
+@pytest.mark.slow
+def test_the_exported_model_says_the_same_in_transformers(quickstart):
+    top, _ = quickstart
+    run = load_run(top / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(top / "export")
+    model = transformers.AutoModelForCausalLM.from_pretrained(top / "export")
+    prompt = tokenizer("def get_payload(self):")["input_ids"]
+    ours = Generator(run.model).generate([prompt], 24).tokens[0]
+    with torch.no_grad():
+        theirs = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=None
+        )
+    assert theirs[0, len(prompt) :].tolist() == ours
