@@ -18,8 +18,13 @@ from layerskip_jax.commands import evaluate, export, generate, prepare, report, 
 from layerskip_jax.runs import RunFolder, read_json_lines, write_json
 from layerskip_jax.schema import UserError
 
-SAMPLE_PROMPT = "def read_file(path):\n    "
+SAMPLE_PROMPT = 'class Error(Exception):\n    """'
 PLAIN_STEPS = 100
+# LayerSkip, section 6.1, Wikipedia perplexity of the middle layer.
+PAPER = (
+    "(at full scale, from the paper: the middle layer of Llama 2 7B has perplexity 1900, and "
+    "8.12 after continual LayerSkip pretraining; the last layer 4.32 and 4.30)"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -68,7 +73,7 @@ def main(argv: list[str]) -> int:
         generate,
         f"--workdir={model}",
         f"--prompt={SAMPLE_PROMPT}",
-        "--max-new-tokens=96",
+        "--max-new-tokens=64",
         "--mode=self_speculative",
         f"--exit-layer={best['exit_layer']}",
         f"--draft-length={best['draft_length']}",
@@ -93,6 +98,11 @@ def _write_plain_twin(folder: RunFolder, plain: RunFolder, steps: int) -> None:
     write_json(folder.path / "plain.json", {"label": label, "exits": exits})
 
 
+def _middle_over_last(evaluation: dict) -> float:
+    perplexities = [entry["perplexity"] for entry in evaluation["exits"]]
+    return perplexities[len(perplexities) // 2 - 1] / perplexities[-1]
+
+
 def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
     console = Console()
     ours = json.loads((folder.path / "evaluation.json").read_text())
@@ -108,14 +118,17 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
     console.print(table)
     last = ours["exits"][-1]["loss"]
     console.print(
-        f"last exit: {last:.3f} nats/token; unigram entropy of the corpus: {entropy:.3f}\n",
+        f"last exit: {last:.3f} nats/token; unigram entropy of the corpus: {entropy:.3f}\n"
+        f"middle exit over last exit: LayerSkip {_middle_over_last(ours):.2f}, plain "
+        f"{_middle_over_last(twin):.2f} so far, and rising as it trains\n{PAPER}\n",
         highlight=False,
+        soft_wrap=True,
     )
 
     speculation = json.loads(folder.speculation_file.read_text())
     table = Table(title="Greedy decoding, batch 1", title_justify="left")
     for heading in ("", "E", "G", "tokens/s", "speed-up", "accepted", "tokens/cycle", "same"):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     table.add_row(
         "plain", "", "", f"{speculation['plain_tokens_per_second']:,.0f}", "1.00", "", "", ""
     )

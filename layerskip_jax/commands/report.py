@@ -1,8 +1,8 @@
-"""layerskip report: one self-contained HTML page of a run."""
+"""layerskip report: one self-contained HTML page of a run, or a single figure of it."""
 
 import argparse
 
-from layerskip_jax.report.page import write_report
+from layerskip_jax.report.page import FIGURES, save_figure, write_report
 
 
 def main(argv: list[str]) -> int:
@@ -10,7 +10,18 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="layerskip report", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--output", help="the page to write (default: report.html in the folder)")
+    parser.add_argument(
+        "--figure",
+        choices=FIGURES,
+        metavar="NAME",
+        help=f"write only this figure to --output=FILE.svg or .png: {', '.join(FIGURES)}",
+    )
     options = parser.parse_args(argv)
-    path = write_report(options.workdir, options.output)
+    if options.figure is None:
+        path = write_report(options.workdir, options.output)
+    else:
+        path = save_figure(
+            options.workdir, options.figure, options.output or f"{options.figure}.svg"
+        )
     print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
     return 0

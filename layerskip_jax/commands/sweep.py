@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--workdir", required=True, help="folder of the run")
     add("--step", type=int, help="checkpoint to read (default: the newest)")
-    add("--exits", type=_numbers, help="values of E (default: L/8, L/4, L/2)")
+    add("--exits", type=_numbers, help="values of E (default: L/4, L/2)")
     add("--drafts", type=_numbers, default=(1, 2, 4), help="values of G (default: 1,2,4)")
     add("--prompts", type=int, default=32, help="prompts to measure on")
     add("--prompt-tokens", type=int, default=64)
@@ -40,8 +40,11 @@ def main(argv: list[str]) -> int:
     run = load_run(options.workdir, options.step)
     config = run.config
     layers = config.model.num_layers
-    exits = options.exits or sorted({max(1, layers // n) for n in (8, 4, 2)} - {layers})
+    exits = options.exits or sorted({max(1, layers // n) for n in (4, 2)} - {layers})
     prompts = validation_prompts(config.data.path, options.prompts, options.prompt_tokens)
+    print(
+        f"compiling and measuring {1 + len(exits) * len(options.drafts)} ways to decode", flush=True
+    )
     result = measure(
         Generator(run.model),
         prompts,

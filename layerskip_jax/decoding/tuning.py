@@ -16,7 +16,7 @@ def measure(
     *,
     exits: Sequence[int],
     draft_lengths: Sequence[int],
-    repeats: int = 3,
+    repeats: int = 2,
 ) -> dict:
     """Times plain decoding and every pair (E, G) on the same prompts, one prompt at a time.
 

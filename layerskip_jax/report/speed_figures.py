@@ -239,7 +239,7 @@ def acceptance_by_position(run: RunRecord) -> Drawing:
         figure,
         "Acceptance by draft position",
         "Share of drafted tokens accepted by position in the draft. " + "; ".join(spoken) + ".",
-        "Share of the tokens drafted at this position that the full model accepted, for the "
-        "longest draft measured of each exit. A token falls with the first one rejected before "
-        "it, so the curve can only fall.",
+        "Of the tokens drafted at this position whose predecessors in the draft were all "
+        "accepted, the share that the full model accepted too, for the longest draft measured "
+        "of each exit.",
     )

@@ -1,6 +1,8 @@
 """Orbax checkpoints of a run: asynchronous, sharded, restored onto any mesh."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ class Checkpoints:
                 OPTIMIZER: ocp.args.StandardSave(optimizer),
             }
         )
-        return self._manager.save(step, args=items, force=True)
+        with self._named_failures():
+            return self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any]:
         """Restores both items, each leaf with the shape, dtype and sharding of its template."""
@@ -102,5 +105,17 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a save under way and raises what went wrong in it."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._named_failures():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Names the folder in what orbax and tensorstore raise of a disk that fails."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"a checkpoint could not be written to {self._folder} ({error}); the earlier ones "
+                "are intact: free some space, and the same command goes on from them"
+            ) from error

@@ -10,7 +10,14 @@ from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.parallel.mesh import MeshShape
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import Batch, make_train_step
-from tests.helpers import SEQUENCE, random_batch, run_steps, small_run, with_training
+from tests.helpers import (
+    SEQUENCE,
+    random_batch,
+    run_steps,
+    small_model,
+    small_run,
+    with_training,
+)
 
 NO_DROPOUT = LayerDropoutConfig()
 GOLDEN = [4.512221, 4.626373, 4.520033]
@@ -126,6 +133,14 @@ def test_one_batch_is_learned_by_heart():
     _, _, history = run_steps(config, 60, batch=lambda seed, rows: random_batch(0, rows))
     assert history[0].loss > 4
     assert history[-1].loss < 0.5
+
+
+def test_bfloat16_follows_float32(one_device):
+    config = small_run(model=small_model(dtype="bfloat16"))
+    _, state, history = run_steps(config, 3)
+    np.testing.assert_allclose(_losses(history), _losses(one_device[1])[:3], rtol=0.01)
+    leaves = jax.tree.leaves(state.parameters) + jax.tree.leaves(state.optimizer)
+    assert {leaf.dtype for leaf in leaves if leaf.ndim} == {jnp.dtype(jnp.float32)}
 
 
 def test_golden_losses_of_three_steps(one_device):
