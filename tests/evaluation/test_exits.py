@@ -20,8 +20,9 @@ def test_every_exit_is_scored_as_its_logits_say():
     model = definition.model(parameters)
     losses = np.zeros(4)
     for batch in batches:
+        batch = Batch(*map(jnp.asarray, batch))
         rows = model.rows(batch.positions, batch.segment_ids)
-        x = model.embed(jnp.asarray(batch.tokens))
+        x = model.embed(batch.tokens)
         for layer in range(4):
             x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)
             log_p = jax.nn.log_softmax(model.final_norm(x) @ model.head_weight)
