@@ -71,7 +71,7 @@ def test_every_result_is_there(quickstart):
     assert all(pair["identical"] for pair in speculation["pairs"])
     page = folder.report_file.read_text()
     assert page.count("<svg") >= 8
-    assert "plain training, 5 steps" in page
+    assert "plain: 5 steps, no dropout, no exits" in page
 
 
 @pytest.mark.slow

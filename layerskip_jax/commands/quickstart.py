@@ -94,7 +94,7 @@ def _run(command, *arguments: str, done: bool = False) -> None:
 def _write_plain_twin(folder: RunFolder, plain: RunFolder, steps: int) -> None:
     """Leaves the plain twin's exits where the report looks for them."""
     exits = read_json_lines(plain.evaluations_file)[-1]["exits"]
-    label = f"plain training, {steps} steps (no layer dropout, no early exits)"
+    label = f"{steps} steps, no dropout, no exits"
     write_json(folder.path / "plain.json", {"label": label, "exits": exits})
 
 
@@ -111,7 +111,7 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
     table = Table(title="Perplexity by exit (validation)", title_justify="left")
     table.add_column("layers run", justify="right")
     table.add_column("LayerSkip", justify="right")
-    table.add_column(twin["label"], justify="right", max_width=34)
+    table.add_column(f"plain ({twin['label']})", justify="right", no_wrap=True)
     for a, b in zip(ours["exits"], twin["exits"], strict=True):
         table.add_row(str(a["layers"]), f"{a['perplexity']:,.1f}", f"{b['perplexity']:,.1f}")
     console.print()
