@@ -127,16 +127,14 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
 
     speculation = json.loads(folder.speculation_file.read_text())
     table = Table(title="Greedy decoding, batch 1", title_justify="left")
-    for heading in ("", "E", "G", "tokens/s", "speed-up", "accepted", "tokens/cycle", "same"):
+    for heading in ("", "tokens/s", "speed-up", "accepted", "tokens/cycle", "same"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     table.add_row(
         "plain", "", "", f"{speculation['plain_tokens_per_second']:,.0f}", "1.00", "", "", ""
     )
     best = speculation["best"]
     table.add_row(
-        "self-speculative",
-        str(best["exit_layer"]),
-        str(best["draft_length"]),
+        f"drafted, E={best['exit_layer']}, G={best['draft_length']}",
         f"{best['tokens_per_second']:,.0f}",
         f"{best['speedup']:.2f}",
         f"{best['acceptance']:.0%}",

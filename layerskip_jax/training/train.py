@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource
@@ -191,17 +190,23 @@ def _evaluate(
 
 
 def validation_batches(config: RunConfig, setup: TrainSetup, limit: int = 0) -> Iterator[Batch]:
-    """Yields the validation set on the mesh: `limit` batches spread over it, or all for 0."""
-    source = BatchSource(
-        config.data.path,
-        "validation",
-        batch_size=config.training.batch_size,
-        seed=0,
-        shuffle=False,
-    )
-    count = min(limit or source.steps_per_epoch, source.steps_per_epoch)
-    for step in np.linspace(0, source.steps_per_epoch - 1, count).round().astype(int).tolist():
-        yield setup.placement.place(Batch(*source.rows(step, setup.placement.rows)))
+    """Yields the validation set on the mesh.
+
+    Args:
+      config: names the data and the batch size.
+      setup: places the batches.
+      limit: batches, of windows drawn by a fixed seed; 0 takes every window, in order.
+    """
+
+    def source(shuffle: bool) -> BatchSource:
+        rows = config.training.batch_size
+        return BatchSource(config.data.path, "validation", batch_size=rows, seed=0, shuffle=shuffle)
+
+    whole = source(shuffle=False)
+    part = 0 < limit < whole.steps_per_epoch
+    chosen = source(shuffle=True) if part else whole
+    for step in range(limit if part else whole.steps_per_epoch):
+        yield setup.placement.place(Batch(*chosen.rows(step, setup.placement.rows)))
 
 
 def _is_evaluated(folder: RunFolder, step: int) -> bool:
