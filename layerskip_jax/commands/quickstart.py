@@ -129,9 +129,8 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
     table = Table(title="Greedy decoding, batch 1", title_justify="left")
     for heading in ("", "tokens/s", "speed-up", "accepted", "tokens/cycle", "same"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    table.add_row(
-        "plain", "", "", f"{speculation['plain_tokens_per_second']:,.0f}", "1.00", "", "", ""
-    )
+    plain = f"{speculation['plain_tokens_per_second']:,.0f}"
+    table.add_row("plain", plain, "1.00", "", "", "")
     best = speculation["best"]
     table.add_row(
         f"drafted, E={best['exit_layer']}, G={best['draft_length']}",
