@@ -1,6 +1,26 @@
 """What the verbs share in reading their command lines."""
 
 import argparse
+from pathlib import Path
+
+
+def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """Returns an empty parser for `layerskip VERB`; abbreviated options are refused."""
+    return argparse.ArgumentParser(
+        prog=f"layerskip {verb}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def make_run_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """Returns a parser with `--workdir`, `--step` and `--json`, for verbs that read a run."""
+    parser = make_parser(verb, description)
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
 
 
 def split_config_arguments(
@@ -11,12 +31,7 @@ def split_config_arguments(
     Returns:
       A parser for the verb's own arguments, the config arguments as `--name=value`, the rest.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"layerskip {verb}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(verb, description)
     config, rest = [], []
     arguments = iter(argv)
     for argument in arguments:

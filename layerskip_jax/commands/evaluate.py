@@ -1,6 +1,5 @@
 """layerskip evaluate: loss and perplexity at every exit, on the validation set."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -9,6 +8,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.config import MeshConfig
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
@@ -70,12 +70,9 @@ def evaluate(
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="layerskip evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
+    parser = make_run_parser("evaluate", __doc__)
     parser.add_argument("--data", help="prepared data (default: what the run trained on)")
     parser.add_argument("--batches", type=int, default=0, help="batches to score (default: all)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     result = evaluate(options.workdir, step=options.step, data=options.data, limit=options.batches)
     table = Table(title=f"Validation loss by exit, step {result['step']}")

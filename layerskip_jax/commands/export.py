@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip_jax import __version__
+from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.interop.folder import (
     DEFAULT_SHARD_BYTES,
     check_output,
@@ -105,10 +106,8 @@ def parse_size(text: str) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="layerskip export", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser = make_run_parser("export", __doc__)
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
@@ -118,7 +117,6 @@ def main(argv: list[str]) -> int:
         metavar="SIZE",
         help="largest file of tensors, such as 500MB (default: 4GiB)",
     )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     result = export(
         options.workdir,

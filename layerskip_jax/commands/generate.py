@@ -4,11 +4,11 @@ Modes: `plain` (all layers), `early_exit` (the first E layers and the head) and
 `self_speculative` (the tokens of `plain`, drafted by the first E layers).
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
+from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.generator import MODES, Generator
 from layerskip_jax.model.config import DTYPES
@@ -19,14 +19,8 @@ from layerskip_jax.training.state import ModelDefinition
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="layerskip generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_run_parser("generate", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run")
-    add("--step", type=int, help="checkpoint to read (default: the newest)")
     add("--prompt", action="append", default=[], help="may be repeated")
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
     add("--max-new-tokens", type=int, default=128)
@@ -34,7 +28,6 @@ def main(argv: list[str]) -> int:
     add("--exit-layer", type=int, help="E, the layers that draft or decode")
     add("--draft-length", type=int, help="G, drafts a cycle")
     add("--dtype", choices=DTYPES, help="to compute in (default: the run's)")
-    add("--json", type=Path, help="also write texts and figures to this file")
     options = parser.parse_args(argv)
     prompts = options.prompt + [_read(path) for path in options.prompt_file]
     if not prompts:

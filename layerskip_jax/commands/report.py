@@ -1,13 +1,12 @@
 """layerskip report: one self-contained HTML page of a run, or a single figure of it."""
 
-import argparse
-
+from layerskip_jax.commands.arguments import make_parser
 from layerskip_jax.report.page import FIGURES, save_figure, write_report
 
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="layerskip report", description=__doc__)
+    parser = make_parser("report", __doc__)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--output", help="the page to write (default: report.html in the folder)")
     parser.add_argument(

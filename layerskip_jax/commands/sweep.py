@@ -6,12 +6,12 @@ prompts in turn, one prompt at a time; the result goes into the run's folder, wh
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.decoding.tuning import measure
 from layerskip_jax.generator import Generator
@@ -21,20 +21,13 @@ from layerskip_jax.schema import ConfigError
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="layerskip sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_run_parser("sweep", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run")
-    add("--step", type=int, help="checkpoint to read (default: the newest)")
     add("--exits", type=_numbers, help="values of E (default: L/4, L/2)")
     add("--drafts", type=_numbers, default=(1, 2, 4), help="values of G (default: 1,2,4)")
     add("--prompts", type=int, default=32, help="prompts to measure on")
     add("--prompt-tokens", type=int, default=64)
     add("--new-tokens", type=int, default=64)
-    add("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
 
     run = load_run(options.workdir, options.step)
