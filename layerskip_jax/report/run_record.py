@@ -110,8 +110,8 @@ class RunRecord:
         if not (batches and whole):
             return ""
         return (
-            f"The last evaluation takes the whole validation set, the others its first {batches} "
-            "batches, so it does not continue them."
+            f"The last evaluation takes the whole validation set, the others the same "
+            f"{batches} batches of it, drawn by a fixed seed, so it does not continue them."
         )
 
     @property
