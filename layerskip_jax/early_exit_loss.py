@@ -145,6 +145,7 @@ def early_exit_loss(
     valid_tokens: Int[Array, ""] | Float[Array, ""],
     *,
     chunk: int,
+    batch_shards: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, "A"]]:
     """Scores the normed states of the active exits with the shared head.
 
@@ -157,6 +158,7 @@ def early_exit_loss(
       valid_tokens: valid targets of the whole global batch, whatever part of it is here.
         None at all gives a loss of 0.
       chunk: positions of the sequence scored at once.
+      batch_shards: parts that B is split into over the devices.
 
     Returns:
       J, in nats, and each slot's mean cross-entropy before weighting (0 if not computed);
@@ -164,6 +166,12 @@ def early_exit_loss(
     """
     per_token = 1.0 / jnp.maximum(valid_tokens, 1).astype(jnp.float32)
     loss, sums = linear_cross_entropy(
-        states, head, targets, valid, weights * per_token, chunk=chunk
+        states,
+        head,
+        targets,
+        valid,
+        weights * per_token,
+        chunk=chunk,
+        batch_shards=batch_shards,
     )
     return loss, sums * per_token

@@ -21,6 +21,7 @@ def linear_cross_entropy(
     weights: Float[Array, "A"],
     *,
     chunk: int,
+    batch_shards: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, "A"]]:
     """Returns sum_a weights[a] NLL_a and the NLL_a themselves, summed over valid tokens.
 
@@ -32,25 +33,33 @@ def linear_cross_entropy(
       valid: the tokens that count.
       weights: weight of each leading slot; one of weight 0 is skipped, its NLL given as 0.
       chunk: positions scored at once; need not divide S.
+      batch_shards: parts that B is split into over the devices. Sums over the batch are kept
+        apart by part until all chunks are done, so that devices add them up once, not with
+        every chunk.
 
     Only the first result is differentiable, with respect to `states` and `head`.
     """
-    loss, sums = _weighted_nll(states, head, targets, valid, weights, min(chunk, states.shape[2]))
+    chunk = min(chunk, states.shape[2])
+    loss, sums = _weighted_nll(states, head, targets, valid, weights, chunk, batch_shards)
     return loss, jax.lax.stop_gradient(sums)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _weighted_nll(states, head, targets, valid, weights, chunk):
-    loss, sums, _ = _scan(states, head, targets, valid, weights, chunk, with_gradients=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _weighted_nll(states, head, targets, valid, weights, chunk, shards):
+    loss, sums, _ = _scan(
+        states, head, targets, valid, weights, chunk, shards, with_gradients=False
+    )
     return loss, sums
 
 
-def _forward(states, head, targets, valid, weights, chunk):
-    loss, sums, gradients = _scan(states, head, targets, valid, weights, chunk, with_gradients=True)
+def _forward(states, head, targets, valid, weights, chunk, shards):
+    loss, sums, gradients = _scan(
+        states, head, targets, valid, weights, chunk, shards, with_gradients=True
+    )
     return (loss, sums), gradients
 
 
-def _backward(chunk, gradients, cotangents):
+def _backward(chunk, shards, gradients, cotangents):
     d_states, d_head = gradients
     d_loss = cotangents[0]
     return (
@@ -65,8 +74,11 @@ def _backward(chunk, gradients, cotangents):
 _weighted_nll.defvjp(_forward, _backward)
 
 
-def _scan(states, head, targets, valid, weights, chunk, *, with_gradients):
-    """Scores every (slot, chunk) in turn; the head's gradient is summed in float32."""
+def _scan(states, head, targets, valid, weights, chunk, shards, *, with_gradients):
+    """Scores every (slot, chunk) in turn; the head's gradient is summed in float32.
+
+    In the products n counts the shards of the batch and b the rows of one.
+    """
     slots, batch, length, width = states.shape
     head = head.astype(states.dtype)
     padding = -length % chunk
@@ -75,24 +87,25 @@ def _scan(states, head, targets, valid, weights, chunk, *, with_gradients):
         targets = jnp.pad(targets, ((0, 0), (0, padding)))
         valid = jnp.pad(valid, ((0, 0), (0, padding)))
     chunks = (length + padding) // chunk
+    rows = (shards, batch // shards)
     # Chunks are cut from the sequence, which is not sharded, so that no chunk leaves a device.
-    states = states.reshape(slots, batch, chunks, chunk, width).transpose(0, 2, 1, 3, 4)
-    states = states.reshape(slots * chunks, batch, chunk, width)
-    targets = targets.reshape(batch, chunks, chunk).transpose(1, 0, 2)
-    valid = valid.reshape(batch, chunks, chunk).transpose(1, 0, 2)
+    states = states.reshape(slots, *rows, chunks, chunk, width).transpose(0, 3, 1, 2, 4, 5)
+    states = states.reshape(slots * chunks, *rows, chunk, width)
+    targets = targets.reshape(*rows, chunks, chunk).transpose(2, 0, 1, 3)
+    valid = valid.reshape(*rows, chunks, chunk).transpose(2, 0, 1, 3)
 
     def score(x, y, mask, weight):
-        logits = jnp.einsum("bsd,dv->bsv", x, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("nbsd,dv->nbsv", x, head, preferred_element_type=jnp.float32)
         is_target = y[..., None] == jnp.arange(head.shape[1])
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nll = log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-        total = jnp.sum(jnp.where(mask, nll, 0))
+        total = jnp.sum(jnp.where(mask, nll, 0), axis=(1, 2))
         if not with_gradients:
             return total, None, None
         d_logits = jnp.exp(logits - log_z[..., None]) - is_target
         d_logits = (d_logits * jnp.where(mask, weight, 0)[..., None]).astype(x.dtype)
-        d_x = jnp.einsum("bsv,dv->bsd", d_logits, head, preferred_element_type=jnp.float32)
-        d_head = jnp.einsum("bsd,bsv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        d_x = jnp.einsum("nbsv,dv->nbsd", d_logits, head, preferred_element_type=jnp.float32)
+        d_head = jnp.einsum("nbsd,nbsv->ndv", x, d_logits, preferred_element_type=jnp.float32)
         return total, d_x.astype(x.dtype), d_head
 
     def step(d_head, item):
@@ -103,18 +116,18 @@ def _scan(states, head, targets, valid, weights, chunk, *, with_gradients):
             return total, d_x, d_head + d_head_here if with_gradients else None
 
         def skip():
-            return jnp.float32(0), jnp.zeros_like(x) if with_gradients else None, d_head
+            return jnp.zeros(shards), jnp.zeros_like(x) if with_gradients else None, d_head
 
         total, d_x, d_head = jax.lax.cond(weight != 0, run, skip)
         return d_head, (total, d_x)
 
-    start = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
+    start = jnp.zeros((shards, *head.shape), jnp.float32) if with_gradients else None
     items = (states, jnp.tile(jnp.arange(chunks), slots), jnp.repeat(weights, chunks))
     d_head, (totals, d_states) = jax.lax.scan(step, start, items)
-    sums = totals.reshape(slots, chunks).sum(axis=1)
+    sums = totals.reshape(slots, chunks * shards).sum(axis=1)
     loss = jnp.sum(weights * sums)
     if not with_gradients:
         return loss, sums, None
-    d_states = d_states.reshape(slots, chunks, batch, chunk, width).transpose(0, 2, 1, 3, 4)
+    d_states = d_states.reshape(slots, chunks, *rows, chunk, width).transpose(0, 2, 3, 1, 4, 5)
     d_states = d_states.reshape(slots, batch, chunks * chunk, width)[:, :, :length]
-    return loss, sums, (d_states, d_head)
+    return loss, sums, (d_states, d_head.sum(axis=0))

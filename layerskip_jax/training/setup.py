@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
 from layerskip_jax.parallel.hosts import BatchPlacement
-from layerskip_jax.parallel.mesh import make_mesh
+from layerskip_jax.parallel.mesh import batch_shards, make_mesh
 from layerskip_jax.parallel.sharding import check_batch, parameter_shardings
 from layerskip_jax.training.optimizer import make_optimizer
 from layerskip_jax.training.state import ModelDefinition
@@ -83,7 +83,8 @@ class TrainSetup:
         def pin(gradients):
             return jax.lax.with_sharding_constraint(gradients, self.shardings.parameters)
 
-        step = make_train_step(self.definition, self.config, self.optimizer, pin)
+        shards = batch_shards(self.mesh, self.config.mesh.rules.batch)
+        step = make_train_step(self.definition, self.config, self.optimizer, pin, shards)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         start = time.monotonic()
         compiled = jitted.lower(

@@ -68,6 +68,7 @@ def make_train_step(
     config: RunConfig,
     optimizer: optax.GradientTransformation,
     pin_gradients: Callable[[Parameters], Parameters] = lambda gradients: gradients,
+    batch_shards: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the function of one optimizer step, to be jitted.
 
@@ -76,6 +77,7 @@ def make_train_step(
       config: the run; every schedule is evaluated from it and the step.
       optimizer: the optax transformation.
       pin_gradients: constrains the gradients to the shardings of the parameters.
+      batch_shards: parts that a microbatch is split into over the devices.
     """
     num_layers, total_steps = config.model.num_layers, config.training.steps
     accumulation, batch_size = config.training.accumulation, config.training.batch_size
@@ -106,6 +108,7 @@ def make_train_step(
             exits.weights,
             valid_tokens,
             chunk=config.training.loss_chunk,
+            batch_shards=batch_shards,
         )
 
     def batch_gradient(parameters, batch, plan, exits, valid_tokens):

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy
+from layerskip_jax.parallel.mesh import MeshShape, make_mesh
 
 
 def _reference(states, head, targets, valid, weights):
@@ -31,13 +33,15 @@ def _case(dtype=jnp.float32):
     return states, head, targets, valid, jnp.array([0.3, 0.0, 0.05])
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
-def test_loss_and_gradients_equal_the_float64_reference(chunk):
+@pytest.mark.parametrize("chunk, shards", [(1, 1), (3, 2), (5, 1), (10, 2), (64, 1)])
+def test_loss_and_gradients_equal_the_float64_reference(chunk, shards):
     states, head, targets, valid, weights = _case()
     loss, sums, d_states, d_head = _reference(states, head, targets, valid, weights)
 
     def function(states, head):
-        return linear_cross_entropy(states, head, targets, valid, weights, chunk=chunk)
+        return linear_cross_entropy(
+            states, head, targets, valid, weights, chunk=chunk, batch_shards=shards
+        )
 
     (value, by_slot), gradients = jax.jit(
         jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
@@ -86,3 +90,33 @@ def test_the_logits_of_all_tokens_are_never_held():
     )
     memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < slots * batch * length * vocab * 4 / 4
+
+
+def test_devices_add_the_heads_gradient_up_once():
+    """No collective inside the loop over chunks: they are all in the entry computation."""
+    mesh = make_mesh(MeshShape(8, 1, 1))
+    batch = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    function = jax.grad(
+        lambda states, head, targets, valid: linear_cross_entropy(
+            states, head, targets, valid, jnp.ones(2), chunk=4, batch_shards=8
+        )[0],
+        argnums=(0, 1),
+    )
+    text = (
+        jax.jit(function, out_shardings=(batch, whole))
+        .lower(
+            jax.ShapeDtypeStruct((2, 16, 32, 8), jnp.float32, sharding=batch),
+            jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=whole),
+            jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=rows),
+            jax.ShapeDtypeStruct((16, 32), jnp.bool_, sharding=rows),
+        )
+        .compile()
+        .as_text()
+    )
+    before_entry, entry = text.split("\nENTRY ")
+    assert "while(" in entry
+    assert "all-reduce(" in entry
+    for collective in ("all-reduce(", "all-gather(", "reduce-scatter(", "all-to-all("):
+        assert collective not in before_entry
