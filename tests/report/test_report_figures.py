@@ -112,7 +112,7 @@ def test_last_evaluation_on_other_text_stands_apart(tmp_path):
     config = dataclasses.replace(config, training=training)
     drawn = FIGURES["perplexity_over_training"](read_run(make_run(tmp_path / "b", config)))
     assert [len(line.get_xdata()) for line in drawn.figure.axes[0].lines] == [1, 2] * 8
-    assert "first 2 batches" in drawn.caption
+    assert "the same 2 batches of it, drawn by a fixed seed" in drawn.caption
 
 
 def test_training_time_adds_up_over_resumptions(tmp_path):
