@@ -5,21 +5,36 @@ exits share. The loss of a step is
 
     J = sum_l w(t, l) CE_l,   w(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i)     (LayerSkip, eq. 5)
 
-with e quadratic in depth (eq. 6) and C a curriculum that turns exits on and off over the
-steps; the last layer is always on. All of it is a function of the step, with no state.
+with e growing with depth (quadratically in eq. 6) and C a curriculum that turns exits on and
+off over the steps; the last layer is always on. All of it is a function of the step, with no
+state. The early exits may be scored on a random share of the tokens, without bias: at V = 128k
+the head of one exit costs as much as several layers.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy
+from layerskip_jax.ops.linear_cross_entropy import NO_NORM, HeadInputs, linear_cross_entropy
 from layerskip_jax.schema import require, require_choice
 
 CURRICULA = ("last", "all", "rotational", "gradual")
+
+# e(l) below the last layer before e_scale, and at it, as a function of l + 1. `quadratic` has a
+# formula of its own (see `depth_weights`).
+DEPTH_WEIGHTS: dict[str, Callable | None] = {
+    "quadratic": None,
+    "uniform": lambda depth: np.ones_like(depth),
+    "linear": lambda depth: depth,
+    "sqrt": np.sqrt,
+    "inverse": lambda depth: 1 / depth,
+    "inverse_sqrt": lambda depth: 1 / np.sqrt(depth),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +48,20 @@ class EarlyExitConfig:
       interval: R of the rotational curriculum, in layers.
       gradual_fraction: f of the gradual curriculum.
       scale: e_scale, the weight of the early exits against the last layer.
+      depth_weight: e(l), `quadratic` (LayerSkip), `uniform`, `linear`, `sqrt`, `inverse` or
+        `inverse_sqrt`.
+      exit_token_fraction: share of the positions that exits below the last layer are scored
+        on, drawn anew every step, in (0, 1].
+      z_loss: weight of the squared log-partition in every exit's loss; 0 turns it off.
     """
 
     curriculum: str = "last"
     interval: int = 4
     gradual_fraction: float = 0.5
     scale: float = 0.2
+    depth_weight: str = "quadratic"
+    exit_token_fraction: float = 1.0
+    z_loss: float = 0.0
 
     def __post_init__(self):
         require_choice("curriculum", self.curriculum, CURRICULA)
@@ -48,16 +71,22 @@ class EarlyExitConfig:
             f"gradual_fraction={self.gradual_fraction} must be in (0, 1]",
         )
         require(self.scale >= 0, f"scale={self.scale} must not be negative")
+        require_choice("depth_weight", self.depth_weight, DEPTH_WEIGHTS)
+        require(
+            0 < self.exit_token_fraction <= 1,
+            f"exit_token_fraction={self.exit_token_fraction} must be in (0, 1]",
+        )
+        require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
 
 
 class ActiveExits(NamedTuple):
-    """The exits scored at one step, in a static number A of slots, shallowest first.
+    """The exits scored at one step, in a static number A of slots.
 
     Attributes:
-      layers: layer index l of each slot; slots past the active ones repeat the last layer.
+      layers: layer index l of each slot: the early exits, shallowest first, then slots that
+        are not used, and in the last slot the last layer, which stands there too for those.
       weights: w(t, l) of each slot, 0 where the slot is not used; they sum to 1.
-      slot_of_layer: the slot that layer l's output is written to. A layer that is no exit
-        shares the slot of the next exit above it, which overwrites it.
+      slot_of_layer: the early slot that layer l's output is kept in, A - 1 for none.
     """
 
     layers: Int[Array, "A"]
@@ -65,11 +94,15 @@ class ActiveExits(NamedTuple):
     slot_of_layer: Int[Array, "L"]
 
 
-def depth_weights(num_layers: int, scale: float) -> Float[np.ndarray, "L"]:
-    """Returns e(l), quadratic in depth and not yet normalised (LayerSkip, eq. 6)."""
+def depth_weights(num_layers: int, scale: float, name: str = "quadratic") -> Float[np.ndarray, "L"]:
+    """Returns e(l), not yet normalised (LayerSkip, eq. 6; see `DEPTH_WEIGHTS`)."""
+    last = num_layers - 1
+    if name != "quadratic":
+        weights = DEPTH_WEIGHTS[name](np.arange(1, num_layers + 1, dtype=np.float32))
+        weights[:last] *= scale
+        return weights.astype(np.float32)
     l = np.arange(num_layers, dtype=np.float32)
     weights = scale * l * (l + 1) / 2
-    last = num_layers - 1
     weights[last] = last + scale * (last - 1) * last / 2
     if num_layers == 1:
         weights[0] = 1.0  # eq. 6 gives the only exit no weight
@@ -99,14 +132,16 @@ def active_exits(
 
 
 def max_active_exits(config: EarlyExitConfig, num_layers: int) -> int:
-    """Returns A, the most exits that can be on at any step."""
+    """Returns A, the most exits that are on and have a weight at any step."""
+    weights = depth_weights(num_layers, config.scale, config.depth_weight)
+    has_weight = weights[:-1] > 0
     if config.curriculum == "last":
         return 1
     if config.curriculum == "rotational":
         start = rotational_start(num_layers, config.interval)
         turns = [np.roll(start, turn) for turn in range(num_layers)]
-        return max(int(turn[:-1].sum()) + 1 for turn in turns)
-    return num_layers
+        return max(int((turn[:-1] & has_weight).sum()) + 1 for turn in turns)
+    return int(has_weight.sum()) + 1
 
 
 def exit_weights(
@@ -114,64 +149,91 @@ def exit_weights(
 ) -> Float[Array, "L"]:
     """Returns w(t, l), which sums to 1 over the layers (LayerSkip, eq. 5)."""
     active = active_exits(config, num_layers, step, total_steps)
-    weights = jnp.where(active, depth_weights(num_layers, config.scale), 0.0)
+    weights = jnp.where(active, depth_weights(num_layers, config.scale, config.depth_weight), 0.0)
     return weights / weights.sum()
 
 
 def select_exits(
     config: EarlyExitConfig, num_layers: int, step: int | Int[Array, ""], total_steps: int
 ) -> ActiveExits:
-    """Lays the exits that are on at `step` out in A static slots."""
-    active = active_exits(config, num_layers, step, total_steps)
+    """Lays the exits that are on at `step` and have a weight out in A static slots."""
     weights = exit_weights(config, num_layers, step, total_steps)
-    slots = max_active_exits(config, num_layers)
-    (layers,) = jnp.nonzero(active, size=slots, fill_value=num_layers - 1)
-    used = jnp.arange(slots) < active.sum()
-    # Counting only the exits below a layer makes it share the slot of the next exit above.
-    slot_of_layer = jnp.cumsum(active) - active
+    slots, last = max_active_exits(config, num_layers), num_layers - 1
+    is_early = (weights > 0).at[last].set(False)
+    (layers,) = jnp.nonzero(is_early, size=slots - 1, fill_value=last)
+    used = jnp.arange(slots - 1) < is_early.sum()
+    early_weights = jnp.where(used, weights[layers], 0.0)
     return ActiveExits(
-        layers.astype(jnp.int32),
-        jnp.where(used, weights[layers], 0.0),
-        slot_of_layer.astype(jnp.int32),
+        jnp.append(layers, last).astype(jnp.int32),
+        jnp.append(early_weights, weights[last]),
+        jnp.where(is_early, jnp.cumsum(is_early) - 1, slots - 1).astype(jnp.int32),
     )
 
 
+def sample_positions(
+    key: PRNGKeyArray, config: EarlyExitConfig, length: int
+) -> Int[Array, "M"] | None:
+    """Draws the positions that early exits are scored on; None takes all of them.
+
+    Every position is drawn with the same probability M / S. Rows and exits share the draw,
+    so that taking it is a slice of the sequence for the whole batch.
+    """
+    count = max(round(config.exit_token_fraction * length), 1)
+    if count == length:
+        return None
+    return jnp.sort(jax.random.permutation(key, length)[:count])
+
+
 def early_exit_loss(
-    states: Float[Array, "A B S D"],
+    early: Float[Array, "slots B M D"],
+    last: Float[Array, "B S D"],
     head: Float32[Array, "D V"],
     targets: Int[Array, "B S"],
     valid: Bool[Array, "B S"],
     weights: Float[Array, "A"],
     valid_tokens: Int[Array, ""] | Float[Array, ""],
     *,
+    positions: Int[Array, "M"] | None = None,
+    norm: Callable[[Array], Array] = NO_NORM,
     chunk: int,
     batch_shards: int = 1,
+    z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "A"]]:
-    """Scores the normed states of the active exits with the shared head.
+    """Scores the active exits with the shared norm and head.
 
     Args:
-      states: output of each active exit's layer, through the final norm.
+      early: outputs of the early exits' layers, by slot, at `positions`.
+      last: output of the last layer.
       head: the shared head, float32.
       targets: next tokens.
       valid: which targets count.
-      weights: w(t, l) by slot. An exit of weight 0 is not computed.
+      weights: w(t, l) by slot, the last layer's last. An exit of weight 0 is not computed.
       valid_tokens: valid targets of the whole global batch, whatever part of it is here.
         None at all gives a loss of 0.
+      positions: the positions that `early` holds (see `sample_positions`). What is summed
+        over them counts S / M times, so that value and gradient are right on average.
+      norm: applied to the states before the head; a pytree.
       chunk: positions of the sequence scored at once.
       batch_shards: parts that B is split into over the devices.
+      z_loss: see `linear_cross_entropy`.
 
     Returns:
       J, in nats, and each slot's mean cross-entropy before weighting (0 if not computed);
       over the parts of a batch both add up.
     """
     per_token = 1.0 / jnp.maximum(valid_tokens, 1).astype(jnp.float32)
+    parts, early_per_token = (), per_token
+    if early.shape[0]:
+        early_targets, early_valid = targets, valid
+        if positions is not None:
+            early_targets, early_valid = (
+                jnp.take(array, positions, axis=1) for array in (targets, valid)
+            )
+            early_per_token = per_token * (targets.shape[1] / positions.shape[0])
+        parts = (HeadInputs(early, early_targets, early_valid, weights[:-1] * early_per_token),)
+    parts += (HeadInputs(last[None], targets, valid, weights[-1:] * per_token),)
     loss, sums = linear_cross_entropy(
-        states,
-        head,
-        targets,
-        valid,
-        weights * per_token,
-        chunk=chunk,
-        batch_shards=batch_shards,
+        parts, head, norm=norm, chunk=chunk, batch_shards=batch_shards, z_loss=z_loss
     )
-    return loss, sums * per_token
+    means = [*(part * early_per_token for part in sums[:-1]), sums[-1] * per_token]
+    return loss, jnp.concatenate(means)

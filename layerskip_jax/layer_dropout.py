@@ -12,14 +12,19 @@ an execution have static shapes and every shard of the batch do the same work. T
 drawn between the two neighbours, in a short menu of capacities, of its mean g (1 - p), and
 then that many rows at random: each row's marginal probability of being skipped is exactly p.
 
-One plan, two executions with the same result:
+One plan, three executions with the same result:
 
 * `mask` computes every row and selects;
 * `gather` takes the kept rows out of the batch before the block and puts them back after
-  it, so that what is skipped is not computed.
+  it, so that what is skipped is not computed;
+* `cond` keeps all rows or none, so that a layer is run or skipped as a whole.
+
+r is 1 (`none`: LayerSkip), or 1 / (1 - p) at training and 1 at evaluation (`inverse_keep`:
+Don't Drop Dropout, whose best learning rate then does not move with p).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,7 +54,8 @@ TIME_SCHEDULES: dict[str, Callable] = {
     "decreasing": lambda progress: 1 - progress,
 }
 
-EXECUTIONS = ("mask", "gather")
+EXECUTIONS = ("mask", "gather", "cond")
+RESIDUAL_SCALES = ("none", "inverse_keep")
 MAX_BRANCHES = 5  # capacities compiled for `gather`: compile time grows with each
 
 
@@ -61,7 +67,10 @@ class LayerDropoutConfig:
       p_max: the largest drop probability, reached by the last layer; 0 turns dropout off.
       depth: schedule D(l) over the layers.
       time: schedule S(t) over the steps.
-      execution: `mask` or `gather`; the result is the same, `gather` saves the compute.
+      residual_scale: r, `none` (1) or `inverse_keep` (1 / (1 - p) at training).
+      layers: the layer indices that may be skipped; empty means all.
+      execution: `mask` or `gather`, which draw and do the same, and `gather` saves the
+        compute; or `cond`, which draws a layer for the whole batch of a step.
       groups: equal groups of consecutive rows of the global batch that keep the same number
         of rows. `gather` needs a multiple of (batch shards x accumulation steps). It belongs
         to the recipe, not to the machine: the same value draws the same plans on any mesh.
@@ -70,6 +79,8 @@ class LayerDropoutConfig:
     p_max: float = 0.0
     depth: str = "exp"
     time: str = "constant"
+    residual_scale: str = "none"
+    layers: tuple[int, ...] = ()
     execution: str = "gather"
     groups: int = 1
 
@@ -77,8 +88,17 @@ class LayerDropoutConfig:
         require(0 <= self.p_max < 1, f"p_max={self.p_max} must be in [0, 1)")
         require_choice("depth", self.depth, DEPTH_SCHEDULES)
         require_choice("time", self.time, TIME_SCHEDULES)
+        require_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
         require_choice("execution", self.execution, EXECUTIONS)
+        for layer in self.layers:
+            require(layer >= 0, f"layers={self.layers} must hold layer indices from 0 on")
         require(self.groups >= 1, f"groups={self.groups} must be at least 1")
+
+    def menu(self, group_size: int) -> tuple[int, ...]:
+        """Returns the numbers of rows that a group of `group_size` may keep, ascending."""
+        if self.p_max > 0 and self.execution == "cond":
+            return (0, group_size)
+        return capacity_menu(self.p_max, group_size)
 
 
 class KeepPlan(NamedTuple):
@@ -89,16 +109,16 @@ class KeepPlan(NamedTuple):
     Attributes:
       keep: whether layer l runs on row b.
       capacity_index: for each layer, the index into the menu of the rows kept per group.
+      residual_scale: r of each layer; None stands for 1.
     """
 
     keep: Bool[Array, "*L B"]
     capacity_index: Int[Array, "*L"]
+    residual_scale: Float[Array, "*L"] | None = None
 
     def rows(self, start: int | Int[Array, ""], size: int) -> "KeepPlan":
         """Returns the plan of `size` consecutive rows, whole groups, from `start`."""
-        return KeepPlan(
-            jax.lax.dynamic_slice_in_dim(self.keep, start, size, axis=1), self.capacity_index
-        )
+        return self._replace(keep=jax.lax.dynamic_slice_in_dim(self.keep, start, size, axis=1))
 
 
 def depth_schedule(name: str, num_layers: int) -> Float[Array, "L"]:
@@ -120,9 +140,19 @@ def time_schedule(name: str, step: int | Int[Array, ""], total_steps: int) -> Fl
 def drop_probabilities(
     config: LayerDropoutConfig, num_layers: int, step: int | Int[Array, ""], total_steps: int
 ) -> Float[Array, "L"]:
-    """Returns p(l, t) = p_max D(l) S(t) for every layer."""
+    """Returns p(l, t) = p_max D(l) S(t) for every layer, 0 for those that are not listed."""
     time = time_schedule(config.time, step, total_steps)
-    return config.p_max * depth_schedule(config.depth, num_layers) * time
+    depth = depth_schedule(config.depth, num_layers)
+    if config.layers:
+        depth = jnp.where(np.isin(np.arange(num_layers), config.layers), depth, 0.0)
+    return config.p_max * depth * time
+
+
+def residual_scales(
+    config: LayerDropoutConfig, probabilities: Float[Array, "L"]
+) -> Float[Array, "L"] | None:
+    """Returns r for every layer that runs, None for 1 (Don't Drop Dropout, inverse keep)."""
+    return None if config.residual_scale == "none" else 1 / (1 - probabilities)
 
 
 def capacity_menu(p_max: float, group_size: int) -> tuple[int, ...]:
@@ -170,10 +200,10 @@ class Execution:
     """How a keep plan is carried out on the rows at hand.
 
     Attributes:
-      name: `mask` or `gather`.
+      name: `mask`, `gather` or `cond`.
       groups: equal groups of consecutive rows among the rows at hand. `gather` stays within
         a group, so where each batch shard holds whole groups no row leaves its device.
-      menu: static row counts per group, one compiled branch each (see `capacity_menu`).
+      menu: static row counts per group, one compiled branch each (`LayerDropoutConfig.menu`).
     """
 
     name: str
@@ -186,51 +216,141 @@ class Execution:
         x: Float[Array, "B S D"],
         rows: tuple,
         plan: KeepPlan,
-        remat: Callable[[Callable], Callable],
+        remat: str,
     ) -> Float[Array, "B S D"]:
         """Runs one layer on the rows its plan keeps and returns the others unchanged.
 
         Args:
-          block: `block(x, *rows)`, acting on each row alone.
+          block: a pytree called as `block(x, *rows, residual_scale)`; acts on each row alone.
           x: the residual stream.
-          rows: arrays with the batch as leading axis that the block reads beside x.
-          plan: this layer's keep `[B]` and capacity index.
-          remat: wraps what the backward pass is to compute again.
+          rows: arrays with the batch as leading axis that the block reads beside x. Gradients
+            flow to `block` and `x` only.
+          plan: this layer's keep `[B]`, capacity index and residual scale.
+          remat: what the backward pass computes again (see `rematerialised`).
         """
         if self.name == "mask":
-            y = remat(lambda block, x, *rows: block(x, *rows))(block, x, *rows)
+            y = rematerialised(run_block, remat)(block, x, rows, plan.residual_scale)
             return jnp.where(plan.keep[:, None, None], y, x)
-        return self._gather(block, x, rows, plan, remat)
-
-    def _gather(self, block, x, rows, plan, remat):
-        group_size = x.shape[0] // self.groups
-
-        def grouped(array):
-            return array.reshape(self.groups, group_size, *array.shape[1:])
-
+        keep = plan.keep.reshape(self.groups, -1)
         # A stable sort puts the kept rows of each group first, in their own order.
-        order = jnp.argsort(~grouped(plan.keep), axis=1, stable=True)
+        order = jnp.argsort(~keep, axis=1, stable=True)
+        moved = (order, jnp.argsort(order, axis=1), jax.lax.stop_gradient(rows))
+        inputs = (plan.capacity_index, block, x, *moved, plan.residual_scale)
+        if remat == "full":
+            return _switch_rematerialised(self, *inputs)
+        # Rematerialised inside the switch: around it, the residuals of every branch would be
+        # kept alive beside those of the one that ran.
+        branches = [rematerialised(branch, remat) for branch in self._branches()]
+        return jax.lax.switch(inputs[0], branches, *inputs[1:])
+
+    def _branches(self) -> list[Callable]:
+        """Returns one function of (block, x, order, inverse, rows, scale) a capacity."""
 
         def branch(capacity):
-            def run(block, order, x, *rows):
+            def run(block, x, order, inverse, rows, scale):
+                group_size = x.shape[0] // self.groups
                 if capacity == 0:
                     return x
                 if capacity == group_size:
-                    return block(x, *rows)
-                index = order[:, :capacity]
-                take = jax.vmap(lambda array, i: array[i])
-                kept = [take(grouped(array), index) for array in (x, *rows)]
-                flat = [a.reshape(self.groups * capacity, *a.shape[2:]) for a in kept]
-                y = block(*flat).reshape(kept[0].shape)
-                put = jax.vmap(lambda array, i, value: array.at[i].set(value))
-                return put(grouped(x), index, y).reshape(x.shape)
+                    return block(x, *rows, scale)
 
-            # Rematerialised inside the switch: around it, the residuals of every branch
-            # would be kept alive beside those of the one that ran.
-            return remat(run)
+                def kept(array):
+                    array = array.reshape(self.groups, group_size, *array.shape[1:])
+                    array = _take_rows(array, order[:, :capacity])
+                    return array.reshape(self.groups * capacity, *array.shape[2:])
 
-        branches = [branch(capacity) for capacity in self.menu]
-        return jax.lax.switch(plan.capacity_index, branches, block, order, x, *rows)
+                ordered = _permute_rows(x.reshape(self.groups, group_size, *x.shape[1:]), order, inverse)
+                y = ordered[:, :capacity].reshape(-1, *x.shape[1:])
+                y = block(y, *map(kept, rows), scale).reshape(self.groups, capacity, *x.shape[1:])
+                y = jnp.concatenate([y, ordered[:, capacity:]], axis=1)
+                return _permute_rows(y, inverse, order).reshape(x.shape)
+
+            return run
+
+        return [branch(capacity) for capacity in self.menu]
+
+
+def run_block(block: Callable, x: Array, rows: tuple, residual_scale: Array | None) -> Array:
+    """Calls `block(x, *rows, residual_scale)`, with the block an argument that can be saved."""
+    return block(x, *rows, residual_scale)
+
+
+def rematerialised(function: Callable, policy: str) -> Callable:
+    """Wraps a function so that its backward pass computes again what `policy` names.
+
+    Args:
+      function: of arrays.
+      policy: `none`, `dots` (all but the matrix products) or `full`.
+    """
+    if policy == "none":
+        return function
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(function, policy=saved)
+
+
+def _take_rows(x: Array, index: Int[Array, "G C"]) -> Array:
+    return jax.vmap(lambda rows, i: rows[i])(x, index)
+
+
+@jax.custom_vjp
+def _permute_rows(x: Array, order: Int[Array, "G g"], inverse: Int[Array, "G g"]) -> Array:
+    """Reorders the rows of each group; the gradient goes back by a gather, not a scatter."""
+    return _take_rows(x, order)
+
+
+def _permute_forward(x, order, inverse):
+    return _take_rows(x, order), inverse
+
+
+def _permute_backward(inverse, gradient):
+    return _take_rows(gradient, inverse), None, None
+
+
+_permute_rows.defvjp(_permute_forward, _permute_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _switch_rematerialised(execution, index, block, x, order, inverse, rows, scale):
+    """The switch over capacities, which saves its inputs and nothing of any branch.
+
+    Automatic differentiation of a switch makes every branch return the residuals of all.
+    """
+    return jax.lax.switch(
+        index, execution._branches(), block, x, order, inverse, rows, scale
+    )
+
+
+def _switch_forward(execution, *inputs):
+    return _switch_rematerialised(execution, *inputs), inputs
+
+
+def _switch_backward(execution, inputs, gradient):
+    index, block, x, *rest = inputs
+
+    def pull_back(branch):
+        def run(block, x, rest, gradient):
+            # The barrier keeps the forward pass in here from being merged with the first one.
+            block, x, rest = jax.lax.optimization_barrier((block, x, rest))
+            return jax.vjp(lambda block, x: branch(block, x, *rest), block, x)[1](gradient)
+
+        return run
+
+    branches = [pull_back(branch) for branch in execution._branches()]
+    d_block, d_x = jax.lax.switch(index, branches, block, x, rest, gradient)
+    return None, d_block, d_x, None, None, None, None
+
+
+_switch_rematerialised.defvjp(_switch_forward, _switch_backward)
+
+
+def check_layers(config: LayerDropoutConfig, num_layers: int) -> None:
+    """Raises `ConfigError` unless every listed layer is one of the model's."""
+    for layer in config.layers:
+        require(
+            layer < num_layers,
+            f"config.layer_dropout.layers={config.layers} names layer {layer}, but the model's "
+            f"layers are 0 to {num_layers - 1}",
+        )
 
 
 def check_groups(

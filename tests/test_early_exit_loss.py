@@ -52,7 +52,8 @@ curricula = st.fixed_dictionaries(
         "curriculum": st.sampled_from(ee.CURRICULA),
         "interval": st.integers(1, 9),
         "gradual_fraction": st.floats(0.1, 1),
-        "scale": st.floats(0, 2),
+        "scale": st.sampled_from([0.0, 0.1, 1.0, 2.0]),
+        "depth_weight": st.sampled_from(sorted(ee.DEPTH_WEIGHTS)),
     }
 )
 
@@ -61,33 +62,36 @@ curricula = st.fixed_dictionaries(
 @given(chosen=curricula, num_layers=st.integers(1, 9), step=st.integers(0, 49))
 def test_slots_hold_exactly_the_active_exits(chosen, num_layers, step):
     config = ee.EarlyExitConfig(**chosen)
-    active = np.flatnonzero(ee.active_exits(config, num_layers, step, 50))
+    weights = np.asarray(ee.exit_weights(config, num_layers, step, 50))
+    early = np.flatnonzero(weights[:-1])
     exits = ee.select_exits(config, num_layers, step, 50)
     slots = ee.max_active_exits(config, num_layers)
-    assert len(exits.layers) == slots >= len(active)
-    assert active[-1] == num_layers - 1
-    np.testing.assert_array_equal(exits.layers[: len(active)], active)
+    assert len(exits.layers) == slots > len(early)
+    np.testing.assert_array_equal(exits.layers[: len(early)], early)
+    assert exits.layers[-1] == num_layers - 1
+    np.testing.assert_array_equal(exits.weights[: len(early)], weights[early])
+    assert exits.weights[-1] == weights[-1] > 0
+    assert (np.asarray(exits.weights[len(early) : -1]) == 0).all()
     np.testing.assert_allclose(exits.weights.sum(), 1, rtol=1e-5)
-    assert (np.asarray(exits.weights[len(active) :]) == 0).all()
-    # Replaying the writes leaves each active layer's output in its own slot.
-    buffer = np.full(slots, -1)
-    for layer, slot in enumerate(np.asarray(exits.slot_of_layer)):
-        buffer[slot] = layer
-    np.testing.assert_array_equal(buffer[: len(active)], active)
+    # each early exit has its slot, every other layer none
+    expected = np.full(num_layers, slots - 1)
+    expected[early] = np.arange(len(early))
+    np.testing.assert_array_equal(exits.slot_of_layer, expected)
 
 
 @settings(max_examples=30, deadline=None)
 @given(chosen=curricula, num_layers=st.integers(1, 9))
 def test_max_active_exits_is_reached_and_never_passed(chosen, num_layers):
     config = ee.EarlyExitConfig(**chosen)
-    counts = [int(ee.active_exits(config, num_layers, t, 200).sum()) for t in range(200)]
+    counts = [int((ee.exit_weights(config, num_layers, t, 200) > 0).sum()) for t in range(200)]
     assert max(counts) == ee.max_active_exits(config, num_layers)
 
 
 def test_zero_states_lose_ln_v_at_every_exit():
     slots, batch, length, width, vocab = 3, 2, 5, 4, 11
     loss, by_exit = ee.early_exit_loss(
-        jnp.zeros((slots, batch, length, width)),
+        jnp.zeros((slots - 1, batch, length, width)),
+        jnp.zeros((batch, length, width)),
         jax.random.normal(jax.random.key(0), (width, vocab)),
         jnp.ones((batch, length), jnp.int32),
         jnp.ones((batch, length), bool),
@@ -100,9 +104,10 @@ def test_zero_states_lose_ln_v_at_every_exit():
 
 
 def test_no_valid_token_gives_zero_and_no_gradient():
-    def loss(states):
+    def loss(last):
         return ee.early_exit_loss(
-            states,
+            jnp.ones((0, 1, 3, 4)),
+            last,
             jnp.ones((4, 7)),
             jnp.zeros((1, 3), jnp.int32),
             jnp.zeros((1, 3), bool),
@@ -111,7 +116,7 @@ def test_no_valid_token_gives_zero_and_no_gradient():
             chunk=3,
         )[0]
 
-    value, gradient = jax.value_and_grad(loss)(jnp.ones((1, 1, 3, 4)))
+    value, gradient = jax.value_and_grad(loss)(jnp.ones((1, 3, 4)))
     assert value == 0
     assert (gradient == 0).all()
 

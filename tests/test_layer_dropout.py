@@ -125,11 +125,11 @@ def test_gather_equals_mask_and_leaves_dropped_rows_alone(groups):
         one = ld.KeepPlan(plan.keep[layer], plan.capacity_index[layer])
 
         class Block:
-            def __call__(self, x, extra):
+            def __call__(self, x, extra, scale):
                 return _toy_block(2.0, x, extra)
 
         block = jax.tree_util.Partial(Block().__call__)
-        return execution.run(block, x, (extra,), one, lambda function: function)
+        return execution.run(block, x, (extra,), one, "none")
 
     for layer in range(6):
         masked, gathered = run("mask", layer), run("gather", layer)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy
+from layerskip_jax.ops.linear_cross_entropy import HeadInputs, linear_cross_entropy
 
 
 def make_exit_scorer(definition: Any, *, chunk: int) -> Callable:
@@ -27,10 +27,10 @@ def make_exit_scorer(definition: Any, *, chunk: int) -> Callable:
 
         def microbatch(total, batch):
             def read(carry, _, x):
-                states = model.final_norm(x)[None]
-                nll = linear_cross_entropy(
-                    states, head, batch.targets, batch.valid, one, chunk=chunk
-                )[0]
+                inputs = HeadInputs(x[None], batch.targets, batch.valid, one)
+                nll, _ = linear_cross_entropy(
+                    (inputs,), head, norm=model.final_norm, chunk=chunk
+                )
                 return carry, nll
 
             x = model.embed(batch.tokens)

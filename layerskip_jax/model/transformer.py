@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from layerskip_jax.layer_dropout import Execution, KeepPlan
+from layerskip_jax.layer_dropout import Execution, KeepPlan, rematerialised, run_block
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.rope import apply_rope, rope_tables
 from layerskip_jax.ops.attention import packed_attention
@@ -114,18 +114,75 @@ class Block(nnx.Module):
         return self.attention.project(self.attention_norm(x), cos, sin)
 
     def finish(
-        self, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"]
+        self,
+        x: Float[Array, "B S D"],
+        attended: Float[Array, "B S H h"],
+        residual_scale: Float[Array, ""] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Adds both residual branches, given the attended values of the first."""
-        x = x + self.attention.output(attended)
-        return x + self.mlp(self.mlp_norm(x))
+        """Adds both residual branches, given the attended values of the first.
+
+        `residual_scale` multiplies what the whole layer adds; None stands for 1.
+        """
+        attention = self.attention.output(attended)
+        middle = x + attention
+        mlp = self.mlp(self.mlp_norm(middle))
+        if residual_scale is None:
+            return middle + mlp
+        return x + residual_scale.astype(x.dtype) * (attention + mlp)
 
     def __call__(
-        self, x: Float[Array, "B S D"], cos: Array, sin: Array, segment_ids: Int[Array, "B S"]
+        self,
+        x: Float[Array, "B S D"],
+        cos: Array,
+        sin: Array,
+        segment_ids: Int[Array, "B S"],
+        residual_scale: Float[Array, ""] | None = None,
     ) -> Float[Array, "B S D"]:
         """Runs the layer over whole packed windows."""
         q, k, v = self.project(x, cos, sin)
-        return self.finish(x, packed_attention(q, k, v, segment_ids, kernel=self.kernel))
+        attended = packed_attention(q, k, v, segment_ids, kernel=self.kernel)
+        return self.finish(x, attended, residual_scale)
+
+
+@jax.custom_vjp
+def _keep_exit(
+    x: Float[Array, "B S D"],
+    buffer: Float[Array, "slots B M D"],
+    slot: Int[Array, ""],
+    positions: Int[Array, "M"] | None,
+) -> tuple[Float[Array, "B S D"], Float[Array, "slots B M D"]]:
+    """Returns x, and the buffer with x at `positions` in `slot`, which may be past its end.
+
+    A slot is filled once, over zeros that nothing else reads. So the gradient of the buffer
+    passes through unchanged and is added to that of x at the layer that filled the slot.
+    """
+
+    def fill(buffer):
+        kept = x if positions is None else jnp.take(x, positions, axis=1)
+        return jax.lax.dynamic_update_index_in_dim(buffer, kept, slot, axis=0)
+
+    return x, jax.lax.cond(slot < buffer.shape[0], fill, lambda buffer: buffer, buffer)
+
+
+def _keep_exit_forward(x, buffer, slot, positions):
+    return _keep_exit(x, buffer, slot, positions), (slot, positions)
+
+
+def _keep_exit_backward(saved, gradients):
+    slot, positions = saved
+    d_x, d_buffer = gradients
+
+    def add(d_x, d_buffer):
+        d_kept = jax.lax.dynamic_index_in_dim(d_buffer, slot, axis=0, keepdims=False)
+        if positions is None:
+            return d_x + d_kept
+        return d_x.at[:, positions].add(d_kept, indices_are_sorted=True, unique_indices=True)
+
+    is_kept = slot < d_buffer.shape[0]
+    return jax.lax.cond(is_kept, add, lambda d_x, _: d_x, d_x, d_buffer), d_buffer, None, None
+
+
+_keep_exit.defvjp(_keep_exit_forward, _keep_exit_backward)
 
 
 def _no_constraint(x: Array, *logical_axes: str) -> Array:
@@ -203,13 +260,13 @@ class Transformer(nnx.Module):
         Returns:
           The last carry, and the outputs stacked over the layers.
         """
-        remat = _remat(self.config.remat)
+        remat = self.config.remat
 
         def layer(state, inputs):
             x, carry = state
             block, layer_plan, item = inputs
             if layer_plan is None:
-                x = remat(lambda block, x, *rows: block(x, *rows))(block, x, *rows)
+                x = rematerialised(run_block, remat)(block, x, rows, None)
             else:
                 x = execution.run(block, x, rows, layer_plan, remat)
             x = self.constrain(x, "batch", "sequence", "activation")
@@ -226,30 +283,35 @@ class Transformer(nnx.Module):
         slot_of_layer: Int[Array, "L"],
         slots: int,
         *,
+        positions: Int[Array, "M"] | None = None,
         plan: KeepPlan | None = None,
         execution: Execution | None = None,
-    ) -> Float[Array, "A B S D"]:
-        """Runs all layers and returns the normed outputs of the exits, by slot.
+    ) -> tuple[Float[Array, "slots B M D"], Float[Array, "B S D"]]:
+        """Runs all layers and returns the outputs of the early exits, by slot, and of the last.
 
         Args:
           x: states before the first layer.
           rows: see `rows`.
-          slot_of_layer: where each layer's output is written; a later layer overwrites an
-            earlier one's, so the deepest layer of a slot is the exit.
-          slots: A.
+          slot_of_layer: where each layer's output is kept; `slots` for nowhere.
+          slots: number of early exits kept, A - 1.
+          positions: the positions that are kept of them; None keeps all.
           plan: see `scan_layers`.
           execution: see `scan_layers`.
         """
-
-        def write(buffer, slot, x):
-            return jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0), None
-
-        buffer = jnp.zeros((slots, *x.shape), x.dtype)
+        kept = x.shape[1] if positions is None else positions.shape[0]
+        buffer = jnp.zeros((slots, x.shape[0], kept, x.shape[2]), x.dtype)
         buffer = self.constrain(buffer, "exits", "batch", "sequence", "activation")
-        buffer, _ = self.scan_layers(
-            x, rows, write, buffer, slot_of_layer, plan=plan, execution=execution
+
+        def visit(carry, slot, x):
+            _, buffer = carry
+            if slots:
+                x, buffer = _keep_exit(x, buffer, slot, positions)
+            return (x, buffer), None
+
+        (last, buffer), _ = self.scan_layers(
+            x, rows, visit, (x, buffer), slot_of_layer, plan=plan, execution=execution
         )
-        return self.final_norm(buffer)
+        return buffer, last
 
     def logits(
         self,
@@ -268,13 +330,3 @@ class Transformer(nnx.Module):
         return jnp.einsum(
             "bsd,dv->bsv", self.final_norm(x), head, preferred_element_type=jnp.float32
         )
-
-
-def _remat(policy: str) -> Callable[[Callable], Callable]:
-    """Returns the wrapper that `config.model.remat` names."""
-    if policy == "none":
-        return lambda function: function
-    if policy == "dots":
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return lambda function: jax.checkpoint(function, policy=saved)
-    return jax.checkpoint

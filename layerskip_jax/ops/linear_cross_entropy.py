@@ -2,132 +2,178 @@
 
 The [tokens, V] logits of several exits would dwarf everything else in a training step. Here
 the sequence is scored a chunk at a time, and since the weight of every token is known before
-the backward pass, the gradients with respect to states and head are formed in the forward
-pass, from the same logits, and only scaled in the backward one.
+the backward pass, the gradients with respect to states, norm and head are formed in the
+forward pass, from the same logits, and only scaled in the backward one.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 
-def linear_cross_entropy(
-    states: Float[Array, "A B S D"],
-    head: Float32[Array, "D V"],
-    targets: Int[Array, "B S"],
-    valid: Bool[Array, "B S"],
-    weights: Float[Array, "A"],
-    *,
-    chunk: int,
-    batch_shards: int = 1,
-) -> tuple[Float[Array, ""], Float[Array, "A"]]:
-    """Returns sum_a weights[a] NLL_a and the NLL_a themselves, summed over valid tokens.
+class HeadInputs(NamedTuple):
+    """States to score, by slot, against the same targets.
 
-    Args:
-      states: inputs of the head, in the compute dtype.
-      head: its float32 weights, cast to the dtype of the states for the products. Logits,
-        sums and the head's gradient are float32.
+    Attributes:
+      states: inputs of the norm and the head, in the compute dtype.
       targets: token ids.
       valid: the tokens that count.
-      weights: weight of each leading slot; one of weight 0 is skipped, its NLL given as 0.
-      chunk: positions scored at once; need not divide S.
+      weights: weight of each slot; one of weight 0 is not computed.
+    """
+
+    states: Float[Array, "A B M D"]
+    targets: Int[Array, "B M"]
+    valid: Bool[Array, "B M"]
+    weights: Float[Array, "A"]
+
+
+class _Settings(NamedTuple):
+    chunk: int
+    batch_shards: int
+    z_loss: float
+
+
+NO_NORM = jax.tree_util.Partial(lambda x: x)
+
+
+def linear_cross_entropy(
+    parts: tuple[HeadInputs, ...],
+    head: Float32[Array, "D V"],
+    *,
+    norm: Callable[[Array], Array] = NO_NORM,
+    chunk: int,
+    batch_shards: int = 1,
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], tuple[Float[Array, "A"], ...]]:
+    """Returns the weighted sum of the NLL of all slots, and each slot's own NLL.
+
+    The NLL of a slot is summed over its valid tokens, the slots of all parts with their
+    weights; one sum of the head's gradient serves all of them.
+
+    Args:
+      parts: what to score. B is the same in all.
+      head: its float32 weights, cast to the dtype of the states for the products. Logits,
+        sums and the head's gradient are float32.
+      norm: a pytree called on the states before the head, such as an RMSNorm module.
+      chunk: positions scored at once; need not divide M.
       batch_shards: parts that B is split into over the devices. Sums over the batch are kept
         apart by part until all chunks are done, so that devices add them up once, not with
         every chunk.
+      z_loss: adds this times the squared log-partition to each token's NLL in the first
+        result, which keeps logits from drifting (PaLM, section 5).
 
-    Only the first result is differentiable, with respect to `states` and `head`.
+    Only the first result is differentiable, with respect to states, norm and head.
     """
-    chunk = min(chunk, states.shape[2])
-    loss, sums = _weighted_nll(states, head, targets, valid, weights, chunk, batch_shards)
+    settings = _Settings(chunk, batch_shards, z_loss)
+    loss, sums = _weighted_nll(settings, parts, head, norm)
     return loss, jax.lax.stop_gradient(sums)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _weighted_nll(states, head, targets, valid, weights, chunk, shards):
-    loss, sums, _ = _scan(
-        states, head, targets, valid, weights, chunk, shards, with_gradients=False
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_nll(settings, parts, head, norm):
+    loss, sums, _ = _score(settings, parts, head, norm, with_gradients=False)
     return loss, sums
 
 
-def _forward(states, head, targets, valid, weights, chunk, shards):
-    loss, sums, gradients = _scan(
-        states, head, targets, valid, weights, chunk, shards, with_gradients=True
-    )
+def _forward(settings, parts, head, norm):
+    loss, sums, gradients = _score(settings, parts, head, norm, with_gradients=True)
     return (loss, sums), gradients
 
 
-def _backward(chunk, shards, gradients, cotangents):
-    d_states, d_head = gradients
-    d_loss = cotangents[0]
-    return (
-        (d_states * d_loss).astype(d_states.dtype),
-        d_head * d_loss,
-        None,
-        None,
-        None,
-    )
+def _backward(settings, gradients, cotangents):
+    d_states, d_head, d_norm = gradients
+    scale = cotangents[0]
+
+    def scaled(tree):
+        return jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), tree)
+
+    parts = tuple(HeadInputs(states, None, None, None) for states in scaled(d_states))
+    return parts, scaled(d_head), scaled(d_norm)
 
 
 _weighted_nll.defvjp(_forward, _backward)
 
 
-def _scan(states, head, targets, valid, weights, chunk, shards, *, with_gradients):
-    """Scores every (slot, chunk) in turn; the head's gradient is summed in float32.
+def _score(settings, parts, head, norm, *, with_gradients):
+    """Scores every part in turn; n counts the shards of the batch, b the rows of one."""
+    shards = settings.batch_shards
+    product_head = head.astype(parts[0].states.dtype)
+    # One copy of the norm a shard, so that its gradient stays apart by shard as well.
+    norms = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (shards, *leaf.shape)), norm)
+    totals = None
+    if with_gradients:
+        d_head = jnp.zeros((shards, *head.shape), jnp.float32)
+        totals = d_head, jax.tree.map(jnp.zeros_like, norms)
+    loss, all_sums, all_states = jnp.float32(0), [], []
+    for part in parts:
+        sums, z_sums, d_states, totals = _score_part(settings, part, product_head, norms, totals)
+        loss += jnp.sum(part.weights * (sums + settings.z_loss * z_sums))
+        all_sums.append(sums)
+        all_states.append(d_states)
+    if not with_gradients:
+        return loss, tuple(all_sums), None
+    d_head, d_norm = jax.tree.map(lambda leaf: leaf.sum(axis=0), totals)
+    return loss, tuple(all_sums), (tuple(all_states), d_head, d_norm)
 
-    In the products n counts the shards of the batch and b the rows of one.
+
+def _score_part(settings, part, head, norms, totals):
+    """Returns sums by slot, the gradient of the states, and the totals with this part's added.
+
+    The gradient is written over the states it came from, chunk by chunk.
     """
+    states, targets, valid, weights = part
     slots, batch, length, width = states.shape
-    head = head.astype(states.dtype)
-    padding = -length % chunk
+    shards, z_loss = settings.batch_shards, settings.z_loss
+    chunks = -(-length // settings.chunk)
+    chunk = -(-length // chunks)  # of even size, so that little or nothing is padded
+    padding = chunks * chunk - length
     if padding:
         states = jnp.pad(states, ((0, 0), (0, 0), (0, padding), (0, 0)))
-        targets = jnp.pad(targets, ((0, 0), (0, padding)))
-        valid = jnp.pad(valid, ((0, 0), (0, padding)))
-    chunks = (length + padding) // chunk
-    rows = (shards, batch // shards)
-    # Chunks are cut from the sequence, which is not sharded, so that no chunk leaves a device.
-    states = states.reshape(slots, *rows, chunks, chunk, width).transpose(0, 3, 1, 2, 4, 5)
-    states = states.reshape(slots * chunks, *rows, chunk, width)
-    targets = targets.reshape(*rows, chunks, chunk).transpose(2, 0, 1, 3)
-    valid = valid.reshape(*rows, chunks, chunk).transpose(2, 0, 1, 3)
+        targets, valid = (jnp.pad(array, ((0, 0), (0, padding))) for array in (targets, valid))
+    # Slots of weight 0 go last and the loop ends before them.
+    used = weights != 0
+    order = jnp.argsort(~used, stable=True)
 
-    def score(x, y, mask, weight):
-        logits = jnp.einsum("nbsd,dv->nbsv", x, head, preferred_element_type=jnp.float32)
+    def cut(array, start):
+        """One chunk of the sequence, which is not sharded, with the shards of B in front."""
+        array = jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1)
+        return array.reshape(shards, batch // shards, chunk, *array.shape[2:])
+
+    def step(index, carry):
+        states, sums, z_sums, totals = carry
+        slot, start = order[index // chunks], index % chunks * chunk
+        x = cut(jax.lax.dynamic_index_in_dim(states, slot, keepdims=False), start)
+        y, mask = cut(targets, start), cut(valid, start)
+        normed, pull_back = jax.vjp(jax.vmap(lambda norm, x: norm(x)), norms, x)
+        logits = jnp.einsum("nbsd,dv->nbsv", normed, head, preferred_element_type=jnp.float32)
         is_target = y[..., None] == jnp.arange(head.shape[1])
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nll = log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-        total = jnp.sum(jnp.where(mask, nll, 0), axis=(1, 2))
-        if not with_gradients:
-            return total, None, None
-        d_logits = jnp.exp(logits - log_z[..., None]) - is_target
-        d_logits = (d_logits * jnp.where(mask, weight, 0)[..., None]).astype(x.dtype)
+        sums = sums.at[slot].add(jnp.sum(jnp.where(mask, nll, 0), axis=(1, 2)))
+        z_sums = z_sums.at[slot].add(jnp.sum(jnp.where(mask, log_z * log_z, 0), axis=(1, 2)))
+        if totals is None:
+            return states, sums, z_sums, totals
+        d_head, d_norm = totals
+        weight = jnp.where(mask, weights[slot], 0)[..., None]
+        d_logits = jnp.exp(logits - log_z[..., None])
+        if z_loss:
+            d_logits = d_logits * (1 + 2 * z_loss * log_z[..., None])
+        d_logits = ((d_logits - is_target) * weight).astype(x.dtype)
         d_x = jnp.einsum("nbsv,dv->nbsd", d_logits, head, preferred_element_type=jnp.float32)
-        d_head = jnp.einsum("nbsd,nbsv->ndv", x, d_logits, preferred_element_type=jnp.float32)
-        return total, d_x.astype(x.dtype), d_head
+        d_head += jnp.einsum("nbsd,nbsv->ndv", normed, d_logits, preferred_element_type=jnp.float32)
+        d_norm_here, d_x = pull_back(d_x.astype(x.dtype))
+        d_norm = jax.tree.map(jnp.add, d_norm, d_norm_here)
+        d_x = d_x.reshape(1, batch, chunk, width)
+        states = jax.lax.dynamic_update_slice(states, d_x, (slot, 0, start, 0))
+        return states, sums, z_sums, (d_head, d_norm)
 
-    def step(d_head, item):
-        x, chunk_index, weight = item
-
-        def run():
-            total, d_x, d_head_here = score(x, targets[chunk_index], valid[chunk_index], weight)
-            return total, d_x, d_head + d_head_here if with_gradients else None
-
-        def skip():
-            return jnp.zeros(shards), jnp.zeros_like(x) if with_gradients else None, d_head
-
-        total, d_x, d_head = jax.lax.cond(weight != 0, run, skip)
-        return d_head, (total, d_x)
-
-    start = jnp.zeros((shards, *head.shape), jnp.float32) if with_gradients else None
-    items = (states, jnp.tile(jnp.arange(chunks), slots), jnp.repeat(weights, chunks))
-    d_head, (totals, d_states) = jax.lax.scan(step, start, items)
-    sums = totals.reshape(slots, chunks * shards).sum(axis=1)
-    loss = jnp.sum(weights * sums)
-    if not with_gradients:
-        return loss, sums, None
-    d_states = d_states.reshape(slots, chunks, *rows, chunk, width).transpose(0, 2, 3, 1, 4, 5)
-    d_states = d_states.reshape(slots, batch, chunks * chunk, width)[:, :, :length]
-    return loss, sums, (d_states, d_head.sum(axis=0))
+    zeros = jnp.zeros((slots, shards))
+    carry = (states, zeros, zeros, totals)
+    d_states, sums, z_sums, totals = jax.lax.fori_loop(0, used.sum() * chunks, step, carry)
+    if totals is not None:
+        d_states = jnp.where(used[:, None, None, None], d_states[:, :, :length], 0)
+    return sums.sum(axis=1), z_sums.sum(axis=1), d_states, totals

@@ -109,6 +109,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         batch_shards=shards,
         accumulation=training.accumulation,
     )
+    layer_dropout.check_layers(config.layer_dropout, config.model.num_layers)
     definition = ModelDefinition(config.model, rules.constrain)
     optimizer = make_optimizer(config.optimizer, training.steps)
     parameters = parameter_shardings(definition.shapes, definition.logical_axes, mesh, rules)

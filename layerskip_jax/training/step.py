@@ -10,7 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
-from layerskip_jax.early_exit_loss import early_exit_loss, max_active_exits, select_exits
+from layerskip_jax.early_exit_loss import (
+    early_exit_loss,
+    max_active_exits,
+    sample_positions,
+    select_exits,
+)
 from layerskip_jax.training.optimizer import learning_rate_schedule
 from layerskip_jax.training.state import ModelDefinition, Parameters
 
@@ -83,40 +88,45 @@ def make_train_step(
     accumulation, batch_size = config.training.accumulation, config.training.batch_size
     rows = batch_size // accumulation
     dropout = config.layer_dropout
-    menu = layer_dropout.capacity_menu(dropout.p_max, batch_size // dropout.groups)
+    menu = dropout.menu(batch_size // dropout.groups)
     execution = layer_dropout.Execution(
         dropout.execution, max(dropout.groups // accumulation, 1), menu
     )
-    slots = max_active_exits(config.early_exit, num_layers)
+    slots = max_active_exits(config.early_exit, num_layers) - 1
     learning_rate = learning_rate_schedule(config.optimizer, total_steps)
 
-    def microbatch_loss(parameters, batch, plan, exits, valid_tokens):
+    def microbatch_loss(parameters, batch, plan, exits, positions, valid_tokens):
         model = definition.model(parameters)
-        states = model.exit_states(
+        early, last = model.exit_states(
             model.embed(batch.tokens),
             model.rows(batch.positions, batch.segment_ids),
             exits.slot_of_layer,
             slots,
+            positions=positions,
             plan=plan,
             execution=execution,
         )
         return early_exit_loss(
-            states,
+            early,
+            last,
             model.head_weight,
             batch.targets,
             batch.valid,
             exits.weights,
             valid_tokens,
+            positions=positions,
+            norm=model.final_norm,
             chunk=config.training.loss_chunk,
             batch_shards=batch_shards,
+            z_loss=config.early_exit.z_loss,
         )
 
-    def batch_gradient(parameters, batch, plan, exits, valid_tokens):
+    def batch_gradient(parameters, batch, plan, *rest):
         def one(index):
             micro = jax.tree.map(lambda array: array[index], batch)
             micro_plan = None if plan is None else plan.rows(index * rows, rows)
             function = jax.value_and_grad(microbatch_loss, has_aux=True)
-            return function(parameters, micro, micro_plan, exits, valid_tokens)
+            return function(parameters, micro, micro_plan, *rest)
 
         if accumulation == 1:
             return one(0)
@@ -129,23 +139,23 @@ def make_train_step(
         return total
 
     def train_step(state, batch):
+        # Every host folds the same step into the same seed, so all draw the same.
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         plan, layers_run = None, jnp.float32(1)
         if dropout.p_max > 0:
-            # Every host folds the same step into the same seed, so all draw the same plan.
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            p = layer_dropout.drop_probabilities(dropout, num_layers, state.step, total_steps)
             plan = layer_dropout.draw_keep_plan(
-                key,
-                layer_dropout.drop_probabilities(dropout, num_layers, state.step, total_steps),
-                batch_size=batch_size,
-                groups=dropout.groups,
-                menu=menu,
-            )
+                key, p, batch_size=batch_size, groups=dropout.groups, menu=menu
+            )._replace(residual_scale=layer_dropout.residual_scales(dropout, p))
             layers_run = plan.keep.mean(dtype=jnp.float32)
         exits = select_exits(config.early_exit, num_layers, state.step, total_steps)
+        positions = sample_positions(
+            jax.random.fold_in(key, 1), config.early_exit, batch.tokens.shape[2]
+        )
         # Normalising by the whole batch makes microbatches of uneven length add up exactly.
         valid_tokens = batch.valid.sum()
         (loss, exit_losses), gradients = batch_gradient(
-            state.parameters, batch, plan, exits, valid_tokens
+            state.parameters, batch, plan, exits, positions, valid_tokens
         )
         gradients = pin_gradients(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)

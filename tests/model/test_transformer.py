@@ -65,13 +65,44 @@ def test_exit_states_are_the_outputs_of_their_layers(remat):
     tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 64)
     rows = model.rows(*_whole(6, 2))
     x = model.embed(tokens)
-    states = model.exit_states(x, rows, jnp.array([0, 0, 1, 2]), 3)
+    early, last = model.exit_states(x, rows, jnp.array([2, 0, 1, 2]), 2)
+    picked = jnp.array([1, 4])
+    some, _ = model.exit_states(x, rows, jnp.array([2, 0, 1, 2]), 2, positions=picked)
     outputs = []
     for layer in range(4):
         x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)
-        outputs.append(model.final_norm(x))
-    # slot 0 is shared by layers 0 and 1: the deeper one is the exit
-    np.testing.assert_allclose(states, jnp.stack(outputs[1:]), atol=1e-5)
+        outputs.append(x)
+    np.testing.assert_allclose(early, jnp.stack(outputs[1:3]), atol=1e-5)
+    np.testing.assert_array_equal(some, early[:, :, picked])
+    np.testing.assert_allclose(last, outputs[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [None, jnp.array([0, 3])])
+def test_gradients_of_exits_reach_the_layers_below_them(positions):
+    """Against a loop that differentiates each exit by itself."""
+    model = Transformer(small_model(), jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 64)
+    weights = jax.random.normal(jax.random.key(2), (2, 2, 6, 32))
+    positions_ = jnp.arange(6) if positions is None else positions
+
+    def kept(model):
+        rows = model.rows(*_whole(6, 2))
+        slots = jnp.array([1, 0, 1, 1])
+        early, last = model.exit_states(model.embed(tokens), rows, slots, 1, positions=positions)
+        return jnp.sum(early[0] * weights[0][:, positions_]) + jnp.sum(last * weights[1])
+
+    def looped(model):
+        rows, x, total = model.rows(*_whole(6, 2)), model.embed(tokens), 0.0
+        for layer in range(4):
+            x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)
+            if layer == 1:
+                total += jnp.sum(x[:, positions_] * weights[0][:, positions_])
+        return total + jnp.sum(x * weights[1])
+
+    (a, da), (b, db) = (jax.value_and_grad(f)(model) for f in (kept, looped))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
