@@ -79,6 +79,8 @@ class TrainingConfig:
       log_every: steps between two logged lines.
       evaluate_every: steps between two evaluations; 0 evaluates at the end only.
       evaluate_batches: batches per evaluation during training; 0 takes the whole set.
+      peak_tflops: dense peak of one device in TFLOP/s, which MFU is a share of; 0 takes the
+        published bfloat16 peak of known accelerators, and none elsewhere.
     """
 
     steps: int = 1000
@@ -88,11 +90,12 @@ class TrainingConfig:
     log_every: int = 10
     evaluate_every: int = 0
     evaluate_batches: int = 0
+    peak_tflops: float = 0.0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "loss_chunk", "log_every"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("evaluate_every", "evaluate_batches"):
+        for name in ("evaluate_every", "evaluate_batches", "peak_tflops"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
 

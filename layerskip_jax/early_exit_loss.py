@@ -170,6 +170,11 @@ def select_exits(
     )
 
 
+def scored_positions(config: EarlyExitConfig, length: int) -> int:
+    """Returns M, how many of `length` positions an early exit is scored on."""
+    return max(round(config.exit_token_fraction * length), 1)
+
+
 def sample_positions(
     key: PRNGKeyArray, config: EarlyExitConfig, length: int
 ) -> Int[Array, "M"] | None:
@@ -178,7 +183,7 @@ def sample_positions(
     Every position is drawn with the same probability M / S. Rows and exits share the draw,
     so that taking it is a slice of the sequence for the whole batch.
     """
-    count = max(round(config.exit_token_fraction * length), 1)
+    count = scored_positions(config, length)
     if count == length:
         return None
     return jnp.sort(jax.random.permutation(key, length)[:count])
@@ -198,6 +203,7 @@ def early_exit_loss(
     chunk: int,
     batch_shards: int = 1,
     z_loss: float = 0.0,
+    constrain_head: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "A"]]:
     """Scores the active exits with the shared norm and head.
 
@@ -216,6 +222,7 @@ def early_exit_loss(
       chunk: positions of the sequence scored at once.
       batch_shards: parts that B is split into over the devices.
       z_loss: see `linear_cross_entropy`.
+      constrain_head: see `linear_cross_entropy`.
 
     Returns:
       J, in nats, and each slot's mean cross-entropy before weighting (0 if not computed);
@@ -233,7 +240,13 @@ def early_exit_loss(
         parts = (HeadInputs(early, early_targets, early_valid, weights[:-1] * early_per_token),)
     parts += (HeadInputs(last[None], targets, valid, weights[-1:] * per_token),)
     loss, sums = linear_cross_entropy(
-        parts, head, norm=norm, chunk=chunk, batch_shards=batch_shards, z_loss=z_loss
+        parts,
+        head,
+        norm=norm,
+        chunk=chunk,
+        batch_shards=batch_shards,
+        z_loss=z_loss,
+        constrain_head=constrain_head,
     )
     means = [*(part * early_per_token for part in sums[:-1]), sums[-1] * per_token]
     return loss, jnp.concatenate(means)

@@ -204,11 +204,13 @@ class Execution:
       groups: equal groups of consecutive rows among the rows at hand. `gather` stays within
         a group, so where each batch shard holds whole groups no row leaves its device.
       menu: static row counts per group, one compiled branch each (`LayerDropoutConfig.menu`).
+      constrain: pins the sharding of rows taken out of the batch, which are fewer.
     """
 
     name: str
     groups: int
     menu: tuple[int, ...]
+    constrain: Callable[[Array], Array] = lambda rows: rows
 
     def run(
         self,
@@ -259,9 +261,11 @@ class Execution:
                     array = _take_rows(array, order[:, :capacity])
                     return array.reshape(self.groups * capacity, *array.shape[2:])
 
-                ordered = _permute_rows(x.reshape(self.groups, group_size, *x.shape[1:]), order, inverse)
-                y = ordered[:, :capacity].reshape(-1, *x.shape[1:])
-                y = block(y, *map(kept, rows), scale).reshape(self.groups, capacity, *x.shape[1:])
+                grouped = x.reshape(self.groups, group_size, *x.shape[1:])
+                ordered = _permute_rows(grouped, order, inverse)
+                y = self.constrain(ordered[:, :capacity].reshape(-1, *x.shape[1:]))
+                y = self.constrain(block(y, *map(kept, rows), scale))
+                y = y.reshape(self.groups, capacity, *x.shape[1:])
                 y = jnp.concatenate([y, ordered[:, capacity:]], axis=1)
                 return _permute_rows(y, inverse, order).reshape(x.shape)
 
@@ -315,9 +319,7 @@ def _switch_rematerialised(execution, index, block, x, order, inverse, rows, sca
 
     Automatic differentiation of a switch makes every branch return the residuals of all.
     """
-    return jax.lax.switch(
-        index, execution._branches(), block, x, order, inverse, rows, scale
-    )
+    return jax.lax.switch(index, execution._branches(), block, x, order, inverse, rows, scale)
 
 
 def _switch_forward(execution, *inputs):
@@ -329,8 +331,6 @@ def _switch_backward(execution, inputs, gradient):
 
     def pull_back(branch):
         def run(block, x, rest, gradient):
-            # The barrier keeps the forward pass in here from being merged with the first one.
-            block, x, rest = jax.lax.optimization_barrier((block, x, rest))
             return jax.vjp(lambda block, x: branch(block, x, *rest), block, x)[1](gradient)
 
         return run

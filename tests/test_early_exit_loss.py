@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,12 +124,69 @@ def test_no_valid_token_gives_zero_and_no_gradient():
 
 
 @pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("uniform", [0.5, 0.5, 0.5, 1]),
+        ("linear", [0.5, 1, 1.5, 4]),
+        ("sqrt", [0.5, 0.5 * 2**0.5, 0.5 * 3**0.5, 2]),
+        ("inverse", [0.5, 0.25, 0.5 / 3, 0.25]),
+        ("inverse_sqrt", [0.5, 0.5 / 2**0.5, 0.5 / 3**0.5, 0.5]),
+        ("quadratic", [0, 0.5, 1.5, 4.5]),
+    ],
+)
+def test_depth_weights_at_four_layers_by_hand(name, expected):
+    """Each below the last layer times e_scale .5, before normalising."""
+    np.testing.assert_allclose(ee.depth_weights(4, 0.5, name), expected, rtol=1e-6)
+
+
+def test_sampled_positions_are_drawn_evenly():
+    config = ee.EarlyExitConfig("all", exit_token_fraction=0.25)
+    draw = jax.vmap(lambda key: ee.sample_positions(key, config, 16))
+    positions = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000)))
+    assert positions.shape == (20_000, 4)
+    assert (np.diff(positions, axis=1) > 0).all()
+    counts = np.bincount(positions.ravel(), minlength=16)
+    # a position is in a draw with probability 1/4, at most once
+    assert (np.abs(counts - 5000) < 5 * np.sqrt(20_000 * 0.25 * 0.75)).all()
+    assert ee.sample_positions(jax.random.key(0), ee.EarlyExitConfig("all"), 16) is None
+
+
+def test_a_share_of_the_tokens_gives_the_loss_and_gradient_on_average():
+    """Averaged over all C(4, 2) pairs of positions, exactly that of all four."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    early = jax.random.normal(keys[0], (2, 3, 4, 5))
+    last = jax.random.normal(keys[1], (3, 4, 5))
+    head = jax.random.normal(keys[2], (5, 7))
+    targets = jax.random.randint(keys[3], (3, 4), 0, 7)
+    valid = jax.random.bernoulli(keys[4], 0.7, (3, 4))
+    weights = jnp.array([0.2, 0.3, 0.5])
+
+    def loss(early, last, head, positions):
+        kept = early if positions is None else early[:, :, positions]
+        return ee.early_exit_loss(
+            kept, last, head, targets, valid, weights, valid.sum(), positions=positions, chunk=2
+        )
+
+    function = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    whole = function(early, last, head, None)
+    pairs = [jnp.array(pair) for pair in itertools.combinations(range(4), 2)]
+    parts = [function(early, last, head, pair) for pair in pairs]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *parts)
+    assert len({float(part[0][0]) for part in parts}) == 6
+    for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     "settings_, message",
     [
         ({"curriculum": "rotate"}, "curriculum='rotate' is not one of .*'rotational'"),
         ({"interval": 0}, "interval=0"),
         ({"gradual_fraction": 0.0}, "gradual_fraction=0.0"),
         ({"scale": -1.0}, "scale=-1.0"),
+        ({"depth_weight": "cubic"}, "depth_weight='cubic' is not one of quadratic"),
+        ({"exit_token_fraction": 0.0}, r"exit_token_fraction=0.0 must be in \(0, 1\]"),
+        ({"z_loss": -1e-4}, "z_loss=-0.0001"),
     ],
 )
 def test_bad_settings_are_refused(settings_, message):

@@ -1,3 +1,6 @@
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,37 +109,121 @@ def test_each_row_is_dropped_with_probability_p():
     assert z2.mean() < 2
 
 
-def _toy_block(block, x, extra):
-    return x * block + extra[:, None, None].astype(x.dtype)
+class _ToyBlock(NamedTuple):
+    """A block with a parameter that reads another array of each row."""
+
+    weight: jax.Array
+
+    def __call__(self, x, extra, scale):
+        added = jnp.tanh(x @ self.weight) + extra[:, None, None].astype(x.dtype)
+        return x + (added if scale is None else scale * added)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_gather_equals_mask_and_leaves_dropped_rows_alone(groups):
-    batch, width = 8, 3
-    menu = ld.capacity_menu(0.9, batch // groups)
-    x = jax.random.normal(jax.random.key(0), (batch, 5, width))
-    extra = jnp.arange(batch)
+def _toy_case(groups, execution="gather", scale=None, batch=8, layers=6):
+    config = ld.LayerDropoutConfig(p_max=0.9, execution=execution, groups=groups)
+    menu = config.menu(batch // groups)
     plan = ld.draw_keep_plan(
-        jax.random.key(3), jnp.full(6, 0.45), batch_size=batch, groups=groups, menu=menu
+        jax.random.key(3), jnp.full(layers, 0.45), batch_size=batch, groups=groups, menu=menu
     )
+    if scale is not None:
+        plan = plan._replace(residual_scale=jnp.full(layers, scale))
+    x = jax.random.normal(jax.random.key(0), (batch, 5, 3))
+    block = _ToyBlock(jax.random.normal(jax.random.key(1), (3, 3)))
+    return block, x, jnp.arange(batch), plan, menu
 
-    def run(name, layer):
-        execution = ld.Execution(name, groups, menu)
-        one = ld.KeepPlan(plan.keep[layer], plan.capacity_index[layer])
 
-        class Block:
-            def __call__(self, x, extra, scale):
-                return _toy_block(2.0, x, extra)
+def _run(name, groups, menu, block, x, extra, plan, layer, remat="none"):
+    one = jax.tree.map(lambda array: array[layer], plan)
+    return ld.Execution(name, groups, menu).run(block, x, (extra,), one, remat)
 
-        block = jax.tree_util.Partial(Block().__call__)
-        return execution.run(block, x, (extra,), one, "none")
 
+@pytest.mark.parametrize("scale", [None, 1.5])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gather_equals_mask_and_leaves_dropped_rows_alone(groups, scale):
+    block, x, extra, plan, menu = _toy_case(groups, scale=scale)
     for layer in range(6):
-        masked, gathered = run("mask", layer), run("gather", layer)
-        np.testing.assert_array_equal(masked, gathered)
+        masked, gathered = (
+            _run(name, groups, menu, block, x, extra, plan, layer) for name in ("mask", "gather")
+        )
+        np.testing.assert_allclose(masked, gathered, rtol=1e-6, atol=1e-6)
         kept = np.asarray(plan.keep[layer])
-        np.testing.assert_array_equal(masked[~kept], x[~kept])
-        np.testing.assert_array_equal(masked[kept], _toy_block(2.0, x, extra)[kept])
+        np.testing.assert_array_equal(gathered[~kept], x[~kept])
+        expected = x + (scale or 1.0) * (block(x, extra, None) - x)
+        np.testing.assert_allclose(gathered[kept], expected[kept], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("execution", ["gather", "cond"])
+def test_gradients_equal_those_of_mask(execution, remat):
+    """For the block and for x, through all branches, against plain differentiation of mask."""
+    groups = 2
+    block, x, extra, plan, menu = _toy_case(groups, execution, scale=1.25)
+    seen = {int(i) for i in plan.capacity_index}
+    assert len(seen) > 1, "the draw should take more than one branch"
+
+    def loss(block, x, name, remat):
+        for layer in range(6):
+            x = _run(name, groups, menu, block, x, extra, plan, layer, remat)
+        return jnp.sum(x**2)
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=(2, 3))
+    (a, da), (b, db) = gradient(block, x, "mask", "none"), gradient(block, x, execution, remat)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    for expected, found in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+def test_cond_keeps_all_rows_or_none_with_probability_p():
+    config = ld.LayerDropoutConfig(p_max=0.6, depth="uniform", execution="cond", groups=2)
+    menu = config.menu(4)
+    assert menu == (0, 4)
+    p = jnp.array([0.0, 0.3, 0.6])
+
+    def kept(key):
+        return ld.draw_keep_plan(key, p, batch_size=8, groups=2, menu=menu).keep
+
+    keep = np.asarray(jax.vmap(kept)(jax.random.split(jax.random.key(1), 20_000)))
+    np.testing.assert_array_equal(keep.all(axis=2), keep.any(axis=2))
+    share = keep.all(axis=2).mean(axis=0)
+    deviation = np.sqrt(np.asarray(p * (1 - p)) / 20_000)
+    assert (np.abs(share - (1 - p)) <= 5 * deviation).all()
+
+
+def test_inverse_keep_scales_by_one_over_the_keep_probability():
+    config = ld.LayerDropoutConfig(p_max=0.6, depth="linear", residual_scale="inverse_keep")
+    p = ld.drop_probabilities(config, 4, 0, 1)
+    np.testing.assert_allclose(ld.residual_scales(config, p), [1, 1.25, 1 / 0.6, 2.5], rtol=1e-6)
+    plain = dataclasses.replace(config, residual_scale="none")
+    assert ld.residual_scales(plain, p) is None
+
+
+def test_inverse_keep_leaves_the_mean_output_unchanged():
+    """E[r M f(x)] = f(x): averaged over draws, the residual branch is that of evaluation."""
+    p, draws = 0.4, 4000
+    block, x, extra, _, _ = _toy_case(1)
+    menu = ld.capacity_menu(p, 8)
+
+    def once(key):
+        plan = ld.draw_keep_plan(key, jnp.array([p]), batch_size=8, groups=1, menu=menu)
+        plan = plan._replace(residual_scale=jnp.array([1 / (1 - p)]))
+        return _run("mask", 1, menu, block, x, extra, plan, 0)
+
+    mean = jax.vmap(once)(jax.random.split(jax.random.key(5), draws)).mean(axis=0)
+    added = block(x, extra, None) - x
+    # the standard deviation of r M is sqrt(p / (1 - p))
+    bound = 6 * np.sqrt(p / (1 - p) / draws) * np.abs(added)
+    assert (np.abs(mean - x - added) <= bound + 1e-5).all()
+
+
+def test_only_listed_layers_are_dropped():
+    config = ld.LayerDropoutConfig(p_max=0.5, depth="uniform", layers=(1, 3))
+    np.testing.assert_allclose(ld.drop_probabilities(config, 5, 0, 1), [0, 0.5, 0, 0.5, 0])
+
+
+def test_a_listed_layer_beyond_the_model_is_refused():
+    config = ld.LayerDropoutConfig(p_max=0.5, layers=(1, 8))
+    with pytest.raises(ConfigError, match=r"layers=\(1, 8\) names layer 8, but .* are 0 to 7"):
+        ld.check_layers(config, 8)
 
 
 def test_the_plan_of_a_microbatch_is_its_part_of_the_plan():
@@ -155,6 +242,8 @@ def test_the_plan_of_a_microbatch_is_its_part_of_the_plan():
         ({"time": "warp"}, "time='warp' is not one of"),
         ({"execution": "scatter"}, "execution='scatter'"),
         ({"groups": 0}, "groups=0"),
+        ({"residual_scale": "keep"}, "residual_scale='keep' is not one of none, inverse_keep"),
+        ({"layers": (0, -1)}, r"layers=\(0, -1\)"),
     ],
 )
 def test_bad_settings_are_refused(settings_, message):

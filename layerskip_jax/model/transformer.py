@@ -185,7 +185,8 @@ def _keep_exit_backward(saved, gradients):
 _keep_exit.defvjp(_keep_exit_forward, _keep_exit_backward)
 
 
-def _no_constraint(x: Array, *logical_axes: str) -> Array:
+def no_constraint(x: Array, *logical_axes: str) -> Array:
+    """Returns x, leaving its sharding to the compiler."""
     return x
 
 
@@ -196,7 +197,7 @@ class Transformer(nnx.Module):
         self,
         config: ModelConfig,
         key: PRNGKeyArray,
-        constrain: Callable[..., Array] = _no_constraint,
+        constrain: Callable[..., Array] = no_constraint,
     ):
         """Draws the parameters.
 

@@ -35,6 +35,7 @@ class _Settings(NamedTuple):
     chunk: int
     batch_shards: int
     z_loss: float
+    constrain_head: Callable[[Array], Array] | None
 
 
 NO_NORM = jax.tree_util.Partial(lambda x: x)
@@ -48,6 +49,7 @@ def linear_cross_entropy(
     chunk: int,
     batch_shards: int = 1,
     z_loss: float = 0.0,
+    constrain_head: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "A"], ...]]:
     """Returns the weighted sum of the NLL of all slots, and each slot's own NLL.
 
@@ -65,10 +67,11 @@ def linear_cross_entropy(
         every chunk.
       z_loss: adds this times the squared log-partition to each token's NLL in the first
         result, which keeps logits from drifting (PaLM, section 5).
+      constrain_head: pins the sharding of the head in the products.
 
     Only the first result is differentiable, with respect to states, norm and head.
     """
-    settings = _Settings(chunk, batch_shards, z_loss)
+    settings = _Settings(chunk, batch_shards, z_loss, constrain_head)
     loss, sums = _weighted_nll(settings, parts, head, norm)
     return loss, jax.lax.stop_gradient(sums)
 
@@ -102,6 +105,8 @@ def _score(settings, parts, head, norm, *, with_gradients):
     """Scores every part in turn; n counts the shards of the batch, b the rows of one."""
     shards = settings.batch_shards
     product_head = head.astype(parts[0].states.dtype)
+    if settings.constrain_head:
+        product_head = settings.constrain_head(product_head)
     # One copy of the norm a shard, so that its gradient stays apart by shard as well.
     norms = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (shards, *leaf.shape)), norm)
     totals = None

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from layerskip_jax.runs import RunFolder
+from layerskip_jax.training.cost import CostModel
 from layerskip_jax.training.step import StepMetrics
 
 
@@ -21,13 +22,25 @@ class MetricsLog:
 
     Only the first process writes. Losses are in nats per token; `tokens_per_second` counts
     the positions of all windows, padding included, over wall-clock time, evaluation and
-    checkpoints included and compilation not.
+    checkpoints included and compilation not. FLOPs are those that a step needs, as
+    `layerskip_jax.training.cost` counts them: `step_flops` from the rows that were dropped and
+    the exits that were scored, `step_flops_planned` from the schedules, `mfu` over the peak of
+    the devices where that is known.
     """
 
-    def __init__(self, folder: RunFolder, *, total_steps: int, first_step: int, tokens_per_step):
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        total_steps: int,
+        first_step: int,
+        cost: CostModel,
+        peak_flops: float | None = None,
+    ):
         self._writes = jax.process_index() == 0
         self._total_steps = total_steps
-        self._tokens_per_step = tokens_per_step
+        self._cost, self._peak_flops = cost, peak_flops
+        self._tokens_per_step = cost.config.training.batch_size * cost.sequence_length
         self._start = self._window_start = time.monotonic()
         self._window: list[StepMetrics] = []
         self._progress = None
@@ -98,6 +111,7 @@ class MetricsLog:
                 if weight > 0:
                     by_exit[int(layer) + 1].append(float(loss))
         last = window[-1]
+        flops = np.mean([self._cost.done(m).needed for m in window])
         record = {
             "step": step,
             "loss": float(np.mean([m.loss for m in window])),
@@ -107,8 +121,13 @@ class MetricsLog:
             "gradient_norm": float(np.mean([m.gradient_norm for m in window])),
             "learning_rate": float(last.learning_rate),
             "layers_run": float(np.mean([m.layers_run for m in window])),
+            "step_flops": float(flops),
+            "step_flops_planned": self._cost.planned(step - len(window), step).needed,
+            "flops_per_second": float(flops * len(window) / seconds),
             "seconds": now - self._start,
         }
+        if self._peak_flops:
+            record["mfu"] = record["flops_per_second"] / self._peak_flops
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
@@ -121,6 +140,7 @@ class MetricsLog:
         shown = [exits[0], exits[-1]] if len(exits) > 1 else exits
         text = f"loss {record['loss']:.3f}  " + "  ".join(f"exit {e} {v:.3f}" for e, v in shown)
         text += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        text += f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
         if self._progress:
             self._progress.update(self._task, description=text)
         else:

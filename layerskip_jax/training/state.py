@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.model.transformer import Transformer
+from layerskip_jax.model.transformer import Transformer, no_constraint
 
 Parameters = dict[str, Any]
 
@@ -18,14 +18,15 @@ class ModelDefinition:
 
     Attributes:
       config: the shapes.
+      constrain: `constrain(x, *logical_axes)` pins the sharding of an activation.
       shapes: nested dict of `ShapeDtypeStruct`s; the stacked layers have a leading axis L.
       logical_axes: the same nest, with the names of each parameter's dimensions.
     """
 
-    def __init__(self, config: ModelConfig, constrain: Callable | None = None):
+    def __init__(self, config: ModelConfig, constrain: Callable = no_constraint):
         self.config = config
-        options = {} if constrain is None else {"constrain": constrain}
-        self._make = lambda key: Transformer(config, key, **options)
+        self.constrain = constrain
+        self._make = lambda key: Transformer(config, key, constrain)
         self._graph, state = nnx.split(jax.eval_shape(self._make, jax.random.key(0)))
         self.shapes: Parameters = nnx.to_pure_dict(state)
         self.logical_axes = jax.tree_util.tree_map_with_path(

@@ -89,8 +89,12 @@ def make_train_step(
     rows = batch_size // accumulation
     dropout = config.layer_dropout
     menu = dropout.menu(batch_size // dropout.groups)
+    constrain = definition.constrain
     execution = layer_dropout.Execution(
-        dropout.execution, max(dropout.groups // accumulation, 1), menu
+        dropout.execution,
+        max(dropout.groups // accumulation, 1),
+        menu,
+        lambda x: constrain(x, "batch", "sequence", "activation"),
     )
     slots = max_active_exits(config.early_exit, num_layers) - 1
     learning_rate = learning_rate_schedule(config.optimizer, total_steps)
@@ -119,6 +123,8 @@ def make_train_step(
             chunk=config.training.loss_chunk,
             batch_shards=batch_shards,
             z_loss=config.early_exit.z_loss,
+            # Gathered along D once a step, not with every part that is scored.
+            constrain_head=lambda head: constrain(head, "activation", "vocab"),
         )
 
     def batch_gradient(parameters, batch, plan, *rest):

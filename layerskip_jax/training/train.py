@@ -18,6 +18,7 @@ from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
 from layerskip_jax.runs import RunFolder, read_json_lines
 from layerskip_jax.schema import ConfigError, UserError
 from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.cost import MFU_DEFINITION, CostModel, peak_flops
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.state import Parameters
@@ -56,7 +57,9 @@ def train(config: RunConfig, workdir: str | Path) -> int:
     claim_workdir(
         folder, config, dataclasses.asdict(manifest), Path(config.data.path) / "tokenizer.json"
     )
-    _log_decisions(setup, source)
+    cost = CostModel(config, source.sequence_length)
+    peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
+    _log_decisions(setup, source, cost, peak)
 
     with jax.set_mesh(setup.mesh):
         # Restore
@@ -79,7 +82,8 @@ def train(config: RunConfig, workdir: str | Path) -> int:
             folder,
             total_steps=total_steps,
             first_step=first_step,
-            tokens_per_step=config.training.batch_size * source.sequence_length,
+            cost=cost,
+            peak_flops=peak,
         )
         previous = None  # metrics of the step before, read while the next one runs
         rows, steps = setup.placement.rows, range(first_step, total_steps)
@@ -213,7 +217,9 @@ def _is_evaluated(folder: RunFolder, step: int) -> bool:
     return any(record["step"] == step for record in read_json_lines(folder.evaluations_file))
 
 
-def _log_decisions(setup: TrainSetup, source: BatchSource) -> None:
+def _log_decisions(
+    setup: TrainSetup, source: BatchSource, cost: CostModel, peak: float | None
+) -> None:
     """Says what was chosen, so that nothing is chosen silently."""
     config = setup.config
     logger.info(
@@ -226,10 +232,19 @@ def _log_decisions(setup: TrainSetup, source: BatchSource) -> None:
     logger.info(
         "attention %s, remat %s, %s; layer dropout %s; early exits %s",
         config.model.attention, config.model.remat, config.model.dtype,
-        f"p_max {dropout.p_max} {dropout.depth}/{dropout.time} by {dropout.execution}"
-        if dropout.p_max else "off",
+        f"p_max {dropout.p_max} {dropout.depth}/{dropout.time}, residual scale "
+        f"{dropout.residual_scale}, by {dropout.execution}" if dropout.p_max else "off",
         exits.curriculum,
     )  # fmt: skip
+    planned, plain = cost.planned(0, config.training.steps), cost.plain()
+    logger.info(
+        "planned: %.3g FLOPs a step on average, %.3f of a plain step's (layers %.3g, attention "
+        "%.3g, exits %.3g); computed again or masked beside: %.3g",
+        planned.needed, planned.needed / plain.needed, planned.layers, planned.attention,
+        planned.exits, planned.recomputed + planned.masked,
+    )  # fmt: skip
+    if peak:
+        logger.info("peak %.4g TFLOP/s; %s", peak / 1e12, MFU_DEFINITION)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ FREE_TO_CHANGE = (
     "config.training.accumulation",
     "config.training.log_every",
     "config.training.evaluate_",
+    "config.training.peak_tflops",
     "config.model.remat",
 )
 
@@ -35,7 +36,7 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
     if folder.config_file.is_file():
         lines = [
             line
-            for line in differences(json.loads(folder.config_file.read_text()), config.to_dict())
+            for line in differences(_config_of(folder), config.to_dict())
             if not line.startswith(FREE_TO_CHANGE)
         ]
         if lines:
@@ -62,6 +63,11 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
             )
     elif folder.path.exists():
         raise UserError(f"--workdir={folder.path} is a file; take a folder")
+
+
+def _config_of(folder: RunFolder) -> dict:
+    """Returns the run's config; settings newer than the run take their defaults."""
+    return RunConfig.from_dict(json.loads(folder.config_file.read_text())).to_dict()
 
 
 def claim_workdir(

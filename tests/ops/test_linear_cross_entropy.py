@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,54 @@ def test_loss_and_gradients_equal_the_float64_reference(chunk, shards):
     # without differentiation the same numbers come out
     plain = jax.jit(function)(states, head)
     np.testing.assert_allclose(plain[0], value, rtol=1e-6)
+
+
+class _Scale(NamedTuple):
+    """A norm with a parameter, as simple as one can be."""
+
+    scale: jax.Array
+
+    def __call__(self, x):
+        return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * self.scale
+
+
+@pytest.mark.parametrize("chunk, shards, z_loss", [(3, 1, 0.0), (4, 2, 0.1), (64, 1, 0.1)])
+def test_parts_norm_and_z_loss_against_plain_differentiation_in_float64(chunk, shards, z_loss):
+    """Two parts of different lengths share the head; one slot is off."""
+    states, head, targets, valid, weights = _case()
+    norm = _Scale(1 + 0.1 * jnp.arange(8.0))
+    short = HeadInputs(states[:2, :, 3:7], targets[:, 3:7], valid[:, 3:7], weights[:2])
+    long = HeadInputs(states[2:], targets, valid, weights[2:])
+
+    def fused(states, head, norm):
+        parts = tuple(
+            part._replace(states=s) for part, s in zip((short, long), states, strict=True)
+        )
+        return score_parts(parts, head, norm=norm, chunk=chunk, batch_shards=shards, z_loss=z_loss)
+
+    def naive(states, head, norm):
+        total = 0.0
+        for part, s in zip((short, long), states, strict=True):
+            logits = jnp.einsum("abmd,dv->abmv", norm(s), head)
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            picked = jnp.take_along_axis(logits, part.targets[None, ..., None], axis=-1)[..., 0]
+            token = jnp.where(part.valid, log_z - picked + z_loss * log_z**2, 0)
+            total += jnp.sum(part.weights.astype(s.dtype) * token.sum(axis=(1, 2)))
+        return total
+
+    arguments = ((short.states, long.states), head, norm)
+    (value, sums), gradients = jax.jit(jax.value_and_grad(fused, (0, 1, 2), has_aux=True))(
+        *arguments
+    )
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), arguments)
+        expected, reference = jax.value_and_grad(naive, (0, 1, 2))(*double)
+    assert value == pytest.approx(float(expected), rel=1e-6)
+    assert [len(part) for part in sums] == [2, 1]
+    assert sums[0][1] == 0  # off
+    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(reference), strict=True):
+        largest = np.abs(np.asarray(wanted)).max()
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * largest)
 
 
 def test_a_cotangent_scales_the_gradient():

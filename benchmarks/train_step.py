@@ -1,0 +1,319 @@
+r"""What a training step costs against a plain one, and against its own arithmetic.
+
+    python benchmarks/train_step.py --json=train_step.json
+
+For each setting, the plain step and its variants are compiled, then run in turns: one step of
+each a round, on the same batch and from the same state, so that whatever else the machine does
+falls on all of them alike. A ratio is the variant's time over the plain step's, summed over
+the rounds; `arithmetic` is the same ratio of the FLOPs in `layerskip_jax.training.cost`, for the
+rows that were dropped and the exits that were scored in those very steps. Memory is that of the
+compiled step, arguments and temporaries; on a GPU the measured peak is printed too.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from layerskip_jax.config import RunConfig, TrainingConfig
+from layerskip_jax.early_exit_loss import EarlyExitConfig
+from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.ops.linear_cross_entropy import HeadInputs, linear_cross_entropy
+from layerskip_jax.training.cost import CostModel
+from layerskip_jax.training.setup import TrainSetup, make_setup
+from layerskip_jax.training.step import Batch, TrainState
+
+TOTAL_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model and a batch, and the variants that are run with it."""
+
+    about: str
+    model: ModelConfig
+    batch_size: int
+    sequence_length: int
+    variants: dict[str, dict]
+
+
+@dataclasses.dataclass
+class Measured:
+    """What is known of one variant of one setting."""
+
+    name: str
+    setup: TrainSetup
+    step: object
+    cost: CostModel
+    compile_seconds: float
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    flops: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of arguments and temporaries of the compiled step."""
+        analysis = self.step.memory_analysis()
+        return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def dropout(p_max: float, execution: str, depth: str = "linear", **changes) -> dict:
+    """Returns the settings of a variant with layer dropout."""
+    return {
+        "layer_dropout": LayerDropoutConfig(p_max, depth, execution=execution, **changes),
+    }
+
+
+def exits(curriculum: str, **changes) -> dict:
+    """Returns the settings of a variant with early exits."""
+    return {"early_exit": EarlyExitConfig(curriculum, **changes)}
+
+
+# LayerSkip's continual pretraining (METHOD 3): p_max .1 exp over depth, rotational 8.
+LAYERSKIP = dropout(0.1, "gather", "exp") | exits("rotational", interval=8)
+QUARTER = dropout(0.1, "gather", "exp") | exits("rotational", interval=8, exit_token_fraction=0.25)
+
+
+def settings(device: str) -> dict[str, Setting]:
+    """Returns the settings by name, sized for a CPU or for a GPU."""
+    gpu = device != "cpu"
+    dtype = "bfloat16" if gpu else "float32"
+
+    def model(layers, dim, ffn, heads, vocab):
+        return ModelConfig(
+            num_layers=layers, model_dim=dim, ffn_dim=ffn, num_heads=heads, num_kv_heads=heads,
+            vocab_size=vocab, max_sequence_length=4096, dtype=dtype, remat="full",
+        )  # fmt: skip
+
+    small = model(12, 1024, 2816, 16, 32768) if gpu else model(16, 512, 1408, 8, 8192)
+    deep = model(24, 2048, 5504, 16, 32768) if gpu else model(24, 256, 688, 2, 4096)
+    seven = model(32, 1024, 2752, 8, 8192) if gpu else model(32, 256, 688, 2, 2048)
+    ways = {
+        f"{execution} p_max={p_max}": dropout(p_max, execution)
+        for p_max in (0.1, 0.2, 0.6)
+        for execution in ("mask", "gather", "cond")
+    }
+    return {
+        "layers": Setting(
+            "every execution of layer dropout, linear in depth",
+            small, 16, 1024 if gpu else 256, ways,
+        ),
+        "exits": Setting(
+            "the proportions of the paper's 1.5B model: 24 layers, V = 16 D",
+            deep, 8, 1024 if gpu else 256,
+            {
+                "exits rotational(23)": exits("rotational", interval=23),
+                "exits rotational(8)": exits("rotational", interval=8),
+                "exits all": exits("all"),
+                "1.5B recipe": dropout(0.1, "gather", "exp") | exits("rotational", interval=23),
+                "dont_drop": dropout(0.6, "gather", residual_scale="inverse_keep"),
+            },
+        ),
+        "layerskip": Setting(
+            "LayerSkip's recipe at the proportions of Llama 2 7B: 32 layers, V = 8 D",
+            seven, 16, 1024 if gpu else 256,
+            {"layerskip": LAYERSKIP, "layerskip quarter tokens": QUARTER},
+        ),
+    }  # fmt: skip
+
+
+def random_batch(setting: Setting, setup: TrainSetup, seed: int) -> Batch:
+    """Returns a batch of random tokens, one document a row."""
+    random = np.random.default_rng(seed)
+    shape = (setting.batch_size, setting.sequence_length)
+    tokens = random.integers(0, setting.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
+    batch = Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        valid=np.ones(shape, bool),
+        segment_ids=np.ones(shape, np.int32),
+        positions=np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+    )
+    return setup.placement.place(batch)
+
+
+def compile_variant(setting: Setting, name: str, changes: dict) -> Measured:
+    """Builds and compiles one variant."""
+    training = TrainingConfig(steps=TOTAL_STEPS, batch_size=setting.batch_size)
+    config = RunConfig(model=setting.model, training=training, **changes)
+    setup = make_setup(config, jax.devices()[:1])
+    start = time.perf_counter()
+    with jax.set_mesh(setup.mesh):
+        step = setup.compile_step(setting.sequence_length)
+    seconds = time.perf_counter() - start
+    return Measured(name, setup, step, CostModel(config, setting.sequence_length), seconds)
+
+
+def measure(setting: Setting, only: str, rounds: int) -> list[Measured]:
+    """Compiles the plain step and the variants, and runs `rounds` steps of each in turns."""
+    chosen = {"plain": {}} | {k: v for k, v in setting.variants.items() if only in k}
+    variants = [compile_variant(setting, name, changes) for name, changes in chosen.items()]
+    with jax.set_mesh(variants[0].setup.mesh):
+        state = variants[0].setup.init()
+        for round_ in range(-1, rounds):  # the first round warms up and is not counted
+            batch = random_batch(setting, variants[0].setup, round_ + 1)
+            at = max(round_, 0) * (TOTAL_STEPS // max(rounds, 1))
+            for variant in variants:
+                state = TrainState(jnp.int32(at), state.parameters, state.optimizer)
+                jax.block_until_ready((state, batch))
+                start = time.perf_counter()
+                state, metrics = variant.step(state, batch)
+                jax.block_until_ready(state)
+                seconds = time.perf_counter() - start
+                if round_ >= 0:
+                    variant.seconds.append(seconds)
+                    variant.flops.append(variant.cost.done(jax.device_get(metrics)).computed)
+    del state
+    gc.collect()
+    return variants
+
+
+def fused_against_naive(gpu: bool) -> dict[str, float]:
+    """Compares the fused loss of five exits with one that holds all logits.
+
+    Memory is that of the compiled gradient at T 8192, D 2048, V 128k; time is taken at V 32k
+    with sizes that both can run.
+    """
+
+    def naive(states, head, targets, valid, weights):
+        logits = jnp.einsum("abmd,dv->abmv", states, head.astype(states.dtype))
+        logits = logits.astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[None, ..., None], axis=-1)[..., 0]
+        nll = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
+        return jnp.sum(weights * nll.sum(axis=(1, 2)))
+
+    def fused(states, head, targets, valid, weights):
+        part = HeadInputs(states, targets, valid, weights)
+        return linear_cross_entropy((part,), head, chunk=128)[0]
+
+    def compiled(loss, batch, length, width, vocab, dtype):
+        shapes = (
+            jax.ShapeDtypeStruct((5, batch, length, width), dtype),
+            jax.ShapeDtypeStruct((width, vocab), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length), jnp.int32),
+            jax.ShapeDtypeStruct((batch, length), jnp.bool_),
+            jax.ShapeDtypeStruct((5,), jnp.float32),
+        )
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile(), shapes
+
+    dtype = jnp.bfloat16 if gpu else jnp.float32
+    large = [compiled(loss, 8, 1024, 2048, 131072, dtype)[0] for loss in (fused, naive)]
+    memory = [program.memory_analysis().temp_size_in_bytes for program in large]
+    size = (4, 1024, 2048, 32768) if gpu else (4, 128, 512, 32768)
+    pair = [compiled(loss, *size, dtype) for loss in (fused, naive)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    states, head, targets, valid, weights = pair[0][1]
+    inputs = (
+        jax.random.normal(keys[0], states.shape, states.dtype),
+        jax.random.normal(keys[1], head.shape) * head.shape[0] ** -0.5,
+        jax.random.randint(keys[2], targets.shape, 0, head.shape[1]),
+        jnp.ones(valid.shape, bool),
+        jnp.full(weights.shape, 0.2) / valid.size,
+    )
+    seconds = [[], []]
+    for round_ in range(6):
+        for index, (program, _) in enumerate(pair):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*inputs))
+            if round_:
+                seconds[index].append(time.perf_counter() - start)
+    fused_time, naive_time = map(statistics.median, seconds)
+    return {
+        "fused_over_naive_memory": memory[0] / memory[1],
+        "fused_over_naive_time": fused_time / naive_time,
+    }
+
+
+def report(console: Console, name: str, setting: Setting, variants: list[Measured]) -> dict:
+    """Prints a setting's table and returns its figures, flat."""
+    model = setting.model
+    console.print(
+        f"\n[bold]{name}[/]: {setting.about}; L {model.num_layers}, D {model.model_dim}, "
+        f"V {model.vocab_size}, S {setting.sequence_length}, batch {setting.batch_size}, "
+        f"{model.dtype}, remat {model.remat}",
+        highlight=False,
+    )
+    table = Table()
+    headings = ("variant", "s/step", "measured", "arithmetic", "quotient")
+    for heading in (*headings, "memory", "temporaries", "compile"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    plain, figures = variants[0], {}
+    for variant in variants:
+        measured = sum(variant.seconds) / sum(plain.seconds)
+        arithmetic = sum(variant.flops) / sum(plain.flops)
+        temporaries = [v.step.memory_analysis().temp_size_in_bytes for v in (variant, plain)]
+        figures |= {
+            f"{name}/{variant.name}/seconds": statistics.median(variant.seconds),
+            f"{name}/{variant.name}/measured": measured,
+            f"{name}/{variant.name}/arithmetic": arithmetic,
+            f"{name}/{variant.name}/quotient": measured / arithmetic,
+            f"{name}/{variant.name}/memory": variant.memory / plain.memory,
+            f"{name}/{variant.name}/temporaries": temporaries[0] / temporaries[1],
+            f"{name}/{variant.name}/compile": variant.compile_seconds / plain.compile_seconds,
+        }
+        table.add_row(
+            variant.name,
+            f"{statistics.median(variant.seconds):.3f}",
+            f"{measured:.3f}",
+            f"{arithmetic:.3f}",
+            f"{measured / arithmetic:.3f}",
+            f"{variant.memory / plain.memory:.3f}",
+            f"{temporaries[0] / temporaries[1]:.3f}",
+            f"{variant.compile_seconds / plain.compile_seconds:.1f}",
+        )
+    console.print(table)
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        figures[f"{name}/peak_bytes"] = stats["peak_bytes_in_use"]
+        console.print(f"peak of the device so far: {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
+    return figures
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[2])
+    parser.add_argument("--rounds", type=int, default=6, help="counted steps of each variant")
+    parser.add_argument("--setting", default="", help="only settings with this in their name")
+    parser.add_argument("--only", default="", help="only variants with this in their name")
+    parser.add_argument("--json", type=Path, help="file to write the figures to, flat")
+    options = parser.parse_args()
+    device = jax.devices()[0].platform
+    console, figures = Console(width=110), {}
+    console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", highlight=False)
+    for name, setting in settings(device).items():
+        if options.setting in name:
+            variants = measure(setting, options.only, options.rounds)
+            figures |= report(console, name, setting, variants)
+    for short, key in {
+        "gather_pmax0.6_over_plain": "layers/gather p_max=0.6/measured",
+        "layerskip_over_plain": "layerskip/layerskip/measured",
+        "layerskip_quarter_tokens_over_plain": "layerskip/layerskip quarter tokens/measured",
+        "layerskip_memory_over_plain": "layerskip/layerskip/memory",
+    }.items():
+        if key in figures:
+            figures[short] = figures[key]
+    quotients = [value for key, value in figures.items() if key.endswith("/quotient")]
+    if quotients:
+        figures["worst_measured_over_arithmetic"] = max(quotients)
+    if options.setting in "fused":
+        figures |= fused_against_naive(device != "cpu")
+    for key, value in figures.items():
+        if "/" not in key:
+            console.print(f"{key}: {value:.3f}", highlight=False)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

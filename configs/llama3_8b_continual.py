@@ -1,0 +1,51 @@
+r"""Continual pretraining of Llama 3 8B with LayerSkip.
+
+    layerskip prepare --source=TEXT --output=data/llama3_8b_continual --sequence-length=8192 \
+        --tokenizer=tokenizer.json
+    layerskip train --config=configs/llama3_8b_continual.py --workdir=runs/llama3_8b_continual \
+        --config.data.path=data/llama3_8b_continual
+
+The settings published with the LayerSkip checkpoints: p_max .1 constant in time, R = 8, e_scale
+.1. Batch, steps and learning rate were not; those of the Llama 2 7B are taken. At V = 128k the
+head of one exit costs as much as two and a half layers, so the early exits are scored on a
+quarter of the tokens here, without bias; set exit_token_fraction to 1 for all of them.
+The paper starts from the published weights. Reading them in is not part of this package
+yet: as it stands the recipe trains from random weights.
+
+`--config=configs/llama3_8b_continual.py:plain` is the plain
+twin: the same without layer dropout and early exits.
+"""
+
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.vocab_size = 128256
+    config.model.num_layers = 32
+    config.model.model_dim = 4096
+    config.model.ffn_dim = 14336
+    config.model.num_heads = 32
+    config.model.num_kv_heads = 8
+    config.model.max_sequence_length = 8192
+    config.model.rope_theta = 500_000.0
+
+    config.layer_dropout.p_max = 0.1
+    config.layer_dropout.groups = 64
+
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 8
+    config.early_exit.scale = 0.1
+    config.early_exit.exit_token_fraction = 0.25
+
+    config.optimizer.learning_rate = 3e-5
+    config.optimizer.warmup_steps = 2000
+
+    config.training.steps = 50000
+    config.training.batch_size = 256
+    config.training.evaluate_every = 5000
+    config.training.evaluate_batches = 16
+    config.checkpoint.every_steps = 1000
+    config.mesh.shape.data = 1
+    config.mesh.shape.fsdp = -1
+    return as_variant(config, variant)

@@ -1,0 +1,48 @@
+r"""LayerSkip from scratch at 1.5B parameters, 26B tokens.
+
+    layerskip prepare --source=TEXT --output=data/scratch_1_5b --sequence-length=4096 \
+        --tokenizer=tokenizer.json
+    layerskip train --config=configs/scratch_1_5b.py --workdir=runs/scratch_1_5b \
+        --config.data.path=data/scratch_1_5b
+
+LayerSkip, section 5: 24 layers of width 2048, layer dropout exponential in time with p_max .1,
+rotating exits with R = 23 (one early exit a step), e_scale .2; 32 GPUs with 4 sequences each,
+50k steps. With layer dropout the paper doubles the learning rate, to 8e-4; the plain twin goes
+back to 4e-4.
+
+`--config=configs/scratch_1_5b.py:plain` is the plain
+twin: the same without layer dropout and early exits.
+"""
+
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.vocab_size = 32000
+    config.model.num_layers = 24
+    config.model.model_dim = 2048
+    config.model.ffn_dim = 5504
+    config.model.num_heads = 16
+    config.model.num_kv_heads = 16
+    config.model.max_sequence_length = 4096
+
+    config.layer_dropout.p_max = 0.1
+    config.layer_dropout.time = "exp"
+    config.layer_dropout.groups = 64
+
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 23
+    config.early_exit.scale = 0.2
+
+    config.optimizer.learning_rate = 8e-4 if variant != "plain" else 4e-4
+    config.optimizer.warmup_steps = 2000
+
+    config.training.steps = 50000
+    config.training.batch_size = 128
+    config.training.evaluate_every = 5000
+    config.training.evaluate_batches = 16
+    config.checkpoint.every_steps = 1000
+    config.mesh.shape.data = 1
+    config.mesh.shape.fsdp = -1
+    return as_variant(config, variant)

@@ -1,0 +1,170 @@
+"""The arithmetic of a training step: what it should cost, against which it is measured.
+
+Only matrix products count, two operations a multiply-add. For one row of S tokens:
+
+    projections of a layer    2 S D (2 H h + 2 K h)      queries, output; keys, values
+    its MLP                   2 S (3 D F)
+    its attention             2 S (S + 1) H h            scores and values, causal
+    one exit                  2 M D V                    at the M positions that it is scored on
+
+The backward pass costs twice the forward one. Rows that a layer drops, and exits that are off,
+count nothing.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from layerskip_jax.config import RunConfig
+from layerskip_jax.early_exit_loss import exit_weights, scored_positions
+from layerskip_jax.layer_dropout import drop_probabilities
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.training.step import StepMetrics
+
+# Published dense bfloat16 peak of one device in FLOP/s, by `Device.device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+MFU_DEFINITION = (
+    "MFU: matrix-product FLOPs that the step needs, over time and the devices' bfloat16 peak; "
+    "causal attention counted once, what is computed again for the backward pass not counted, "
+    "dropped rows and exits that are off not counted"
+)
+
+
+class StepFlops(NamedTuple):
+    """Floating-point operations of one optimizer step, over the whole batch.
+
+    Attributes:
+      layers: projections and MLPs, forward and backward.
+      attention: scores and values, causal.
+      exits: the head, at every exit that is scored.
+      recomputed: what rematerialisation computes a second time.
+      masked: what the device computes beyond that although nothing needs it: attention above
+        the diagonal, and dropped rows under the `mask` execution.
+    """
+
+    layers: float
+    attention: float
+    exits: float
+    recomputed: float
+    masked: float
+
+    @property
+    def needed(self) -> float:
+        """What the step needs; the numerator of MFU."""
+        return self.layers + self.attention + self.exits
+
+    @property
+    def computed(self) -> float:
+        """What the device computes; the arithmetic that its time is compared with."""
+        return self.needed + self.recomputed + self.masked
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """FLOPs of a run's steps.
+
+    Attributes:
+      config: the run, its vocabulary known.
+      sequence_length: S of its windows.
+    """
+
+    config: RunConfig
+    sequence_length: int
+
+    def step(self, layers_run: float, early_exits: float | int) -> StepFlops:
+        """Returns the cost of a step.
+
+        Args:
+          layers_run: share of (layer, row) pairs that are not dropped.
+          early_exits: exits below the last layer that are scored.
+        """
+        model, length = self.config.model, self.sequence_length
+        rows = float(self.config.training.batch_size)
+        all_layers = rows * model.num_layers
+        run = all_layers * layers_run
+        matrices, down, attention = _layer_forward(model, length)
+        square = attention * (length - 1) / (length + 1)  # what lies above the diagonal
+        # The last product of a layer feeds no other one, so it is not computed again.
+        again = {
+            "none": 0.0,
+            "dots": attention + square,
+            "full": matrices - down + attention + square,
+        }[model.remat]
+        masked = run * 3 * square
+        if self.config.layer_dropout.execution == "mask":
+            masked += (all_layers - run) * (3 * (matrices + attention + square) + again)
+        positions = scored_positions(self.config.early_exit, length)
+        tokens = rows * (length + early_exits * positions)
+        return StepFlops(
+            layers=run * 3 * matrices,
+            attention=run * 3 * attention,
+            exits=6.0 * tokens * model.model_dim * model.vocab_size,
+            recomputed=run * again,
+            masked=masked,
+        )
+
+    def done(self, metrics: StepMetrics) -> StepFlops:
+        """Returns the cost of a step that was taken, from its metrics on the host."""
+        early = int((metrics.exit_weights[:-1] > 0).sum())
+        return self.step(float(metrics.layers_run), early)
+
+    def plain(self) -> StepFlops:
+        """Returns the cost of a step that drops nothing and scores the last layer only."""
+        return self.step(1.0, 0)
+
+    @functools.cached_property
+    def schedule(self) -> tuple[Float[np.ndarray, "T"], Int[np.ndarray, "T"]]:
+        """The mean share of layers run, and the early exits scored, at every step of the run."""
+        config, num_layers = self.config, self.config.model.num_layers
+        total = config.training.steps
+
+        def at(step):
+            p = drop_probabilities(config.layer_dropout, num_layers, step, total)
+            weights = exit_weights(config.early_exit, num_layers, step, total)
+            return 1 - p.mean(), (weights[:-1] > 0).sum()
+
+        every = jax.jit(lambda steps: jax.lax.map(at, steps, batch_size=4096))
+        layers_run, early = jax.device_get(every(np.arange(total)))
+        return layers_run, early
+
+    def planned(self, first: int, last: int) -> StepFlops:
+        """Returns the mean cost of the steps first..last-1 by the schedules, over the draws."""
+        layers_run, early = self.schedule
+        return self.step(
+            float(layers_run[first:last].mean(dtype=np.float64)), float(early[first:last].mean())
+        )
+
+
+def peak_flops(devices: list, tflops: float = 0.0) -> float | None:
+    """Returns the peak of all devices together in FLOP/s; None where it is not known.
+
+    Args:
+      devices: `jax.Device`s.
+      tflops: peak of one device in TFLOP/s; 0 takes the published one.
+    """
+    one = tflops * 1e12 or PEAK_FLOPS.get(devices[0].device_kind)
+    return one * len(devices) if one else None
+
+
+def _layer_forward(model: ModelConfig, length: int) -> tuple[float, float, float]:
+    """Returns a layer's matrices, of them the down-projection, and attention, for one row."""
+    width = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    down = 2.0 * length * model.ffn_dim * model.model_dim
+    matrices = 2.0 * length * model.model_dim * width + 3 * down
+    attention = 2.0 * length * (length + 1) * model.num_heads * model.head_dim
+    return matrices, down, attention
