@@ -5,13 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test ablation bench lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m layerskip_jax quickstart --workdir=$(RUN)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# Five runs of one small model; SIZE=100m for a GPU, with SOURCE=FOLDER of text.
+ablation: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python benchmarks/ablation.py --workdir=$(or $(WORKDIR),runs/ablation) \
+	    --size=$(or $(SIZE),small) --source=$(or $(SOURCE),stdlib)
+
+bench: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python benchmarks/train_step.py --json=train_step.json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

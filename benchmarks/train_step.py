@@ -2,12 +2,14 @@ r"""What a training step costs against a plain one, and against its own arithmet
 
     python benchmarks/train_step.py --json=train_step.json
 
-For each setting, the plain step and its variants are compiled, then run in turns: one step of
-each a round, on the same batch and from the same state, so that whatever else the machine does
-falls on all of them alike. A ratio is the variant's time over the plain step's, summed over
-the rounds; `arithmetic` is the same ratio of the FLOPs in `layerskip_jax.training.cost`, for the
-rows that were dropped and the exits that were scored in those very steps. Memory is that of the
-compiled step, arguments and temporaries; on a GPU the measured peak is printed too.
+For each setting, the plain step and its variants are compiled, then run in turns, one step of
+each a round, on the same batch and from the same state, with a plain step after every third
+variant. `measured` is the median over the rounds of a variant's time over the mean of the plain
+steps before and after it, so that a machine whose speed drifts does not decide it; `arithmetic`
+is the ratio of the FLOPs in `layerskip_jax.training.cost`, for the rows that were dropped and the
+exits that were scored in those very steps; `quotient` is measured over arithmetic. Steps are
+spread over the run, so that schedules over time count as a whole. Memory is that of the compiled
+step, arguments and temporaries; on a GPU the measured peak is printed too.
 """
 
 import argparse
@@ -59,6 +61,23 @@ class Measured:
     compile_seconds: float
     seconds: list[float] = dataclasses.field(default_factory=list)
     flops: list[float] = dataclasses.field(default_factory=list)
+    plain_seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def measured(self) -> float:
+        """Median time over that of the plain steps around it."""
+        return float(np.median(np.divide(self.seconds, self.plain_seconds)))
+
+    @property
+    def arithmetic(self) -> float:
+        """Mean FLOPs over those of a plain step."""
+        return float(np.mean(self.flops)) / self.cost.plain().computed
+
+    @property
+    def quotient(self) -> float:
+        """Median of measured over arithmetic."""
+        ratio = np.divide(self.seconds, self.plain_seconds)
+        return float(np.median(ratio / np.divide(self.flops, self.cost.plain().computed)))
 
     @property
     def memory(self) -> int:
@@ -115,8 +134,11 @@ def settings(device: str) -> dict[str, Setting]:
                 "exits rotational(23)": exits("rotational", interval=23),
                 "exits rotational(8)": exits("rotational", interval=8),
                 "exits all": exits("all"),
-                "1.5B recipe": dropout(0.1, "gather", "exp") | exits("rotational", interval=23),
-                "dont_drop": dropout(0.6, "gather", residual_scale="inverse_keep"),
+                "1.5B recipe": dropout(0.1, "gather", "exp", time="exp")
+                | exits("rotational", interval=23),
+                "dont_drop": dropout(
+                    0.6, "gather", time="decreasing", residual_scale="inverse_keep"
+                ),
             },
         ),
         "layerskip": Setting(
@@ -157,25 +179,69 @@ def compile_variant(setting: Setting, name: str, changes: dict) -> Measured:
 def measure(setting: Setting, only: str, rounds: int) -> list[Measured]:
     """Compiles the plain step and the variants, and runs `rounds` steps of each in turns."""
     chosen = {"plain": {}} | {k: v for k, v in setting.variants.items() if only in k}
+    compile_variant(setting, "plain", {})  # the first compilation pays for more than itself
     variants = [compile_variant(setting, name, changes) for name, changes in chosen.items()]
-    with jax.set_mesh(variants[0].setup.mesh):
-        state = variants[0].setup.init()
-        for round_ in range(-1, rounds):  # the first round warms up and is not counted
-            batch = random_batch(setting, variants[0].setup, round_ + 1)
-            at = max(round_, 0) * (TOTAL_STEPS // max(rounds, 1))
-            for variant in variants:
-                state = TrainState(jnp.int32(at), state.parameters, state.optimizer)
-                jax.block_until_ready((state, batch))
-                start = time.perf_counter()
-                state, metrics = variant.step(state, batch)
-                jax.block_until_ready(state)
-                seconds = time.perf_counter() - start
-                if round_ >= 0:
+    plain, rest = variants[0], variants[1:]
+    with jax.set_mesh(plain.setup.mesh):
+        state = plain.setup.init()
+
+        def run(variant, at, batch):
+            nonlocal state
+            state = TrainState(jnp.int32(at), state.parameters, state.optimizer)
+            jax.block_until_ready((state, batch))
+            start = time.perf_counter()
+            state, metrics = variant.step(state, batch)
+            jax.block_until_ready(state)
+            return time.perf_counter() - start, variant.cost.done(jax.device_get(metrics)).computed
+
+        for variant in variants:  # warm up
+            run(variant, 0, random_batch(setting, plain.setup, 0))
+        for round_ in range(rounds):
+            batch = random_batch(setting, plain.setup, round_)
+            at = int((round_ + 0.5) * TOTAL_STEPS / rounds)
+            before, flops = run(plain, at, batch)
+            for start in range(0, len(rest), 3):
+                some = rest[start : start + 3]
+                for variant in some:
+                    seconds, flops = run(variant, at, batch)
                     variant.seconds.append(seconds)
-                    variant.flops.append(variant.cost.done(jax.device_get(metrics)).computed)
+                    variant.flops.append(flops)
+                after, flops = run(plain, at, batch)
+                for variant in some:
+                    variant.plain_seconds.append((before + after) / 2)
+                plain.seconds.append(after)
+                before = after
+        plain.plain_seconds = plain.seconds
+        plain.flops = [flops] * len(plain.seconds)
     del state
     gc.collect()
     return variants
+
+
+def naive_loss(states, head, targets, valid, weights) -> jax.Array:
+    """The loss of several exits with the logits of all tokens held at once."""
+    logits = jnp.einsum("abmd,dv->abmv", states, head.astype(states.dtype))
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[None, ..., None], axis=-1)[..., 0]
+    nll = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
+    return jnp.sum(weights * nll.sum(axis=(1, 2)))
+
+
+def fused_loss(states, head, targets, valid, weights) -> jax.Array:
+    """The same by `linear_cross_entropy`."""
+    return linear_cross_entropy((HeadInputs(states, targets, valid, weights),), head, chunk=128)[0]
+
+
+def compile_loss(loss, batch: int, length: int, width: int, vocab: int, dtype: str):
+    """Compiles value and gradient of a loss over five exits."""
+    shapes = (
+        jax.ShapeDtypeStruct((5, batch, length, width), jnp.dtype(dtype)),
+        jax.ShapeDtypeStruct((width, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        jax.ShapeDtypeStruct((batch, length), jnp.bool_),
+        jax.ShapeDtypeStruct((5,), jnp.float32),
+    )
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
 
 
 def fused_against_naive(gpu: bool) -> dict[str, float]:
@@ -184,45 +250,23 @@ def fused_against_naive(gpu: bool) -> dict[str, float]:
     Memory is that of the compiled gradient at T 8192, D 2048, V 128k; time is taken at V 32k
     with sizes that both can run.
     """
-
-    def naive(states, head, targets, valid, weights):
-        logits = jnp.einsum("abmd,dv->abmv", states, head.astype(states.dtype))
-        logits = logits.astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[None, ..., None], axis=-1)[..., 0]
-        nll = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
-        return jnp.sum(weights * nll.sum(axis=(1, 2)))
-
-    def fused(states, head, targets, valid, weights):
-        part = HeadInputs(states, targets, valid, weights)
-        return linear_cross_entropy((part,), head, chunk=128)[0]
-
-    def compiled(loss, batch, length, width, vocab, dtype):
-        shapes = (
-            jax.ShapeDtypeStruct((5, batch, length, width), dtype),
-            jax.ShapeDtypeStruct((width, vocab), jnp.float32),
-            jax.ShapeDtypeStruct((batch, length), jnp.int32),
-            jax.ShapeDtypeStruct((batch, length), jnp.bool_),
-            jax.ShapeDtypeStruct((5,), jnp.float32),
-        )
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile(), shapes
-
-    dtype = jnp.bfloat16 if gpu else jnp.float32
-    large = [compiled(loss, 8, 1024, 2048, 131072, dtype)[0] for loss in (fused, naive)]
+    dtype = "bfloat16" if gpu else "float32"
+    losses = (fused_loss, naive_loss)
+    large = [compile_loss(loss, 8, 1024, 2048, 131072, dtype) for loss in losses]
     memory = [program.memory_analysis().temp_size_in_bytes for program in large]
-    size = (4, 1024, 2048, 32768) if gpu else (4, 128, 512, 32768)
-    pair = [compiled(loss, *size, dtype) for loss in (fused, naive)]
+    batch, length, width, vocab = (4, 1024, 2048, 32768) if gpu else (4, 128, 512, 32768)
+    programs = [compile_loss(loss, batch, length, width, vocab, dtype) for loss in losses]
     keys = jax.random.split(jax.random.key(0), 3)
-    states, head, targets, valid, weights = pair[0][1]
     inputs = (
-        jax.random.normal(keys[0], states.shape, states.dtype),
-        jax.random.normal(keys[1], head.shape) * head.shape[0] ** -0.5,
-        jax.random.randint(keys[2], targets.shape, 0, head.shape[1]),
-        jnp.ones(valid.shape, bool),
-        jnp.full(weights.shape, 0.2) / valid.size,
+        jax.random.normal(keys[0], (5, batch, length, width), jnp.dtype(dtype)),
+        jax.random.normal(keys[1], (width, vocab)) * width**-0.5,
+        jax.random.randint(keys[2], (batch, length), 0, vocab),
+        jnp.ones((batch, length), bool),
+        jnp.full(5, 0.2) / (batch * length),
     )
     seconds = [[], []]
     for round_ in range(6):
-        for index, (program, _) in enumerate(pair):
+        for index, program in enumerate(programs):
             start = time.perf_counter()
             jax.block_until_ready(program(*inputs))
             if round_:
@@ -249,28 +293,18 @@ def report(console: Console, name: str, setting: Setting, variants: list[Measure
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     plain, figures = variants[0], {}
     for variant in variants:
-        measured = sum(variant.seconds) / sum(plain.seconds)
-        arithmetic = sum(variant.flops) / sum(plain.flops)
         temporaries = [v.step.memory_analysis().temp_size_in_bytes for v in (variant, plain)]
-        figures |= {
-            f"{name}/{variant.name}/seconds": statistics.median(variant.seconds),
-            f"{name}/{variant.name}/measured": measured,
-            f"{name}/{variant.name}/arithmetic": arithmetic,
-            f"{name}/{variant.name}/quotient": measured / arithmetic,
-            f"{name}/{variant.name}/memory": variant.memory / plain.memory,
-            f"{name}/{variant.name}/temporaries": temporaries[0] / temporaries[1],
-            f"{name}/{variant.name}/compile": variant.compile_seconds / plain.compile_seconds,
+        row = {
+            "seconds": statistics.median(variant.seconds),
+            "measured": variant.measured,
+            "arithmetic": variant.arithmetic,
+            "quotient": variant.quotient,
+            "memory": variant.memory / plain.memory,
+            "temporaries": temporaries[0] / temporaries[1],
+            "compile": variant.compile_seconds / plain.compile_seconds,
         }
-        table.add_row(
-            variant.name,
-            f"{statistics.median(variant.seconds):.3f}",
-            f"{measured:.3f}",
-            f"{arithmetic:.3f}",
-            f"{measured / arithmetic:.3f}",
-            f"{variant.memory / plain.memory:.3f}",
-            f"{temporaries[0] / temporaries[1]:.3f}",
-            f"{variant.compile_seconds / plain.compile_seconds:.1f}",
-        )
+        figures |= {f"{name}/{variant.name}/{key}": value for key, value in row.items()}
+        table.add_row(variant.name, *(f"{value:.3f}" for value in row.values()))
     console.print(table)
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
@@ -299,6 +333,7 @@ def main() -> int:
         "layerskip_over_plain": "layerskip/layerskip/measured",
         "layerskip_quarter_tokens_over_plain": "layerskip/layerskip quarter tokens/measured",
         "layerskip_memory_over_plain": "layerskip/layerskip/memory",
+        "dont_drop_over_plain": "exits/dont_drop/measured",
     }.items():
         if key in figures:
             figures[short] = figures[key]

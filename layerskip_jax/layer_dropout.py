@@ -233,45 +233,32 @@ class Execution:
         if self.name == "mask":
             y = rematerialised(run_block, remat)(block, x, rows, plan.residual_scale)
             return jnp.where(plan.keep[:, None, None], y, x)
-        keep = plan.keep.reshape(self.groups, -1)
+        grouped = (self.groups, x.shape[0] // self.groups)
         # A stable sort puts the kept rows of each group first, in their own order.
-        order = jnp.argsort(~keep, axis=1, stable=True)
-        moved = (order, jnp.argsort(order, axis=1), jax.lax.stop_gradient(rows))
-        inputs = (plan.capacity_index, block, x, *moved, plan.residual_scale)
-        if remat == "full":
-            return _switch_rematerialised(self, *inputs)
-        # Rematerialised inside the switch: around it, the residuals of every branch would be
-        # kept alive beside those of the one that ran.
-        branches = [rematerialised(branch, remat) for branch in self._branches()]
-        return jax.lax.switch(inputs[0], branches, *inputs[1:])
+        order = jnp.argsort(~plan.keep.reshape(grouped), axis=1, stable=True)
+        inverse = jnp.argsort(order, axis=1)
 
-    def _branches(self) -> list[Callable]:
-        """Returns one function of (block, x, order, inverse, rows, scale) a capacity."""
+        # Rows are reordered in the branches, where they need not be saved for each layer.
+        fixed = (jax.lax.stop_gradient(rows), order, plan.residual_scale)
+        branches = [functools.partial(self._run_first, count) for count in self.menu]
+        switch = _switch_with_shared_residuals(branches, remat, self.groups)
+        y = _permute_rows(x.reshape(*grouped, *x.shape[1:]), order, inverse)
+        y = switch(plan.capacity_index, (block, y), fixed)
+        return _permute_rows(y, inverse, order).reshape(x.shape)
 
-        def branch(capacity):
-            def run(block, x, order, inverse, rows, scale):
-                group_size = x.shape[0] // self.groups
-                if capacity == 0:
-                    return x
-                if capacity == group_size:
-                    return block(x, *rows, scale)
+    def _run_first(self, count, differentiable, fixed):
+        """Runs a block on the first `count` rows of each group; the others stay as they are."""
+        (block, x), (rows, order, scale) = differentiable, fixed
+        if count == 0:
+            return x
 
-                def kept(array):
-                    array = array.reshape(self.groups, group_size, *array.shape[1:])
-                    array = _take_rows(array, order[:, :capacity])
-                    return array.reshape(self.groups * capacity, *array.shape[2:])
+        def kept(array):
+            array = array.reshape(*order.shape, *array.shape[1:])
+            return _take_rows(array, order[:, :count]).reshape(-1, *array.shape[2:])
 
-                grouped = x.reshape(self.groups, group_size, *x.shape[1:])
-                ordered = _permute_rows(grouped, order, inverse)
-                y = self.constrain(ordered[:, :capacity].reshape(-1, *x.shape[1:]))
-                y = self.constrain(block(y, *map(kept, rows), scale))
-                y = y.reshape(self.groups, capacity, *x.shape[1:])
-                y = jnp.concatenate([y, ordered[:, capacity:]], axis=1)
-                return _permute_rows(y, inverse, order).reshape(x.shape)
-
-            return run
-
-        return [branch(capacity) for capacity in self.menu]
+        y = self.constrain(x[:, :count].reshape(-1, *x.shape[2:]))
+        y = self.constrain(block(y, *map(kept, rows), scale))
+        return jnp.concatenate([y.reshape(-1, count, *y.shape[1:]), x[:, count:]], axis=1)
 
 
 def run_block(block: Callable, x: Array, rows: tuple, residual_scale: Array | None) -> Array:
@@ -313,34 +300,92 @@ def _permute_backward(inverse, gradient):
 _permute_rows.defvjp(_permute_forward, _permute_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _switch_rematerialised(execution, index, block, x, order, inverse, rows, scale):
-    """The switch over capacities, which saves its inputs and nothing of any branch.
+def _switch_with_shared_residuals(branches: list[Callable], remat: str, groups: int) -> Callable:
+    """Returns `lax.switch` over branches that differ in their number of rows only.
 
-    Automatic differentiation of a switch makes every branch return the residuals of all.
+    Automatic differentiation of a switch makes every branch return the residuals of all of them,
+    each with its own shapes. Here a branch returns its residuals padded to those of the last
+    one, which has the most rows, so that they take the room of one branch.
+
+    Args:
+      branches: functions of (differentiable, fixed), by rising number of rows; the first may
+        have none and return the second of `differentiable`. Gradients flow to the first argument.
+      remat: what the backward pass computes again (see `rematerialised`).
+      groups: every residual's rows come in so many equal groups.
     """
-    return jax.lax.switch(index, execution._branches(), block, x, order, inverse, rows, scale)
+    pull_backs = {}  # by branch: how to make its pull-back again from residuals
+
+    def with_residuals(number, differentiable, fixed):
+        function = rematerialised(branches[number], remat)
+        y, pull_back = jax.vjp(lambda inputs: function(inputs, fixed), differentiable)
+        leaves, structure = jax.tree.flatten(pull_back)
+        # Inputs are at hand in the backward pass: they are not saved a second time.
+        given = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves((differentiable, fixed)))}
+        sources = [given.get(id(leaf)) for leaf in leaves]
+        saved = [leaf for leaf, source in zip(leaves, sources, strict=True) if source is None]
+        pull_backs[number] = structure, sources, [leaf.shape for leaf in saved]
+        return y, saved
+
+    @jax.custom_vjp
+    def switch(index, differentiable, fixed):
+        return jax.lax.switch(index, branches, differentiable, fixed)
+
+    def forward(index, differentiable, fixed):
+        last = functools.partial(with_residuals, len(branches) - 1)
+        _, largest = jax.eval_shape(last, differentiable, fixed)
+
+        def padded(number):
+            def run(differentiable, fixed):
+                y, saved = with_residuals(number, differentiable, fixed)
+                if len(saved) < len(largest):  # a branch that runs nothing saves nothing
+                    return y, [jnp.zeros(leaf.shape, leaf.dtype) for leaf in largest]
+                return y, [
+                    _fit_rows(leaf, wanted.shape, groups)
+                    for leaf, wanted in zip(saved, largest, strict=True)
+                ]
+
+            return run
+
+        every = [padded(number) for number in range(len(branches))]
+        y, saved = jax.lax.switch(index, every, differentiable, fixed)
+        return y, (index, differentiable, fixed, saved)
+
+    def backward(residuals, gradient):
+        index, differentiable, fixed, saved = residuals
+
+        def pull(number):
+            def run(differentiable, fixed, saved, gradient):
+                structure, sources, shapes = pull_backs[number]
+                given = jax.tree.leaves((differentiable, fixed))
+                fitted = [
+                    _fit_rows(a, shape, groups) for a, shape in zip(saved, shapes, strict=False)
+                ]
+                fitted = iter(fitted)
+                leaves = [next(fitted) if n is None else given[n] for n in sources]
+                return jax.tree.unflatten(structure, leaves)(gradient)[0]
+
+            return run
+
+        every = [pull(number) for number in range(len(branches))]
+        return None, jax.lax.switch(index, every, differentiable, fixed, saved, gradient), None
+
+    switch.defvjp(forward, backward)
+    return switch
 
 
-def _switch_forward(execution, *inputs):
-    return _switch_rematerialised(execution, *inputs), inputs
-
-
-def _switch_backward(execution, inputs, gradient):
-    index, block, x, *rest = inputs
-
-    def pull_back(branch):
-        def run(block, x, rest, gradient):
-            return jax.vjp(lambda block, x: branch(block, x, *rest), block, x)[1](gradient)
-
-        return run
-
-    branches = [pull_back(branch) for branch in execution._branches()]
-    d_block, d_x = jax.lax.switch(index, branches, block, x, rest, gradient)
-    return None, d_block, d_x, None, None, None, None
-
-
-_switch_rematerialised.defvjp(_switch_forward, _switch_backward)
+def _fit_rows(x: Array, shape: tuple[int, ...], groups: int) -> Array:
+    """Pads or cuts the rows of each group, along the axis in which `shape` differs from x's."""
+    for axis, (have, want) in enumerate(zip(x.shape, shape, strict=True)):
+        if have == want:
+            continue
+        x = jnp.moveaxis(x, axis, 0)
+        x = x.reshape(groups, have // groups, *x.shape[1:])
+        if want < have:
+            x = x[:, : want // groups]
+        else:
+            x = jnp.pad(x, [(0, 0), (0, (want - have) // groups)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.moveaxis(x.reshape(want, *x.shape[2:]), 0, axis)
+    return x
 
 
 def check_layers(config: LayerDropoutConfig, num_layers: int) -> None:

@@ -4,6 +4,12 @@ The [tokens, V] logits of several exits would dwarf everything else in a trainin
 the sequence is scored a chunk at a time, and since the weight of every token is known before
 the backward pass, the gradients with respect to states, norm and head are formed in the
 forward pass, from the same logits, and only scaled in the backward one.
+
+Compared with `tokamax.linear_softmax_cross_entropy_loss` (0.0.17), for five exits of 512 tokens,
+D 512, V 32k, float32, value and gradient on one CPU core: this 2.3 s; tokamax `chunked_xla`
+6.0 s called by exit and 3.4 s in one call for all, `xla` 2.6 s with all logits held. Theirs keeps
+fewer temporaries but makes the logits a second time in the backward pass, and has no weights or
+masks of tokens, which packed windows and exits of different weights need.
 """
 
 import functools

@@ -174,6 +174,57 @@ def test_any_step_can_be_taken_alone():
             assert (metrics.layers_run == 1) == (at == 0)
 
 
+SCHEDULES = {
+    "gradual, decreasing": {
+        "early_exit": EarlyExitConfig("gradual", gradual_fraction=1.0, z_loss=1e-3),
+        "layer_dropout": LayerDropoutConfig(
+            0.6, "linear", "decreasing", residual_scale="inverse_keep", groups=2
+        ),
+    },
+    "rotational, exp, on a share of the tokens": {
+        "early_exit": EarlyExitConfig("rotational", interval=2, exit_token_fraction=0.5),
+        "layer_dropout": LayerDropoutConfig(0.5, "exp", "exp", groups=2),
+    },
+    "all, increasing, cond, some layers": {
+        "early_exit": EarlyExitConfig("all", depth_weight="inverse_sqrt"),
+        "layer_dropout": LayerDropoutConfig(
+            0.5, "uniform", "increasing", layers=(1, 3), execution="cond"
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_going_on_in_the_middle_of_a_schedule_gives_the_same_steps(name):
+    """A state put down after step 2 and taken up by a new program, against going on."""
+    config = with_training(small_run(**SCHEDULES[name]), steps=6)
+    setup, state, whole = run_steps(config, 6)
+    _, middle, _ = run_steps(config, 3)
+    again = make_setup(config, jax.devices()[:1])
+    with jax.set_mesh(again.mesh):
+        resumed = jax.device_put(jax.device_get(middle), again.shardings)
+        step = again.compile_step(SEQUENCE)
+        for index in (3, 4, 5):
+            rows = random_batch(index, rows=config.training.batch_size)
+            resumed, metrics = step(resumed, again.placement.place(rows))
+            for a, b in zip(jax.device_get(metrics), whole[index], strict=True):
+                np.testing.assert_array_equal(a, b)
+    assert _largest_difference(state.parameters, jax.device_get(resumed.parameters)) == 0
+    assert len({float(m.layers_run) for m in whole}) > 1, "the schedule should have moved"
+
+
+def test_a_share_of_the_tokens_does_not_depend_on_accumulation():
+    exits = EarlyExitConfig("rotational", interval=2, exit_token_fraction=0.5, z_loss=1e-3)
+    config = small_run(early_exit=exits)
+    _, _, whole = run_steps(config, 3)
+    _, _, parts = run_steps(with_training(config, accumulation=4), 3)
+    np.testing.assert_allclose(_losses(parts), _losses(whole), rtol=1e-6)
+    _, _, all_tokens = run_steps(small_run(), 3)
+    # the last exit is scored on every token, the early one on half of them
+    np.testing.assert_allclose(whole[0].exit_losses[-1], all_tokens[0].exit_losses[-1], rtol=1e-6)
+    assert whole[0].exit_losses[0] != all_tokens[0].exit_losses[0]
+
+
 def test_the_compiled_step_refuses_another_shape():
     setup = make_setup(small_run(), jax.devices()[:1])
     with jax.set_mesh(setup.mesh):

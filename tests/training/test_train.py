@@ -18,6 +18,7 @@ from layerskip_jax.cli import main
 from layerskip_jax.commands.evaluate import evaluate
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
 from layerskip_jax.schema import UserError
+from layerskip_jax.training.cost import CostModel
 from layerskip_jax.training.train import STOPPED_EXIT_CODE
 
 REPOSITORY = Path(__file__).parents[2]
@@ -111,6 +112,35 @@ def test_a_run_leaves_what_it_should(finished):
     (evaluation,) = read_json_lines(folder.evaluations_file)
     assert [e["layers"] for e in evaluation["exits"]] == [1, 2, 3, 4]
     assert load_run(workdir).step == 12
+
+
+def test_the_cost_is_logged_as_planned_and_as_done(finished, arguments, tmp_path, capsys):
+    records = read_json_lines(RunFolder(finished[0]).metrics_file)
+    plain = CostModel(load_run(finished[0]).config, 12).step(1.0, 0)
+    for record in records:
+        assert record["step_flops"] != record["step_flops_planned"] or record["layers_run"] == 1
+        # one early exit a step (layer 0 has no weight) and the layers that ran
+        expected = plain.exits * 2 + (plain.layers + plain.attention) * record["layers_run"]
+        assert record["step_flops"] == pytest.approx(expected, rel=1e-6)
+        assert "mfu" not in record  # no peak is known of a CPU
+    flags = ["--config.training.steps=1", "--config.training.peak_tflops=0.5"]
+    assert main(["train", f"--workdir={tmp_path / 'peak'}", *arguments, *flags]) == 0
+    (record,) = read_json_lines(RunFolder(tmp_path / "peak").metrics_file)
+    assert record["mfu"] == pytest.approx(record["flops_per_second"] / (8 * 0.5e12))
+    assert "mfu" in capsys.readouterr().out
+
+
+def test_a_run_older_than_a_setting_goes_on_with_its_default(finished, arguments, tmp_path):
+    """A folder written before `z_loss` existed is the same run."""
+    workdir = tmp_path / "older"
+    shutil.copytree(finished[0], workdir)
+    folder = RunFolder(workdir)
+    config = json.loads(folder.config_file.read_text())
+    del config["early_exit"]["z_loss"]
+    folder.config_file.write_text(json.dumps(config))
+    assert main(["train", f"--workdir={workdir}", *arguments]) == 0
+    changed = [*arguments, "--config.early_exit.z_loss=1e-4"]
+    assert main(["train", f"--workdir={workdir}", *changed]) == 2
 
 
 def test_training_learns(finished):

@@ -1,0 +1,112 @@
+"""The benchmarks run and report what they promise; no wall-clock time is asserted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import ablation  # noqa: E402
+import train_step  # noqa: E402
+
+from tests.helpers import small_model  # noqa: E402
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The settings of the step benchmark with the same variants on a small model."""
+    full = train_step.settings("cpu")
+
+    def settings(device):
+        assert device == "cpu"
+        keep = {
+            "layers": ["gather p_max=0.6", "mask p_max=0.6"],
+            "exits": ["dont_drop"],
+            "layerskip": ["layerskip", "layerskip quarter tokens"],
+        }
+        return {
+            name: train_step.Setting(
+                full[name].about, small_model(remat="full"), 16, 12,
+                {v: full[name].variants[v] for v in variants},
+            )
+            for name, variants in keep.items()
+        }  # fmt: skip
+
+    monkeypatch.setattr(train_step, "settings", settings)
+
+
+def test_the_step_benchmark_writes_the_named_figures(tiny, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "figures.json"
+    arguments = ["train_step.py", "--rounds=2", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(train_step, "fused_against_naive", lambda gpu: {"fused_over_naive_time": 1})
+    assert train_step.main() == 0
+    figures = json.loads(file.read_text())
+    for name in (
+        "gather_pmax0.6_over_plain",
+        "layerskip_over_plain",
+        "layerskip_quarter_tokens_over_plain",
+        "layerskip_memory_over_plain",
+        "worst_measured_over_arithmetic",
+        "dont_drop_over_plain",
+        "fused_over_naive_time",
+    ):
+        assert figures[name] > 0
+    assert figures["layers/plain/arithmetic"] == pytest.approx(1)
+    assert figures["layers/mask p_max=0.6/arithmetic"] == pytest.approx(1)
+    assert figures["layers/gather p_max=0.6/arithmetic"] < 1
+    quotients = [v for k, v in figures.items() if k.endswith("/quotient")]
+    assert figures["worst_measured_over_arithmetic"] == max(quotients)
+    assert "gather p_max=0.6" in capsys.readouterr().out
+
+
+def test_the_fused_loss_needs_a_tenth_of_the_naive_memory_at_full_scale():
+    """Five exits, T 8192, D 2048, V 128k: compiled, not run."""
+    fused, naive = (
+        train_step.compile_loss(loss, 8, 1024, 2048, 131072, "bfloat16")
+        for loss in (train_step.fused_loss, train_step.naive_loss)
+    )
+    ours, theirs = (p.memory_analysis().temp_size_in_bytes for p in (fused, naive))
+    assert ours < theirs / 10
+
+
+@pytest.mark.slow
+def test_the_ablation_trains_five_variants_and_tabulates_them(tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    source = Path(json.__file__).parent
+    for index, path in enumerate(sorted(source.glob("*.py"))):
+        (corpus / f"{index}.py").write_text(path.read_text())
+    arguments = [
+        f"--workdir={tmp_path / 'ablation'}",
+        f"--source={corpus}",
+        "--steps=6",
+        "--config.model.num_layers=4",
+        "--config.model.model_dim=32",
+        "--config.training.evaluate_every=3",
+        "--config.training.log_every=1",
+    ]
+    assert ablation.main(arguments) == 0
+    folder = tmp_path / "ablation"
+    figures = json.loads((folder / "ablation.json").read_text())
+    assert figures["steps"] == 6
+    assert figures["plain/middle_over_plain"] == 1
+    for variant in ablation.VARIANTS:
+        assert figures[f"{variant}/perplexity_exit_4"] > 1
+    assert figures["exits/flops_over_plain"] > 1 > figures["dont_drop/flops_over_plain"]
+    assert (folder / "ablation.svg").read_text().lstrip().startswith("<?xml")
+    assert "both" in capsys.readouterr().out
+    # done runs are not run again
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/metrics.jsonl")}
+    assert len(stamps) == 5
+    assert ablation.main(arguments) == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*/metrics.jsonl")} == stamps
+
+
+def test_a_misspelt_variant_of_the_ablation_is_refused(capsys):
+    from layerskip_jax.cli import main
+
+    config = Path(ablation.CONFIG)
+    assert main(["train", "--workdir=unused", f"--config={config}:bothh"]) == 2
+    assert "'bothh' is none of plain, dropout, exits, both, dont_drop" in capsys.readouterr().err
