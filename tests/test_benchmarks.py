@@ -75,9 +75,9 @@ def test_the_fused_loss_needs_a_tenth_of_the_naive_memory_at_full_scale():
 def test_the_ablation_trains_five_variants_and_tabulates_them(tmp_path, capsys):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    source = Path(json.__file__).parent
-    for index, path in enumerate(sorted(source.glob("*.py"))):
-        (corpus / f"{index}.py").write_text(path.read_text())
+    library = Path(json.__file__).parents[1]
+    for path in sorted(library.glob("*.py"))[:100]:
+        (corpus / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     arguments = [
         f"--workdir={tmp_path / 'ablation'}",
         f"--source={corpus}",
