@@ -98,6 +98,8 @@ def exits(curriculum: str, **changes) -> dict:
     return {"early_exit": EarlyExitConfig(curriculum, **changes)}
 
 
+# Don't Drop Dropout (METHOD 1), with a mean probability of .15.
+DONT_DROP = dropout(0.6, "gather", time="decreasing", residual_scale="inverse_keep")
 # LayerSkip's continual pretraining (METHOD 3): p_max .1 exp over depth, rotational 8.
 LAYERSKIP = dropout(0.1, "gather", "exp") | exits("rotational", interval=8)
 QUARTER = dropout(0.1, "gather", "exp") | exits("rotational", interval=8, exit_token_fraction=0.25)
@@ -125,7 +127,7 @@ def settings(device: str) -> dict[str, Setting]:
     return {
         "layers": Setting(
             "every execution of layer dropout, linear in depth",
-            small, 16, 1024 if gpu else 256, ways,
+            small, 16, 1024 if gpu else 256, ways | {"dont_drop": DONT_DROP},
         ),
         "exits": Setting(
             "the proportions of the paper's 1.5B model: 24 layers, V = 16 D",
@@ -136,9 +138,7 @@ def settings(device: str) -> dict[str, Setting]:
                 "exits all": exits("all"),
                 "1.5B recipe": dropout(0.1, "gather", "exp", time="exp")
                 | exits("rotational", interval=23),
-                "dont_drop": dropout(
-                    0.6, "gather", time="decreasing", residual_scale="inverse_keep"
-                ),
+                "dont_drop": DONT_DROP,
             },
         ),
         "layerskip": Setting(
@@ -317,15 +317,19 @@ def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[2])
     parser.add_argument("--rounds", type=int, default=6, help="counted steps of each variant")
-    parser.add_argument("--setting", default="", help="only settings with this in their name")
+    parser.add_argument("--setting", help="only this one: layers, exits, layerskip or fused")
     parser.add_argument("--only", default="", help="only variants with this in their name")
     parser.add_argument("--json", type=Path, help="file to write the figures to, flat")
     options = parser.parse_args()
+    known = [*settings("cpu"), "fused"]
+    if options.setting not in (None, *known):
+        parser.error(f"--setting={options.setting} is none of {', '.join(known)}")
     device = jax.devices()[0].platform
     console, figures = Console(width=110), {}
     console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", highlight=False)
     for name, setting in settings(device).items():
-        if options.setting in name:
+        wanted = any(options.only in variant for variant in setting.variants)
+        if options.setting in (None, name) and wanted:
             variants = measure(setting, options.only, options.rounds)
             figures |= report(console, name, setting, variants)
     for short, key in {
@@ -333,14 +337,14 @@ def main() -> int:
         "layerskip_over_plain": "layerskip/layerskip/measured",
         "layerskip_quarter_tokens_over_plain": "layerskip/layerskip quarter tokens/measured",
         "layerskip_memory_over_plain": "layerskip/layerskip/memory",
-        "dont_drop_over_plain": "exits/dont_drop/measured",
+        "dont_drop_over_plain": "layers/dont_drop/measured",
     }.items():
         if key in figures:
             figures[short] = figures[key]
     quotients = [value for key, value in figures.items() if key.endswith("/quotient")]
     if quotients:
         figures["worst_measured_over_arithmetic"] = max(quotients)
-    if options.setting in "fused":
+    if options.setting in (None, "fused"):
         figures |= fused_against_naive(device != "cpu")
     for key, value in figures.items():
         if "/" not in key:

@@ -21,7 +21,7 @@ def tiny(monkeypatch):
     def settings(device):
         assert device == "cpu"
         keep = {
-            "layers": ["gather p_max=0.6", "mask p_max=0.6"],
+            "layers": ["gather p_max=0.6", "mask p_max=0.6", "dont_drop"],
             "exits": ["dont_drop"],
             "layerskip": ["layerskip", "layerskip quarter tokens"],
         }

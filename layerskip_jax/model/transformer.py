@@ -128,7 +128,10 @@ class Block(nnx.Module):
         mlp = self.mlp(self.mlp_norm(middle))
         if residual_scale is None:
             return middle + mlp
-        return x + residual_scale.astype(x.dtype) * (attention + mlp)
+        # A constant of the schedule. Asking for its gradient would have the backward pass
+        # compute both branches' outputs again, which nothing else there needs.
+        scale = jax.lax.stop_gradient(residual_scale).astype(x.dtype)
+        return x + scale * (attention + mlp)
 
     def __call__(
         self,
