@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test ablation bench lint format clean
+.PHONY: quickstart test ablation bench bench-gpu lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m layerskip_jax quickstart --workdir=$(RUN)
@@ -20,6 +20,11 @@ ablation: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/train_step.py --json=train_step.json
+
+# Both benchmarks on the device that jax finds; the tests' environment has torch to compare with.
+bench-gpu: $(VENV)/.installed-test
+	PYTHONPATH=. $(BIN)/python benchmarks/train_step.py --json=train_step.json
+	PYTHONPATH=. $(BIN)/python benchmarks/decode.py --json=decode.json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

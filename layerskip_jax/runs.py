@@ -135,9 +135,26 @@ def load_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside `path` and moves it into place, so that no reader sees half of it."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text beside `path` and moves it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_prompt(path: Path) -> str:
+    """Returns a file's text.
+
+    Raises:
+      UserError: it cannot be read as UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file={path} cannot be read as UTF-8 text ({error})") from error
 
 
 def read_json_lines(path: Path) -> list[dict]:

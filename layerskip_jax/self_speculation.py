@@ -10,26 +10,30 @@ LayerSkip, section 4.3. One cycle, for each row of the batch on its own:
    not, and one token of its own after them.
 
 One set of weights and one cache serve both. Rejected positions need no undoing: the next
-cycle overwrites them before it can see them. The tokens are those of plain decoding.
+cycle overwrites them before it can see them. The tokens are those of plain decoding: greedy
+ones, and with drafter-invariant sampling random ones too; rejection sampling gives tokens of
+the same distribution instead.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from layerskip_jax.decoding.autoregressive import (
-    ChooseTokens,
-    Limits,
-    Rows,
-    append,
-    greedy,
-    prefill,
+from layerskip_jax.decoding.cache import Cache, read_draft_head, read_head, run_layers
+from layerskip_jax.decoding.rows import Limits, Rows, append, stops_at
+from layerskip_jax.decoding.sampling import (
+    Sampling,
+    choose,
+    draw,
+    matching,
+    processed,
+    reject,
 )
-from layerskip_jax.decoding.cache import Cache, read_head, run_layers
 from layerskip_jax.decoding.weights import DecoderWeights
-from layerskip_jax.model.config import ModelConfig
+
+ACCEPTANCES = ("same_noise", "rejection")
 
 
 class SpeculationCounts(NamedTuple):
@@ -53,60 +57,89 @@ class SpeculationCounts(NamedTuple):
     kept: Int[Array, "B G"]
 
 
+class Drafts(NamedTuple):
+    """What the first layers propose.
+
+    Attributes:
+      tokens: G a row.
+      log_p: what they were drawn from, for rejection sampling; else None.
+      exit_cache: states after layer E-1 of the newest token and of every draft.
+    """
+
+    tokens: Int[Array, "B G"]
+    log_p: Float[Array, "B G V"] | None
+    exit_cache: Float[Array, "B G1 D"]
+
+
 def draft(
     weights: DecoderWeights,
     cache: Cache,
     rows: Rows,
+    sampling: Sampling | None,
     *,
     exit_layer: int,
     draft_length: int,
-    choose: ChooseTokens,
-) -> tuple[Int[Array, "B G"], Array, Cache]:
-    """Proposes G tokens a row with layers 0..E-1 and the head.
+    acceptance: str,
+) -> tuple[Drafts, Cache]:
+    """Proposes G tokens a row with layers 0..E-1 and the head: the first half of a cycle.
 
-    Returns:
-      The drafts, the exit cache `[B, G + 1, D]` of the states after layer E-1 of the newest
-      token and of every draft, and the key/value cache.
+    Args:
+      weights: of the model.
+      cache: of all layers.
+      rows: the rows.
+      sampling: None decodes greedily.
+      exit_layer: E, the layers that draft.
+      draft_length: G, drafts a cycle.
+      acceptance: for sampling, `same_noise` (drafter-invariant) or `rejection`.
     """
 
-    def early_layers(token, cache, offset):
+    def early_layers(token, cache, position):
         x = weights.embedding[token][:, None]
-        return run_layers(weights, cache, x, rows.position[:, None] + offset, 0, exit_layer)
+        return run_layers(weights, cache, x, position, 0, exit_layer)
 
     def propose(state, offset):
         token, cache = state
-        x, cache = early_layers(token, cache, offset)
-        token = choose(read_head(weights, x))[:, 0]
-        return (token, cache), (token, x[:, 0])
+        position = rows.position[:, None] + offset
+        x, cache = early_layers(token, cache, position)
+        logits = read_draft_head(weights, x)
+        if acceptance == "rejection" and sampling is not None:
+            log_p = processed(logits, sampling)
+            token = draw(log_p, sampling, position + 1)[:, 0]
+            return (token, cache), (token, log_p[:, 0], x[:, 0])
+        token = choose(logits, position + 1, sampling)[:, 0]
+        return (token, cache), (token, None, x[:, 0])
 
-    (last, cache), (drafts, states) = jax.lax.scan(
-        propose, (rows.last, cache), jnp.arange(draft_length)
-    )
-    last_state, cache = early_layers(last, cache, draft_length)
-    exit_cache = jnp.concatenate([states.swapaxes(0, 1), last_state], axis=1)
-    return drafts.swapaxes(0, 1), exit_cache, cache
+    start = (rows.last, cache)
+    (last, cache), proposed = jax.lax.scan(propose, start, jnp.arange(draft_length))
+    tokens, log_p, states = jax.tree.map(lambda x: x.swapaxes(0, 1), proposed)
+    last_state, cache = early_layers(last, cache, rows.position[:, None] + draft_length)
+    return Drafts(tokens, log_p, jnp.concatenate([states, last_state], axis=1)), cache
 
 
 def verify(
     weights: DecoderWeights,
     cache: Cache,
     rows: Rows,
-    exit_cache: Array,
+    drafts: Drafts,
+    sampling: Sampling | None,
     *,
     exit_layer: int,
-    choose: ChooseTokens,
-) -> tuple[Int[Array, "B G1"], Cache]:
-    """Returns the whole model's G + 1 tokens: one after the newest token and each draft."""
-    positions = rows.position[:, None] + jnp.arange(exit_cache.shape[1])
+) -> tuple[Int[Array, "B G1"], Int[Array, "B"], Cache]:
+    """Returns G + 1 tokens a row, how many drafts begin them, and the cache.
+
+    One token more than the accepted drafts is the whole model's own; what follows is not.
+    """
+    positions = rows.position[:, None] + jnp.arange(drafts.exit_cache.shape[1])
     num_layers = len(weights.layers)
-    x, cache = run_layers(weights, cache, exit_cache, positions, exit_layer, num_layers)
-    return choose(read_head(weights, x)), cache
-
-
-def accepted_drafts(drafts: Int[Array, "B G"], verified: Int[Array, "B G1"]) -> Int[Array, "B"]:
-    """Returns how many drafts agree with the whole model before the first that does not."""
-    agrees = drafts == verified[:, :-1]
-    return jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1)
+    x, cache = run_layers(weights, cache, drafts.exit_cache, positions, exit_layer, num_layers)
+    logits = read_head(weights, x)
+    if drafts.log_p is not None:
+        log_p = processed(logits, sampling)
+        tokens, accepted = reject(drafts.tokens, drafts.log_p, log_p, positions + 1, sampling)
+        return tokens, accepted, cache
+    chosen = choose(logits, positions + 1, sampling)
+    # The accepted drafts are the first of the chosen tokens, by definition of accepting.
+    return chosen, matching(drafts.tokens, chosen), cache
 
 
 def count_drafts(
@@ -114,8 +147,8 @@ def count_drafts(
 ) -> SpeculationCounts:
     """Counts one cycle, given the rows before it and how many drafts agreed."""
     index = jnp.arange(drafts.shape[1])
-    is_end = (drafts == limits.end_token).astype(jnp.int32)
-    ended_before = jnp.cumsum(is_end, axis=1) - is_end > 0
+    ends = stops_at(rows, drafts, limits.stop).astype(jnp.int32)
+    ended_before = jnp.cumsum(ends, axis=1) - ends > 0
     room = limits.max_new_tokens - rows.count
     usable = (index < room[:, None]) & ~ended_before & ~rows.done[:, None]
     kept = usable & (index < accepted[:, None])
@@ -129,70 +162,27 @@ def count_drafts(
     )
 
 
-def speculate(
+def accept(
     weights: DecoderWeights,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
+    cache: Cache,
+    rows: Rows,
+    drafts: Drafts,
     limits: Limits,
+    sampling: Sampling | None,
     *,
-    config: ModelConfig,
     exit_layer: int,
-    draft_length: int,
-    capacity: int,
-    choose: ChooseTokens = greedy,
-) -> tuple[Rows, SpeculationCounts]:
-    """Decodes self-speculatively, all in one program.
+) -> tuple[Rows, Cache, SpeculationCounts]:
+    """Verifies drafts and gives the rows their tokens: the second half of a cycle.
 
     Args:
       weights: of the model.
-      prompts: right-padded.
-      lengths: tokens in each prompt.
+      cache: of all layers.
+      rows: those that are not done get 1 to G + 1 tokens.
+      drafts: of `draft`.
       limits: when rows end.
-      config: shapes.
-      exit_layer: E, the layers that draft.
-      draft_length: G, drafts a cycle.
-      capacity: most new tokens the buffers are to hold.
-      choose: from logits to tokens; drafting and verifying choose alike.
-
-    Returns:
-      The rows, and the counts of each row over all cycles.
+      sampling: None decodes greedily.
+      exit_layer: E, the layers that drafted.
     """
-    rows, cache = prefill(
-        weights,
-        prompts,
-        lengths,
-        limits,
-        config=config,
-        exit_layer=config.num_layers,
-        capacity=capacity,
-        lookahead=draft_length + 1,
-        choose=choose,
-    )
-    zeros = jnp.zeros(prompts.shape[0], jnp.int32)
-    by_position = jnp.zeros((prompts.shape[0], draft_length), jnp.int32)
-    counts = SpeculationCounts(zeros, zeros, zeros, by_position, by_position)
-
-    def unfinished(state):
-        return ~state[0].done.all()
-
-    def cycle(state):
-        rows, cache, counts = state
-        drafts, exit_cache, cache = draft(
-            weights,
-            cache,
-            rows,
-            exit_layer=exit_layer,
-            draft_length=draft_length,
-            choose=choose,
-        )
-        verified, cache = verify(
-            weights, cache, rows, exit_cache, exit_layer=exit_layer, choose=choose
-        )
-        accepted = accepted_drafts(drafts, verified)
-        # The accepted drafts are the first of `verified`, by definition of accepting.
-        new = count_drafts(drafts, accepted, rows, limits)
-        rows = append(rows, verified, accepted + 1, limits)
-        return rows, cache, jax.tree.map(jnp.add, counts, new)
-
-    rows, _, counts = jax.lax.while_loop(unfinished, cycle, (rows, cache, counts))
-    return rows, counts
+    tokens, accepted, cache = verify(weights, cache, rows, drafts, sampling, exit_layer=exit_layer)
+    counts = count_drafts(drafts.tokens, accepted, rows, limits)
+    return append(rows, tokens, accepted + 1, limits), cache, counts

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation  # noqa: E402
+import decode  # noqa: E402
 import train_step  # noqa: E402
 
 from tests.helpers import small_model  # noqa: E402
@@ -111,3 +112,34 @@ def test_a_misspelt_variant_of_the_ablation_is_refused(capsys):
     config = Path(ablation.CONFIG)
     assert main(["train", "--workdir=unused", f"--config={config}:bothh"]) == 2
     assert "'bothh' is none of plain, dropout, exits, both, dont_drop" in capsys.readouterr().err
+
+
+def test_the_formula_of_the_speed_up_by_hand():
+    # a = .8, G = 4: 3.3616 tokens for 5 drafts of a quarter each and three quarters of a pass
+    assert decode.speedup_formula(0.8, 0.25, 0.0, 4) == pytest.approx(3.3616 / 2)
+    # METHOD 4: the head at 21% of the weights, E = 4 of 16, a = .8
+    best = max(decode.speedup_formula(0.8, 0.25, 0.21, length) for length in range(1, 9))
+    assert best == pytest.approx(1.34, abs=0.005)
+    assert decode.speedup_formula(1.0, 0.5, 0.0, 1) == pytest.approx(2 / 1.5)
+
+
+@pytest.mark.slow
+def test_the_decoding_benchmark_writes_the_named_figures(tmp_path, monkeypatch):
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(
+        decode, "random_model", lambda gpu: small_model(num_layers=8, max_sequence_length=128)
+    )
+    arguments = ["decode.py", "--rounds=1", "--new-tokens=8", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert decode.main() == 0
+    figures = json.loads(file.read_text())
+    for name in (
+        "plain_over_bandwidth",
+        "plain_over_transformers",
+        "selfspec_over_plain",
+        "selfspec_over_formula",
+        "selfspec_over_assistant_early_exit",
+        "auto_over_plain_untrained",
+        "auto_over_best_pair",
+    ):
+        assert figures[name] > 0

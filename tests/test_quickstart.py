@@ -8,9 +8,12 @@ import pytest
 import torch
 import transformers
 
+import layerskip_jax
 from layerskip_jax.cli import main
-from layerskip_jax.generator import Generator
+from layerskip_jax.generator import Generator, StreamEvent
+from layerskip_jax.language_model import LanguageModel
 from layerskip_jax.runs import RunFolder, load_run
+from layerskip_jax.schema import ConfigError
 
 RECIPE = """
 from layerskip_jax.config import as_variant, default_config
@@ -68,7 +71,10 @@ def test_every_result_is_there(quickstart):
     assert evaluation["exits"][-1]["loss"] < entropy
     speculation = json.loads(folder.speculation_file.read_text())
     assert speculation["prompts"] == 32
-    assert all(pair["identical"] for pair in speculation["pairs"])
+    assert all(pair["identical"] for pair in [*speculation["pairs"], speculation["best"]])
+    rows = folder.speculation_file.with_suffix(".csv").read_text().splitlines()
+    assert len(rows) == 1 + len(speculation["pairs"]) + 1
+    assert "<svg" in folder.speculation_file.with_suffix(".svg").read_text()
     page = folder.report_file.read_text()
     assert page.count("<svg") >= 8
     assert "plain: 5 steps, no dropout, no exits" in page
@@ -98,3 +104,53 @@ def test_the_exported_model_says_the_same_in_transformers(quickstart):
             torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=None
         )
     assert theirs[0, len(prompt) :].tolist() == ours
+
+
+@pytest.mark.slow
+def test_the_api_on_the_trained_model(quickstart, capsys):
+    """Text in, text out: one prompt or several, drafted or not, streamed or not."""
+    top, _ = quickstart
+    model = layerskip_jax.load(top / "model")
+    prompts = ["def get_payload(self):", "import"]
+    plain = model.generate(prompts, 24)
+    assert len(plain.texts) == 2
+    for draft in ("best", "auto", (1, 3)):
+        assert model.generate(prompts, 24, draft=draft).texts == plain.texts
+    pieces = list(model.stream(prompts[0], 24, draft="best"))
+    assert "".join(piece.text for piece in pieces if not piece.is_draft) == plain.texts[0]
+    assert any(piece.is_draft and piece.text for piece in pieces)
+    stop = plain.texts[0][3:6]
+    stopped = model.generate(prompts[0], 24, stop=[stop]).texts[0]
+    assert plain.texts[0].startswith(stopped)
+    with pytest.raises(ConfigError, match="draft='never' must be"):
+        model.generate("import", 4, draft="never")
+
+    command = ["generate", f"--workdir={top / 'model'}", "--prompt=import", "--max-new-tokens=24"]
+    for more in ([], ["--mode=self_speculative"], ["--mode=auto"]):
+        capsys.readouterr()
+        assert main([*command, *more, "--stream"]) == 0
+        assert capsys.readouterr().out.rstrip("\n") == "import" + plain.texts[1].rstrip("\n")
+    assert main([*command, "--prompt=def", "--stream"]) == 2
+    assert "one prompt at a time, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_streamed_text_never_holds_half_a_character(quickstart):
+    top, _ = quickstart
+    model = layerskip_jax.load(top / "model")
+    ids = model.tokenizer.encode("naïve – 日本語 😀").ids
+    assert len(ids) > 12, "these characters should take several tokens each"
+
+    class Replay(Generator):
+        def __init__(self):
+            """Needs no weights."""
+
+        def stream(self, *arguments, **options):
+            yield StreamEvent(True, ids[:3])
+            for token in ids:
+                yield StreamEvent(False, [token])
+
+    replay = LanguageModel(Replay(), model.tokenizer, None, None)
+    pieces = list(replay.stream("x", 24))
+    assert all("\ufffd" not in piece.text for piece in pieces)
+    assert "".join(piece.text for piece in pieces if not piece.is_draft) == "naïve – 日本語 😀"

@@ -6,15 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layerskip_jax.decoding.autoregressive import Limits, Rows
-from layerskip_jax.decoding.weights import decoder_weights
+from layerskip_jax.decoding.autoregressive import prefill
+from layerskip_jax.decoding.rows import Limits, Rows
+from layerskip_jax.decoding.sampling import matching
+from layerskip_jax.decoding.weights import DecoderLayer, decoder_weights
 from layerskip_jax.generator import Generator
-from layerskip_jax.model.transformer import Block, Transformer
-from layerskip_jax.self_speculation import (
-    accepted_drafts,
-    count_drafts,
-    speculate,
-)
+from layerskip_jax.model.transformer import Transformer
+from layerskip_jax.self_speculation import accept, count_drafts, draft
 from tests.helpers import small_model
 
 LAYERS = 4
@@ -64,7 +62,7 @@ def _speculative(generator, prompts, new_tokens, exit_layer, draft_length, **opt
     ],
 )
 def test_drafts_are_accepted_up_to_the_first_disagreement(drafts, verified, expected):
-    assert accepted_drafts(jnp.array([drafts]), jnp.array([verified])).tolist() == [expected]
+    assert matching(jnp.array([drafts]), jnp.array([verified])).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -80,9 +78,10 @@ def test_drafts_are_accepted_up_to_the_first_disagreement(drafts, verified, expe
     ],
 )
 def test_counts_of_one_cycle_by_hand(accepted, count, drafts, drafted, kept, examined):
-    limits = Limits(jnp.int32(10), jnp.int32(0))
+    limits = Limits(jnp.array([10]), jnp.array([[0]]))
     one = jnp.zeros(1, jnp.int32)
-    rows = Rows(one, one, jnp.zeros((1, 20), jnp.int32), one + count, one > 0)
+    recent = jnp.zeros((1, 0), jnp.int32)
+    rows = Rows(one, one, jnp.zeros((1, 20), jnp.int32), recent, one + count, one > 0)
     counts = count_drafts(jnp.array([drafts]), jnp.array([accepted]), rows, limits)
     assert counts.cycles.tolist() == [1]
     assert counts.drafted.tolist() == [drafted]
@@ -165,26 +164,37 @@ def test_every_fed_token_passes_every_layer_once(monkeypatch):
     model = _model()
     weights = decoder_weights(model)
     widths = collections.defaultdict(list)
-    names = {id(block.mlp.gate): index for index, block in enumerate(weights.layers)}
-    project = Block.project
+    names = {id(layer.down): index for index, layer in enumerate(weights.layers)}
+    project = DecoderLayer.project
 
-    def counting(self, x, cos, sin):
-        widths[names[id(self.mlp.gate)]].append(x.shape[1])
-        return project(self, x, cos, sin)
+    def counting(self, x, cos, sin, kv_heads):
+        widths[names[id(self.down)]].append(x.shape[1])
+        return project(self, x, cos, sin, kv_heads)
 
-    monkeypatch.setattr(Block, "project", counting)
-    limits = Limits(jnp.int32(8), jnp.int32(-1))
+    monkeypatch.setattr(DecoderLayer, "project", counting)
+    limits = Limits(jnp.array([8]), jnp.array([[-2]]))
     with jax.disable_jit():
-        speculate(
+        rows, cache = prefill(
             weights,
             jnp.array([[1, 2, 3]]),
             jnp.array([3]),
-            limits._replace(max_new_tokens=jnp.int32(2)),
+            limits,
+            None,
             config=model.config,
+            num_layers=4,
+            capacity=8,
+            lookahead=4,
+        )
+        drafts, cache = draft(
+            weights,
+            cache,
+            rows,
+            None,
             exit_layer=2,
             draft_length=3,
-            capacity=8,
+            acceptance="same_noise",
         )
+        accept(weights, cache, rows, drafts, limits, None, exit_layer=2)
     # prefill over the prompt's 3, then one cycle: 4 tokens, singly below E, at once above
     assert widths[0] == widths[1] == [3, 1, 1, 1, 1]
     assert widths[2] == widths[3] == [3, 4]

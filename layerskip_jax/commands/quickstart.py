@@ -68,15 +68,12 @@ def main(argv: list[str]) -> int:
     _run(sweep, f"--workdir={model}", done=folder.speculation_file.exists())
     _run(export, f"--workdir={model}", f"--output={exported}", done=exported.exists())
     _run(report, f"--workdir={model}", done=folder.report_file.exists())
-    best = json.loads(folder.speculation_file.read_text())["best"]
     _run(
         generate,
         f"--workdir={model}",
         f"--prompt={SAMPLE_PROMPT}",
         "--max-new-tokens=64",
         "--mode=self_speculative",
-        f"--exit-layer={best['exit_layer']}",
-        f"--draft-length={best['draft_length']}",
     )
     _print_summary(folder, exported, time.monotonic() - start)
     return 0

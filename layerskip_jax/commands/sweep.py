@@ -1,11 +1,16 @@
 """layerskip sweep: measure self-speculation over exits and draft lengths.
 
-Prompts are cut from the validation set. Plain decoding and every pair (E, G) decode the same
-prompts in turn, one prompt at a time; the result goes into the run's folder, where
-`layerskip report` finds it.
+Prompts are cut from the validation set, or are your own (`--prompt-file`). For each exit E the
+drafts that were accepted are counted in one run over them, for each pair (E, G) the time of a
+cycle is measured; together they give the speed of every pair. The best is then measured against
+plain decoding. The result goes into the run's folder as speculation.json, .csv and .svg, where
+`layerskip generate --mode=self_speculative` and `layerskip report` find it.
 """
 
 import argparse
+import csv
+import io
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -13,10 +18,17 @@ from rich.table import Table
 
 from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.data.batches import BatchSource
-from layerskip_jax.decoding.tuning import measure
+from layerskip_jax.data.tokenizer import load_tokenizer
+from layerskip_jax.decoding.tuning import sweep
 from layerskip_jax.generator import Generator
-from layerskip_jax.runs import load_run, write_json
+from layerskip_jax.report.sweep_figure import draw_speedup
+from layerskip_jax.runs import load_run, read_prompt, write_json, write_text
 from layerskip_jax.schema import ConfigError
+
+COLUMNS = (
+    "exit_layer", "draft_length", "acceptance", "tokens_per_cycle", "seconds_per_cycle",
+    "tokens_per_second", "speedup", "identical", "verified",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +37,8 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--exits", type=_numbers, help="values of E (default: L/4, L/2)")
     add("--drafts", type=_numbers, default=(1, 2, 4), help="values of G (default: 1,2,4)")
-    add("--prompts", type=int, default=32, help="prompts to measure on")
+    add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
+    add("--prompts", type=int, default=32, help="prompts cut from the validation set")
     add("--prompt-tokens", type=int, default=64)
     add("--new-tokens", type=int, default=64)
     options = parser.parse_args(argv)
@@ -34,11 +47,15 @@ def main(argv: list[str]) -> int:
     config = run.config
     layers = config.model.num_layers
     exits = options.exits or sorted({max(1, layers // n) for n in (4, 2)} - {layers})
-    prompts = validation_prompts(config.data.path, options.prompts, options.prompt_tokens)
+    if options.prompt_file:
+        tokenizer = load_tokenizer(run.folder.tokenizer_file)
+        prompts = [tokenizer.encode(read_prompt(path)).ids for path in options.prompt_file]
+    else:
+        prompts = validation_prompts(config.data.path, options.prompts, options.prompt_tokens)
     print(
         f"compiling and measuring {1 + len(exits) * len(options.drafts)} ways to decode", flush=True
     )
-    result = measure(
+    result = sweep(
         Generator(run.model),
         prompts,
         options.new_tokens,
@@ -48,7 +65,7 @@ def main(argv: list[str]) -> int:
     result = {
         "step": run.step,
         "prompts": len(prompts),
-        "prompt_tokens": options.prompt_tokens,
+        "prompt_tokens": max(map(len, prompts)),
         "new_tokens": options.new_tokens,
         "batch_size": 1,
         "dtype": config.model.dtype,
@@ -56,6 +73,10 @@ def main(argv: list[str]) -> int:
     }
     _print(result)
     write_json(run.folder.speculation_file, result)
+    write_text(run.folder.speculation_file.with_suffix(".csv"), _csv(result))
+    figure = io.StringIO()
+    draw_speedup(result).savefig(figure, format="svg")
+    write_text(run.folder.speculation_file.with_suffix(".svg"), figure.getvalue())
     if options.json:
         write_json(options.json, result)
     return 0
@@ -95,17 +116,29 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4") from None
 
 
+def _csv(result: dict) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*result["pairs"], result["best"]])
+    return file.getvalue()
+
+
 def _print(result: dict) -> None:
     table = Table(
-        title=f"Greedy decoding, batch 1, {result['prompts']} prompts of "
+        title=f"Greedy decoding, batch 1, {result['prompts']} prompts of up to "
         f"{result['prompt_tokens']} tokens, {result['new_tokens']} new ones",
         title_justify="left",
+        caption="predicted from the acceptance of each exit and the cost of each cycle; the last "
+        "line is measured",
+        caption_justify="left",
     )
     for heading in ("E", "G", "accepted", "tokens/cycle", "tokens/s", "speed-up", "same tokens"):
         table.add_column(heading, justify="right")
     plain = result["plain_tokens_per_second"]
-    table.add_row("all", "", "", "", f"{plain:,.0f}", "1.00", "")
-    for pair in result["pairs"]:
+    table.add_row("all", "", "", "", f"{plain:,.0f}", "1.00", "", end_section=True)
+
+    def add(pair, **options):
         table.add_row(
             str(pair["exit_layer"]),
             str(pair["draft_length"]),
@@ -114,6 +147,11 @@ def _print(result: dict) -> None:
             f"{pair['tokens_per_second']:,.0f}",
             f"{pair['speedup']:.2f}",
             "yes" if pair["identical"] else "NO",
-            style="bold" if pair is result["best"] else None,
+            **options,
         )
+
+    for pair in result["pairs"]:
+        add(pair)
+    table.add_section()
+    add(result["best"], style="bold")
     Console().print(table)

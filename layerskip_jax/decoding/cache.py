@@ -17,12 +17,16 @@ from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.rope import rope_tables
 from layerskip_jax.ops.attention import cached_attention
 
+# Up to so many rows are written one by one, in place; a scatter costs a CPU several times as
+# much.
+MOST_SLICES = 16
+
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, T slots a row."""
+    """Keys and values of one layer, T slots a row, heads first: a head's keys lie together."""
 
-    k: Float[Array, "B T K h"]
-    v: Float[Array, "B T K h"]
+    k: Float[Array, "B K T h"]
+    v: Float[Array, "B K T h"]
 
 
 class Cache(NamedTuple):
@@ -41,7 +45,7 @@ class Cache(NamedTuple):
 
 def empty_cache(config: ModelConfig, num_layers: int, batch_size: int, slots: int) -> Cache:
     """Returns a cache of `slots` positions a row; writing past them would be silent."""
-    shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch_size, config.num_kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     cos, sin = rope_tables(jnp.arange(slots)[None], config.head_dim, config.rope_theta)
     return Cache((LayerCache(zeros, zeros),) * num_layers, cos[0], sin[0])
@@ -71,32 +75,47 @@ def run_layers(
     cos, sin = cache.cos[positions], cache.sin[positions]
     layers = list(cache.layers)
     for index in range(first, last):
-        block = weights.layers[index]
-        q, k, v = block.project(x, cos, sin)
+        layer = weights.layers[index]
+        q, k, v = layer.project(x, cos, sin, layers[index].k.shape[1])
         layers[index] = LayerCache(
             _write(layers[index].k, k, positions), _write(layers[index].v, v, positions)
         )
-        attended = cached_attention(q, layers[index].k, layers[index].v, positions)
-        x = block.finish(x, attended)
+        x = layer.finish(x, cached_attention(q, *layers[index], positions))
     return x, cache._replace(layers=tuple(layers))
 
 
 def read_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Returns float32 logits of states after any layer: every exit shares norm and head."""
-    # Contracting with the embedding as it lies spares a transposed copy of a tied head.
-    tied = weights.head is None
-    return jnp.einsum(
-        "bsd,vd->bsv" if tied else "bsd,dv->bsv",
-        weights.final_norm(x),
-        weights.embedding if tied else weights.head,
-        preferred_element_type=jnp.float32,
-    )
+    head = weights.embedding if weights.head is None else weights.head
+    return _logits(weights, head, x)
+
+
+def read_draft_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    """Returns logits to draft from; a token that the draft head does not have is at -inf."""
+    if weights.draft_head is None:
+        return read_head(weights, x)
+    tokens, matrix = weights.draft_head
+    logits = _logits(weights, matrix, x)
+    nothing = jnp.full((*x.shape[:2], weights.embedding.shape[0]), -jnp.inf)
+    return nothing.at[..., tokens].set(logits, indices_are_sorted=True, unique_indices=True)
+
+
+def _logits(weights, matrix, x):
+    rows = weights.final_norm(x).reshape(-1, x.shape[-1])
+    product = (((1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(rows, matrix, product, preferred_element_type=jnp.float32)
+    return logits.reshape(*x.shape[:-1], -1)
 
 
 def _write(
-    cache: Float[Array, "B T K h"], new: Float[Array, "B S K h"], positions: Int[Array, "B S"]
-) -> Float[Array, "B T K h"]:
-    if cache.shape[0] == 1:
-        # One slice, updated in place; a scatter costs several times as much on a CPU.
-        return jax.lax.dynamic_update_slice(cache, new, (0, positions[0, 0], 0, 0))
-    return cache.at[jnp.arange(cache.shape[0])[:, None], positions].set(new)
+    cache: Float[Array, "B K T h"], new: Float[Array, "B K S h"], positions: Int[Array, "B S"]
+) -> Float[Array, "B K T h"]:
+    starts, zero = positions[:, 0], jnp.int32(0)
+    if cache.shape[0] <= MOST_SLICES:
+        for row in range(cache.shape[0]):
+            at = (jnp.int32(row), zero, starts[row], zero)
+            cache = jax.lax.dynamic_update_slice(cache, new[row : row + 1], at)
+        return cache
+    return jax.vmap(
+        lambda row, update, at: jax.lax.dynamic_update_slice(row, update, (zero, at, zero))
+    )(cache, new, starts)

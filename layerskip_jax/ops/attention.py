@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# Slots of a cache that a step may read; a multiple of 4 each, so that a token reads at most
+# four times what it needs, and few sizes are compiled.
+CACHE_SIZES = (64, 256, 1024, 4096, 16384, 65536)
+
 
 def packed_attention(
     q: Float[Array, "B S H h"],
@@ -27,42 +31,55 @@ def packed_attention(
     length = q.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     same_document = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return _attend(q, k, v, same_document & causal)
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+    attended = _attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), same_document & causal)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
 def cached_attention(
-    q: Float[Array, "B S H h"],
-    k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    q: Float[Array, "B K G S h"],
+    k: Float[Array, "B K T h"],
+    v: Float[Array, "B K T h"],
     q_positions: Int[Array, "B S"],
-) -> Float[Array, "B S H h"]:
+) -> Float[Array, "B K G S h"]:
     """Attention of new tokens over a cache of T slots, slot j holding position j.
 
     A query at position p sees the slots 0..p; whatever lies beyond, such as the keys of
-    rejected drafts, is masked.
+    rejected drafts, is masked. Only the first slots of the cache are read, as many as the
+    furthest query needs, rounded up to one of a few sizes.
     """
-    visible = jnp.arange(k.shape[1])[None, None, :] <= q_positions[:, :, None]
-    return _attend(q, k, v, visible)
+    slots = k.shape[2]
+    sizes = [size for size in CACHE_SIZES if size < slots] + [slots]
+
+    def over(size: int):
+        def attend(q, k, v, q_positions):
+            visible = jnp.arange(size) <= q_positions[:, :, None]
+            return _attend(q, k[:, :, :size], v[:, :, :size], visible)
+
+        return attend
+
+    if len(sizes) == 1:
+        return over(slots)(q, k, v, q_positions)
+    smallest = jnp.searchsorted(jnp.array(sizes), q_positions.max() + 1)
+    return jax.lax.switch(smallest, [over(size) for size in sizes], q, k, v, q_positions)
 
 
 def _attend(
-    q: Float[Array, "B S H h"],
-    k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    q: Float[Array, "B K G S h"],
+    k: Float[Array, "B K T h"],
+    v: Float[Array, "B K T h"],
     mask: Bool[Array, "B S T"],
-) -> Float[Array, "B S H h"]:
+) -> Float[Array, "B K G S h"]:
     """Softmax attention in float32, in the plain XLA operations that a CPU runs best.
 
+    Heads in front make each product a plain batched matrix product.
     `jax.nn.dot_product_attention(implementation="xla")` gives the same numbers and took 1.6
     times as long forward and backward here (2 cores, B 8, S 256, H 4, K 2, h 32).
     """
-    batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
-    # Heads in front make each product a plain batched matrix product.
-    q = (q * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
-    q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bkgsh,bkth->bkgst", q, k, preferred_element_type=jnp.float32)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    attended = jnp.einsum("bkgst,bkth->bkgsh", weights, v)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    return jnp.einsum("bkgst,bkth->bkgsh", weights, v)

@@ -1,0 +1,187 @@
+"""A trained model that continues text: what `layerskip_jax.load` returns."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from layerskip_jax.data.tokenizer import load_tokenizer
+from layerskip_jax.generator import Generator
+from layerskip_jax.request import Generation
+from layerskip_jax.runs import load_run
+from layerskip_jax.schema import ConfigError, require
+from layerskip_jax.training.state import ModelDefinition
+
+# How to draft: not at all, as the sweep found best, as the model finds out, or (E, G).
+Draft = str | tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What `LanguageModel.generate` returns.
+
+    Attributes:
+      texts: what follows each prompt; a stop sequence or end token at its end is left out.
+      generation: tokens, times, and how the drafts fared.
+    """
+
+    texts: list[str]
+    generation: Generation
+
+
+class Piece(NamedTuple):
+    """A piece of streamed text: a draft, which the next piece replaces, or text for good."""
+
+    is_draft: bool
+    text: str
+
+
+class LanguageModel:
+    """A model with its tokenizer.
+
+    Attributes:
+      generator: for token ids instead of text.
+      tokenizer: of the data the model was trained on.
+      end_token: id of the token that ends a document, if there is one.
+      best_pair: (E, G) that `layerskip sweep` found best, if it was run.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        end_token: int | None,
+        best_pair: tuple[int, int] | None,
+    ):
+        """Takes the parts; see `load`."""
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.end_token = end_token
+        self.best_pair = best_pair
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 128,
+        *,
+        draft: Draft = None,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Completions:
+        """Continues one text or several, all in one batch.
+
+        Args:
+          prompts: texts.
+          max_new_tokens: the most new tokens of each.
+          draft: None decodes plainly; `best` drafts as `layerskip sweep` found best; `auto`
+            chooses from cycle to cycle; a pair (E, G) drafts G tokens with E layers. None of
+            them changes the tokens.
+          stop: texts that end a row, as the tokens that they are encoded to.
+          **options: further attributes of `Request`: temperature, top_k, top_p, seed, ...
+
+        Raises:
+          ConfigError: naming the value and the remedy.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids, request = self._request(prompts, draft, stop, options)
+        generation = self.generator.generate(ids, max_new_tokens, **request)
+        endings = [*request["stop"], [request["end_token"]]]
+        texts = [self.tokenizer.decode(_without(row, endings)) for row in generation.tokens]
+        return Completions(texts, generation)
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 128,
+        *,
+        draft: Draft = None,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Continues one text and yields it as it comes; see `generate` for the arguments.
+
+        A piece never ends within a character; its bytes wait for the rest.
+        """
+        [ids], request = self._request([prompt], draft, stop, options)
+        decoder, read = DecodeStream(skip_special_tokens=True), []
+        for event in self.generator.stream(ids, max_new_tokens, **request):
+            if event.is_draft:
+                # What the drafts add to the text so far.
+                before = self.tokenizer.decode(read[-8:])
+                after = self.tokenizer.decode(read[-8:] + event.tokens)
+                yield Piece(True, after[len(before.rstrip("�")) :].rstrip("�"))
+                continue
+            read += event.tokens
+            pieces = (decoder.step(self.tokenizer, token) for token in event.tokens)
+            yield Piece(False, "".join(piece for piece in pieces if piece))
+
+    def _request(self, prompts, draft, stop, options) -> tuple[list[list[int]], dict]:
+        ids = [self.tokenizer.encode(prompt).ids for prompt in prompts]
+        sequences = [self.tokenizer.encode(text).ids for text in stop]
+        for text, sequence in zip(stop, sequences, strict=True):
+            require(len(sequence) > 0, f"stop={text!r} holds no token")
+        request = {"end_token": self.end_token, "stop": sequences, **options}
+        if draft == "best":
+            if self.best_pair is None:
+                raise ConfigError(
+                    "draft='best' needs what `layerskip sweep` finds; run it, or use draft='auto'"
+                )
+            draft = self.best_pair
+        if draft == "auto":
+            request["mode"] = "auto"
+        elif isinstance(draft, tuple) and len(draft) == 2:
+            request |= {
+                "mode": "self_speculative", "exit_layer": draft[0], "draft_length": draft[1]
+            }  # fmt: skip
+        elif draft is not None:
+            raise ConfigError(f"draft={draft!r} must be None, 'best', 'auto' or a pair (E, G)")
+        return ids, request
+
+
+def load(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    draft_tokens: Sequence[int] | None = None,
+) -> LanguageModel:
+    """Reads a trained model.
+
+    Args:
+      path: the folder of a run.
+      step: the checkpoint; None takes the newest.
+      dtype: to compute in; None takes the run's.
+      mesh: to decode on; see `Generator`.
+      draft_tokens: the only tokens to draft; see `Generator`.
+
+    Raises:
+      UserError: no such run or checkpoint.
+    """
+    run = load_run(path, step)
+    model = run.config.model
+    model = dataclasses.replace(model, dtype=dtype or model.dtype)
+    best = None
+    if run.folder.speculation_file.is_file():
+        found = json.loads(run.folder.speculation_file.read_text())["best"]
+        best = (found["exit_layer"], found["draft_length"])
+    return LanguageModel(
+        Generator(
+            ModelDefinition(model).model(run.parameters), mesh=mesh, draft_tokens=draft_tokens
+        ),
+        load_tokenizer(run.folder.tokenizer_file),
+        json.loads(run.folder.data_file.read_text())["end_token_id"],
+        best,
+    )
+
+
+def _without(tokens: list[int], endings: list[list[int]]) -> list[int]:
+    for ending in endings:
+        if ending and tokens[-len(ending) :] == ending:
+            return tokens[: -len(ending)]
+    return tokens
