@@ -13,6 +13,7 @@ as often as wished.
 """
 
 import argparse
+import dataclasses
 import math
 import statistics
 import sys
@@ -25,6 +26,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from layerskip_jax.commands.sweep import validation_prompts
+from layerskip_jax.decoding.bandwidth import read_bandwidth
+from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
+from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.generator import Generator
 from layerskip_jax.interop.huggingface import llama_config, to_hugging_face
 from layerskip_jax.model.config import ModelConfig
@@ -33,6 +38,8 @@ from layerskip_jax.runs import load_run, write_json
 from layerskip_jax.training.state import ModelDefinition
 
 PROMPT_TOKENS = 32
+# Decoded one by one where batch 1 is measured.
+BATCH_1_PROMPTS = 4
 
 
 def speedup_formula(acceptance: float, exit_share: float, head_share: float, length: int) -> float:
@@ -48,19 +55,6 @@ def speedup_formula(acceptance: float, exit_share: float, head_share: float, len
     tokens = n if a == 1 else (1 - a**n) / (1 - a)
     draft_cost = exit_share * (1 - head_share) + head_share
     return tokens / (n * draft_cost + (1 - exit_share) * (1 - head_share))
-
-
-def read_bandwidth(num_bytes: int) -> float:
-    """Returns bytes a second that this device reads of an array of so many, the best of 5."""
-    array = jnp.ones(num_bytes // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(array).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        total(array).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return num_bytes / min(seconds)
 
 
 def read_bytes(config: ModelConfig) -> tuple[int, int]:
@@ -91,30 +85,88 @@ def scaled(parameters: dict, exit_layer: int, scale: float) -> dict:
 
 
 def with_acceptance(
-    config: ModelConfig, exit_layer: int, acceptance: float, prompts: list[list[int]]
-) -> dict:
-    """Returns random parameters whose exit's drafts are accepted as often as wished."""
+    config: ModelConfig,
+    exit_layer: int,
+    acceptance: float,
+    prompts: list[list[int]],
+    new_tokens: int,
+) -> tuple[dict, float]:
+    """Returns random parameters whose exit's drafts are accepted about as often as wished.
+
+    The share found is returned too: that of these prompts, going on for so many tokens.
+    """
     definition = ModelDefinition(config)
     parameters = definition.init(jax.random.key(0))
-    low, high = 0.0, 1.0
-    for _ in range(7):
+    low, high, tried = 0.0, 1.0, []
+    for _ in range(12):
         scale = (low + high) / 2
         generator = Generator(definition.model(scaled(parameters, exit_layer, scale)))
         found = generator.generate(
-            prompts, 64, mode="self_speculative", exit_layer=exit_layer, draft_length=1
+            prompts, new_tokens, mode="self_speculative", exit_layer=exit_layer, draft_length=1
         ).drafting.acceptance
-        if abs(found - acceptance) < 0.01:
+        tried.append((abs(found - acceptance), found, scale))
+        if tried[-1][0] < 0.005:
             break
         low, high = (scale, high) if found > acceptance else (low, scale)
-    return scaled(parameters, exit_layer, scale)
+    _, found, scale = min(tried)
+    return scaled(parameters, exit_layer, scale), found
 
 
-def ours(generator: Generator, prompts: list[list[int]], new_tokens: int, **mode):
-    """Returns a function that decodes, and gives seconds a token, the speed-up's own unit."""
-    generator.generate(prompts, new_tokens, **mode)  # compiles
+def margins(model: Transformer, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
+    """Returns by how much the likeliest token leads the second, `[rows, new tokens]`, in nats.
+
+    Args:
+      model: any.
+      prompts: of one length.
+      tokens: what follows them, of one length; each is judged after those before it.
+    """
+    weights, config = decoder_weights(model), model.config
+
+    @jax.jit
+    def lead(ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        cache = empty_cache(config, config.num_layers, *ids.shape)
+        x, _ = run_layers(weights, cache, weights.embedding[ids], positions, 0, config.num_layers)
+        first, second = jnp.moveaxis(jax.lax.top_k(read_head(weights, x), 2)[0], -1, 0)
+        return first - second
+
+    joined = np.concatenate([prompts, tokens], axis=1)
+    return np.asarray(lead(joined[:, :-1]))[:, len(prompts[0]) - 1 :]
+
+
+def exactness(config: ModelConfig, new_tokens: int) -> dict[str, float]:
+    """Compares drafted with plain greedy tokens, in the dtype of `config`.
+
+    Verifying several tokens at once rounds otherwise than one at a time, so that near ties may
+    fall differently; the lead of the likeliest token where two sequences part says how near.
+    """
+    model = Transformer(config, jax.random.key(0))
+    generator, random = Generator(model), np.random.default_rng(1)
+    prompts = random.integers(0, config.vocab_size, (64, PROMPT_TOKENS)).tolist()
+    plain = generator.generate(prompts, new_tokens).tokens
+    drafted = generator.generate(
+        prompts, new_tokens, mode="self_speculative",
+        exit_layer=config.num_layers // 4, draft_length=4,
+    ).tokens  # fmt: skip
+    differ = np.array(plain) != np.array(drafted)
+    parted = differ.any(axis=1)
+    lead = margins(model, prompts, plain)
+    at_mismatch = lead[parted, differ[parted].argmax(axis=1)]
+    return {
+        f"{config.dtype}/equal_sequences": float(1 - parted.mean()),
+        f"{config.dtype}/largest_margin_at_mismatch": float(max(at_mismatch, default=0.0)),
+        f"{config.dtype}/median_margin": float(np.median(lead)),
+    }
+
+
+def ours(generator: Generator, batches: list[list[list[int]]], new_tokens: int, **mode):
+    """Returns a function that decodes each batch, and gives the seconds of a token."""
+    generator.generate(batches[0], new_tokens, **mode)  # compiles
 
     def run():
-        return 1 / generator.generate(prompts, new_tokens, **mode).decoding_tokens_per_second
+        done = [generator.generate(batch, new_tokens, **mode) for batch in batches]
+        seconds = sum(each.seconds - each.seconds_to_first_token for each in done)
+        return seconds / (new_tokens - 1) / sum(map(len, batches))
 
     return run
 
@@ -151,14 +203,14 @@ def in_transformers(parameters: dict, config: ModelConfig):
     return model.to(device, getattr(torch, config.dtype)).eval()
 
 
-def theirs(model, prompts: list[list[int]], new_tokens: int, **options):
-    """Returns a function that decodes in `transformers` and gives seconds a token."""
+def theirs(model, batches: list[list[list[int]]], new_tokens: int, **options):
+    """Returns a function that decodes in `transformers` and gives the seconds of a token."""
     import torch
 
-    ids = torch.tensor(prompts, device=model.device)
     settings = dict(do_sample=False, eos_token_id=None, pad_token_id=0, **options)
 
-    def timed(count):
+    def timed(batch, count):
+        ids = torch.tensor(batch, device=model.device)
         start = time.perf_counter()
         with torch.no_grad():
             model.generate(ids, max_new_tokens=count, min_new_tokens=count, **settings)
@@ -166,10 +218,11 @@ def theirs(model, prompts: list[list[int]], new_tokens: int, **options):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    timed(2)
+    timed(batches[0], 2)
 
     def run():
-        return (timed(new_tokens) - timed(1)) / (new_tokens - 1) / len(prompts)
+        seconds = sum(timed(batch, new_tokens) - timed(batch, 1) for batch in batches)
+        return seconds / (new_tokens - 1) / sum(map(len, batches))
 
     return run
 
@@ -183,6 +236,14 @@ def random_model(gpu: bool) -> ModelConfig:
     )  # fmt: skip
 
 
+def small_model(config: ModelConfig, dtype: str) -> ModelConfig:
+    """Returns half the width, in another dtype, to compare tokens with."""
+    return dataclasses.replace(
+        config, model_dim=config.model_dim // 2, ffn_dim=config.ffn_dim // 2,
+        num_heads=config.num_heads // 2, num_kv_heads=config.num_kv_heads // 2, dtype=dtype,
+    )  # fmt: skip
+
+
 def random_setting(gpu: bool, options) -> dict[str, float]:
     """Measures on random weights of a chosen acceptance."""
     config = random_model(gpu)
@@ -193,34 +254,34 @@ def random_setting(gpu: bool, options) -> dict[str, float]:
     prompts = random.integers(0, config.vocab_size, (16, PROMPT_TOKENS)).tolist()
     new_tokens, figures = options.new_tokens, {}
     definition = ModelDefinition(config)
+    singles = [[prompt] for prompt in prompts[:BATCH_1_PROMPTS]]
     for exit_layer in (config.num_layers // 4, config.num_layers // 8):
-        parameters = with_acceptance(config, exit_layer, 0.8, prompts)
+        parameters, acceptance = with_acceptance(
+            config, exit_layer, 0.8, prompts[:BATCH_1_PROMPTS], new_tokens
+        )
         generator = Generator(definition.model(parameters))
         share = exit_layer / config.num_layers
         lengths = (2, 4, 6)
-        ways = {"plain": ours(generator, prompts[:1], new_tokens)}
+        ways = {"plain": ours(generator, singles, new_tokens)}
         for length in lengths:
             ways[f"G={length}"] = ours(
-                generator, prompts[:1], new_tokens,
+                generator, singles, new_tokens,
                 mode="self_speculative", exit_layer=exit_layer, draft_length=length,
             )  # fmt: skip
-        ways["auto"] = ours(generator, prompts[:1], new_tokens, mode="auto")
+        ways["auto"] = ours(generator, singles, new_tokens, mode="auto")
         model = in_transformers(parameters, config) if share == 0.25 else None
         if model is not None:
-            ways["transformers"] = theirs(model, prompts[:1], new_tokens)
+            ways["transformers"] = theirs(model, singles, new_tokens)
             ways["assistant_early_exit"] = theirs(
-                model, prompts[:1], new_tokens, assistant_early_exit=exit_layer
+                model, singles, new_tokens, assistant_early_exit=exit_layer
             )
         results = take_turns(ways, options.rounds)
         name = f"e=1/{config.num_layers // exit_layer}"
-        drafting = generator.generate(
-            prompts, new_tokens, mode="self_speculative", exit_layer=exit_layer, draft_length=1
-        ).drafting
-        figures[f"{name}/acceptance"] = drafting.acceptance
+        figures[f"{name}/acceptance"] = acceptance
         for way in list(ways)[1:]:
             figures[f"{name}/{way}_over_plain"] = ratio(results, way, "plain")
         for length in lengths:
-            formula = speedup_formula(drafting.acceptance, share, head / total, length)
+            formula = speedup_formula(acceptance, share, head / total, length)
             figures[f"{name}/G={length}_formula"] = formula
         best = max(lengths, key=lambda length: figures[f"{name}/G={length}_over_plain"])
         speedup = figures[f"{name}/G={best}_over_plain"]
@@ -237,13 +298,13 @@ def random_setting(gpu: bool, options) -> dict[str, float]:
                     results, f"G={best}", "assistant_early_exit"
                 )
             for batch in (4, 16):
-                turns = {"plain": ours(generator, prompts[:batch], new_tokens)}
+                turns = {"plain": ours(generator, [prompts[:batch]], new_tokens)}
                 turns["drafted"] = ours(
-                    generator, prompts[:batch], new_tokens,
+                    generator, [prompts[:batch]], new_tokens,
                     mode="self_speculative", exit_layer=exit_layer, draft_length=best,
                 )  # fmt: skip
                 if model is not None:
-                    turns["transformers"] = theirs(model, prompts[:batch], new_tokens)
+                    turns["transformers"] = theirs(model, [prompts[:batch]], new_tokens)
                 found = take_turns(turns, max(options.rounds // 2, 1))
                 rate = 1 / statistics.median(found["plain"])
                 figures[f"batch {batch}/plain_tokens_per_second"] = rate
@@ -254,35 +315,54 @@ def random_setting(gpu: bool, options) -> dict[str, float]:
                 console.print(f"{key}: {value:.3f}", highlight=False)
     untrained = Generator(Transformer(config, jax.random.key(0)))
     ways = {
-        "plain": ours(untrained, prompts[:1], new_tokens),
-        "auto": ours(untrained, prompts[:1], new_tokens, mode="auto"),
+        "plain": ours(untrained, singles, new_tokens),
+        "auto": ours(untrained, singles, new_tokens, mode="auto"),
     }
     results = take_turns(ways, options.rounds)
     figures["auto_over_plain_untrained"] = ratio(results, "auto", "plain")
+    for dtype in ("float32", "bfloat16"):
+        figures |= exactness(small_model(config, dtype), new_tokens)
     figures["weights_bytes"] = total
     figures["read_bytes_per_second"] = bandwidth
     return figures
 
 
 def trained_setting(options) -> dict[str, float]:
-    """Measures on a trained run: every pair against plain decoding, and `auto`."""
+    """Measures on a trained run: every pair against plain decoding, `auto`, and `transformers`."""
     run = load_run(options.workdir)
     generator, layers = Generator(run.model), run.config.model.num_layers
-    random = np.random.default_rng(0)
-    vocab = run.config.model.vocab_size
-    prompts = random.integers(0, vocab, (1, PROMPT_TOKENS)).tolist()
-    pairs = [(e, g) for e in sorted({max(1, layers // n) for n in (8, 4, 2)}) for g in (1, 2, 4, 6)]
-    ways = {"plain": ours(generator, prompts, options.new_tokens)}
+    prompts = validation_prompts(run.config.data.path, BATCH_1_PROMPTS, PROMPT_TOKENS)
+    singles = [[prompt] for prompt in prompts]
+    exits = sorted({max(1, layers // n) for n in (8, 4, 2)} - {layers})
+    pairs = [(exit_layer, length) for exit_layer in exits for length in (1, 2, 4, 6)]
+    ways = {"plain": ours(generator, singles, options.new_tokens)}
     for exit_layer, length in pairs:
         ways[f"E={exit_layer}, G={length}"] = ours(
-            generator, prompts, options.new_tokens,
+            generator, singles, options.new_tokens,
             mode="self_speculative", exit_layer=exit_layer, draft_length=length,
         )  # fmt: skip
-    ways["auto"] = ours(generator, prompts, options.new_tokens, mode="auto")
+    ours_drafted = list(ways)[1:]
+    ways["auto"] = ours(generator, singles, options.new_tokens, mode="auto", pairs=pairs)
+    model = in_transformers(run.parameters, run.config.model)
+    if model is not None:
+        ways["transformers"] = theirs(model, singles, options.new_tokens)
+        for exit_layer in exits:
+            ways[f"assistant_early_exit={exit_layer}"] = theirs(
+                model, singles, options.new_tokens, assistant_early_exit=exit_layer
+            )
     results = take_turns(ways, options.rounds)
     figures = {f"trained/{way}_over_plain": ratio(results, way, "plain") for way in list(ways)[1:]}
-    best = max(list(ways)[1:-1], key=lambda way: figures[f"trained/{way}_over_plain"])
+
+    def fastest(names):
+        return max(names, key=lambda way: figures[f"trained/{way}_over_plain"])
+
+    best = fastest(ours_drafted)
     figures["trained/auto_over_best_pair"] = ratio(results, "auto", best)
+    if model is not None:
+        figures["trained/plain_over_transformers"] = ratio(results, "plain", "transformers")
+        figures["trained/selfspec_over_assistant_early_exit"] = ratio(
+            results, best, fastest(way for way in ways if way.startswith("assistant"))
+        )
     return figures
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK
+from layerskip_jax.decoding.cache import cache_slots
 from layerskip_jax.decoding.rows import Limits, stop_table
 from layerskip_jax.decoding.sampling import Sampling
 from layerskip_jax.decoding.weights import decoder_weights, place_weights, reduced_head
@@ -160,10 +161,9 @@ class Generator:
         arguments = self._on_device((job.prompts, job.lengths, job.limits, job.sampling, evidence))
         rest = self._on_device((costs, np.int32(np.iinfo(np.int32).max)))
         begin = time.perf_counter()
-        state, begun = programs.start(self._weights, *arguments)
-        state = programs.advance(self._weights, state, *arguments[2:4], *rest)
-        jax.block_until_ready(begun)
+        state = jax.block_until_ready(programs.start(self._weights, *arguments))
         first = time.perf_counter() - begin
+        state = programs.advance(self._weights, state, *arguments[2:4], *rest)
         jax.block_until_ready(state.rows.tokens)
         seconds = time.perf_counter() - begin
         rows, counts, evidence = jax.device_get((state.rows, state.counts, state.evidence))
@@ -175,7 +175,11 @@ class Generator:
         drafting = None
         if request.mode in ("self_speculative", "auto"):
             drafting = _drafting(job.arms, sum(map(len, tokens)) - real, counts)
-        return Generation(tokens, seconds, first, drafting)
+        passes = counts.cycles.max(axis=1)  # a pass is for all rows that are not done
+        read = sum(
+            n * self._bytes_read(arm) for n, arm in zip(passes.tolist(), job.arms, strict=True)
+        )
+        return Generation(tokens, seconds, first, read, drafting)
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, **options
@@ -205,7 +209,7 @@ class Generator:
                 (job.prompts, job.lengths, job.limits, job.sampling, evidence)
             )
             limits, sampling = arguments[2:4]
-            state, _ = programs.start(self._weights, *arguments)
+            state = programs.start(self._weights, *arguments)
             costs_there = self._on_device(costs)
             shown, index = 0, 0
             while True:
@@ -303,12 +307,9 @@ class Generator:
 
     def _compiled(self, job: _Job) -> _Programs:
         if job.key not in self._programs:
-
-            def begin(*arguments):
-                state = start(*arguments, config=self.config, arms=job.arms, capacity=job.capacity)
-                # `advance` is given the state; the counts say when the first tokens are there.
-                return state, state.rows.count
-
+            begin = functools.partial(
+                start, config=self.config, arms=job.arms, capacity=job.capacity
+            )
             go_on = functools.partial(advance, arms=job.arms, acceptance=job.acceptance)
             arguments = self._on_device(
                 (job.prompts, job.lengths, job.limits, job.sampling, _no_evidence(job.arms))
@@ -316,8 +317,8 @@ class Generator:
             rest = self._on_device((_no_costs(job.arms), np.int32(0)))
             with self._on_mesh():
                 first = jax.jit(begin).lower(self._weights, *arguments).compile()
-                state, _ = jax.eval_shape(begin, self._weights, *arguments)
-                shardings, _ = first.output_shardings
+                state = jax.eval_shape(begin, self._weights, *arguments)
+                shardings = first.output_shardings
                 state = jax.tree.map(
                     lambda leaf, sharding: jax.ShapeDtypeStruct(
                         leaf.shape, leaf.dtype, sharding=sharding
@@ -356,11 +357,25 @@ class Generator:
         )
         cycles = max(1, min(COST_CYCLES, (job.capacity - 1) // (job.arms[arm].draft_length + 1)))
         rest = self._on_device((forced, np.int32(cycles)))
-        state, _ = jax.block_until_ready(programs.start(self._weights, *arguments))
+        state = jax.block_until_ready(programs.start(self._weights, *arguments))
         begin = time.perf_counter()
         state = programs.advance(self._weights, state, *arguments[2:4], *rest)
         jax.block_until_ready(state.rows.count)
         return (time.perf_counter() - begin) / cycles
+
+    def _bytes_read(self, arm: Arm) -> int:
+        """Returns the weights that a cycle reads on one device."""
+
+        def size(weights):
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+        weights, drafts = self._weights, arm.draft_length
+        head = size(weights.embedding if weights.head is None else weights.head)
+        layers = [size(layer) for layer in weights.layers]
+        early, late = sum(layers[: arm.exit_layer]), sum(layers[arm.exit_layer :])
+        draft_head = head if weights.draft_head is None else size(weights.draft_head.matrix)
+        total = early * (drafts + 1) + draft_head * drafts + (late if drafts else 0) + head
+        return total // (1 if self._mesh is None else self._mesh.shape["tensor"])
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -375,7 +390,7 @@ class Generator:
         """Refuses a batch whose cache cannot fit beside the weights."""
         config = self.config
         longest = max(arm.draft_length for arm in job.arms) + 1
-        slots = job.prompts.shape[1] + job.capacity + longest
+        slots = cache_slots(job.prompts.shape[1] + job.capacity + longest)
         size = jnp.dtype(config.compute_dtype).itemsize
         row = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * size
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self._weights))

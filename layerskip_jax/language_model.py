@@ -70,6 +70,7 @@ class LanguageModel:
         max_new_tokens: int = 128,
         *,
         draft: Draft = None,
+        exit_layer: int | None = None,
         stop: Sequence[str] = (),
         **options: Any,
     ) -> Completions:
@@ -81,6 +82,7 @@ class LanguageModel:
           draft: None decodes plainly; `best` drafts as `layerskip sweep` found best; `auto`
             chooses from cycle to cycle; a pair (E, G) drafts G tokens with E layers. None of
             them changes the tokens.
+          exit_layer: E, to decode with the first E layers only: faster, and other tokens.
           stop: texts that end a row, as the tokens that they are encoded to.
           **options: further attributes of `Request`: temperature, top_k, top_p, seed, ...
 
@@ -88,7 +90,7 @@ class LanguageModel:
           ConfigError: naming the value and the remedy.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids, request = self._request(prompts, draft, stop, options)
+        ids, request = self._request(prompts, draft, exit_layer, stop, options)
         generation = self.generator.generate(ids, max_new_tokens, **request)
         endings = [*request["stop"], [request["end_token"]]]
         texts = [self.tokenizer.decode(_without(row, endings)) for row in generation.tokens]
@@ -100,6 +102,7 @@ class LanguageModel:
         max_new_tokens: int = 128,
         *,
         draft: Draft = None,
+        exit_layer: int | None = None,
         stop: Sequence[str] = (),
         **options: Any,
     ) -> Iterator[Piece]:
@@ -107,7 +110,7 @@ class LanguageModel:
 
         A piece never ends within a character; its bytes wait for the rest.
         """
-        [ids], request = self._request([prompt], draft, stop, options)
+        [ids], request = self._request([prompt], draft, exit_layer, stop, options)
         decoder, read = DecodeStream(skip_special_tokens=True), []
         for event in self.generator.stream(ids, max_new_tokens, **request):
             if event.is_draft:
@@ -120,7 +123,12 @@ class LanguageModel:
             pieces = (decoder.step(self.tokenizer, token) for token in event.tokens)
             yield Piece(False, "".join(piece for piece in pieces if piece))
 
-    def _request(self, prompts, draft, stop, options) -> tuple[list[list[int]], dict]:
+    def _request(self, prompts, draft, exit_layer, stop, options) -> tuple[list[list[int]], dict]:
+        require(
+            draft is None or exit_layer is None,
+            f"exit_layer={exit_layer} decodes with those layers alone, so there is nothing to "
+            f"draft for; leave it out, or draft={draft!r}",
+        )
         ids = [self.tokenizer.encode(prompt).ids for prompt in prompts]
         sequences = [self.tokenizer.encode(text).ids for text in stop]
         for text, sequence in zip(stop, sequences, strict=True):
@@ -132,7 +140,9 @@ class LanguageModel:
                     "draft='best' needs what `layerskip sweep` finds; run it, or use draft='auto'"
                 )
             draft = self.best_pair
-        if draft == "auto":
+        if exit_layer is not None:
+            request |= {"mode": "early_exit", "exit_layer": exit_layer}
+        elif draft == "auto":
             request["mode"] = "auto"
         elif isinstance(draft, tuple) and len(draft) == 2:
             request |= {
@@ -158,7 +168,8 @@ def load(
       step: the checkpoint; None takes the newest.
       dtype: to compute in; None takes the run's.
       mesh: to decode on; see `Generator`.
-      draft_tokens: the only tokens to draft; see `Generator`.
+      draft_tokens: the only tokens to draft, see `Generator`; None drafts those that
+        `layerskip sweep` was told to draft, if it was run.
 
     Raises:
       UserError: no such run or checkpoint.
@@ -168,8 +179,10 @@ def load(
     model = dataclasses.replace(model, dtype=dtype or model.dtype)
     best = None
     if run.folder.speculation_file.is_file():
-        found = json.loads(run.folder.speculation_file.read_text())["best"]
-        best = (found["exit_layer"], found["draft_length"])
+        found = json.loads(run.folder.speculation_file.read_text())
+        best = (found["best"]["exit_layer"], found["best"]["draft_length"])
+        if draft_tokens is None:
+            draft_tokens = found.get("draft_tokens")
     return LanguageModel(
         Generator(
             ModelDefinition(model).model(run.parameters), mesh=mesh, draft_tokens=draft_tokens

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from layerskip_jax.decoding.bandwidth import read_bandwidth
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import ConfigError, require, require_choice
 from layerskip_jax.self_speculation import ACCEPTANCES
@@ -191,12 +192,15 @@ class Generation:
       tokens: new tokens of each prompt, with the end token or stop sequence where reached.
       seconds: wall-clock time of the compiled programs, compilation not included.
       seconds_to_first_token: of them, until each row had its first token.
+      weight_bytes: weights that a device read after the first tokens, each as often as a pass
+        through it.
       drafting: for the modes that draft.
     """
 
     tokens: list[list[int]]
     seconds: float
     seconds_to_first_token: float
+    weight_bytes: int
     drafting: Drafting | None = None
 
     @property
@@ -209,3 +213,12 @@ class Generation:
         """New tokens but the first of each row over the time after it; nan if there are none."""
         tokens = sum(map(len, self.tokens)) - len(self.tokens)
         return tokens / (self.seconds - self.seconds_to_first_token) if tokens else math.nan
+
+    @property
+    def bandwidth_share(self) -> float:
+        """Weights read a second, over what the device can read (`read_bandwidth`, measured once).
+
+        Near 1 is the limit of the hardware; nan if there was no token after the first ones.
+        """
+        seconds = self.seconds - self.seconds_to_first_token
+        return self.weight_bytes / seconds / read_bandwidth() if self.weight_bytes else math.nan

@@ -1,9 +1,12 @@
 """The benchmarks run and report what they promise; no wall-clock time is asserted."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -11,6 +14,7 @@ import ablation  # noqa: E402
 import decode  # noqa: E402
 import train_step  # noqa: E402
 
+from layerskip_jax.model.transformer import Transformer  # noqa: E402
 from tests.helpers import small_model  # noqa: E402
 
 
@@ -143,3 +147,20 @@ def test_the_decoding_benchmark_writes_the_named_figures(tmp_path, monkeypatch):
         "auto_over_best_pair",
     ):
         assert figures[name] > 0
+
+
+@pytest.mark.slow
+def test_drafted_tokens_part_from_plain_ones_in_bfloat16_at_near_ties_only():
+    config = small_model(num_layers=8, vocab_size=512, max_sequence_length=128)
+    exact = decode.exactness(config, 48)
+    assert exact["float32/equal_sequences"] == 1
+    rounded = dataclasses.replace(config, dtype="bfloat16")
+    figures = decode.exactness(rounded, 48)
+    prompts = np.random.default_rng(2).integers(0, 512, (64, 80)).tolist()
+    in_float32, in_bfloat16 = (
+        decode.margins(Transformer(c, jax.random.key(0)), prompts, prompts)
+        for c in (config, rounded)
+    )
+    noise = np.abs(in_float32 - in_bfloat16).max()
+    assert figures["bfloat16/largest_margin_at_mismatch"] <= noise
+    assert 0 < figures["bfloat16/equal_sequences"] <= 1

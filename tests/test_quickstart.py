@@ -107,7 +107,7 @@ def test_the_exported_model_says_the_same_in_transformers(quickstart):
 
 
 @pytest.mark.slow
-def test_the_api_on_the_trained_model(quickstart, capsys):
+def test_the_api_on_the_trained_model(quickstart, capsys, monkeypatch):
     """Text in, text out: one prompt or several, drafted or not, streamed or not."""
     top, _ = quickstart
     model = layerskip_jax.load(top / "model")
@@ -124,12 +124,23 @@ def test_the_api_on_the_trained_model(quickstart, capsys):
     assert plain.texts[0].startswith(stopped)
     with pytest.raises(ConfigError, match="draft='never' must be"):
         model.generate("import", 4, draft="never")
+    with pytest.raises(ConfigError, match="exit_layer=2 decodes with those layers alone"):
+        model.generate("import", 4, draft="auto", exit_layer=2)
+    assert model.generate(prompts, 24, exit_layer=1).texts != plain.texts
 
     command = ["generate", f"--workdir={top / 'model'}", "--prompt=import", "--max-new-tokens=24"]
-    for more in ([], ["--mode=self_speculative"], ["--mode=auto"]):
+    for more in ([], ["--draft=best"], ["--draft=auto"], ["--draft=1,3"]):
         capsys.readouterr()
         assert main([*command, *more, "--stream"]) == 0
         assert capsys.readouterr().out.rstrip("\n") == "import" + plain.texts[1].rstrip("\n")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    capsys.readouterr()
+    assert main([*command, "--draft=1,3", "--stream"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b[2;36m" in shown, "no draft was shown as one"
+    lines = ("import" + plain.texts[1]).split("\n")
+    assert shown.endswith(lines[-1] + "\n")
+    monkeypatch.delenv("FORCE_COLOR")
     assert main([*command, "--prompt=def", "--stream"]) == 2
     assert "one prompt at a time, not 2" in capsys.readouterr().err
 

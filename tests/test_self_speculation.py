@@ -114,6 +114,29 @@ def test_the_tokens_are_those_of_plain_decoding(generators, exit_layer, draft_le
         assert seen[True], "no case of high acceptance was tried"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+@pytest.mark.parametrize("draft_length", range(1, 9))
+def test_every_pair_gives_the_tokens_of_plain_decoding(generators, exit_layer, draft_length):
+    """Batches of 1 to 8, prompts of one token up, an end token anywhere, a single new token."""
+    generator = generators[0.2]
+    prompts = [[7], *_prompts(7)]
+    whole = generator.generate(prompts, 16).tokens
+    end = collections.Counter(token for row in whole for token in row).most_common(3)[-1][0]
+    # Every pair compiles two of the four buckets, and the pairs in turn all of them.
+    small = ((1,), (2,), (3, 4))[(exit_layer + draft_length) % 3]
+    for batch in (*small, 5, 6, 7, 8):
+        for new_tokens, end_token in ((16, None), (16, end), (1, None)):
+            expected = [row[:new_tokens] for row in whole[:batch]]
+            if end_token is not None:
+                expected = [row[: row.index(end) + 1] if end in row else row for row in expected]
+            drafted = _speculative(
+                generator, prompts[:batch], new_tokens, exit_layer, draft_length,
+                end_token=end_token,
+            )  # fmt: skip
+            assert drafted.tokens == expected
+
+
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 7])
 def test_the_limit_of_new_tokens_is_exact(generators, new_tokens):
     prompts = _prompts(3)

@@ -1,20 +1,22 @@
 """layerskip generate: continue prompts with a trained model.
 
-Modes: `plain` (all layers), `early_exit` (the first E layers and the head), and, with the same
-tokens as `plain`, `self_speculative` (drafted by the first E layers; E and G are those that
-`layerskip sweep` found best, unless given) and `auto` (E and G chosen from cycle to cycle).
+All layers decode, unless `--exit-layer=E` asks for the first E alone. With `--draft` the first
+layers draft and the rest verify, to the same tokens: `best` as `layerskip sweep` found fastest,
+`auto` chosen from cycle to cycle by what is accepted, or `E,G` for G drafts of E layers.
 """
 
+import argparse
+import functools
+import math
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 from layerskip_jax.commands.arguments import make_run_parser
-from layerskip_jax.language_model import LanguageModel, load
+from layerskip_jax.language_model import Draft, LanguageModel, load
 from layerskip_jax.model.config import DTYPES
-from layerskip_jax.request import MODES
 from layerskip_jax.runs import read_prompt, write_json
 from layerskip_jax.schema import UserError
 from layerskip_jax.self_speculation import ACCEPTANCES
@@ -27,9 +29,8 @@ def main(argv: list[str]) -> int:
     add("--prompt", action="append", default=[], help="may be repeated")
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
     add("--max-new-tokens", type=int, default=128)
-    add("--mode", default="plain", help=", ".join(MODES))
-    add("--exit-layer", type=int, help="E, the layers that draft or decode")
-    add("--draft-length", type=int, help="G, drafts a cycle")
+    add("--draft", type=_draft, metavar="best|auto|E,G", help="draft and verify (default: do not)")
+    add("--exit-layer", type=int, metavar="E", help="decode with the first E layers only")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-k", type=int, help="draw from so many likeliest tokens")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest of this probability")
@@ -49,9 +50,8 @@ def main(argv: list[str]) -> int:
 
     model = load(options.workdir, step=options.step, dtype=options.dtype)
     request = {
-        "mode": options.mode,
+        "draft": options.draft,
         "exit_layer": options.exit_layer,
-        "draft_length": options.draft_length,
         "temperature": options.temperature,
         "top_k": options.top_k,
         "top_p": options.top_p,
@@ -59,16 +59,6 @@ def main(argv: list[str]) -> int:
         "acceptance": options.acceptance,
         "stop": options.stop,
     }
-    if options.mode == "self_speculative" and (options.exit_layer, options.draft_length) == (
-        None,
-        None,
-    ):
-        if model.best_pair is None:
-            raise UserError(
-                "--mode=self_speculative needs --exit-layer and --draft-length, or a "
-                f"`layerskip sweep --workdir={options.workdir}` that finds the best"
-            )
-        request["exit_layer"], request["draft_length"] = model.best_pair
     if options.stream:
         _stream(model, prompts[0], options.max_new_tokens, request)
         return 0
@@ -82,18 +72,20 @@ def main(argv: list[str]) -> int:
         "seconds": generation.seconds,
         "seconds_to_first_token": generation.seconds_to_first_token,
         "tokens_per_second": generation.tokens_per_second,
+        "bandwidth_share": _number(generation.bandwidth_share),
     }
     line = f"{figures['new_tokens']} tokens, {generation.tokens_per_second:,.0f} tokens/s"
+    if figures["bandwidth_share"] is not None:
+        line += f", weights read at {generation.bandwidth_share:.0%} of the memory bandwidth"
     if (drafting := generation.drafting) and drafting.cycles + drafting.plain_cycles:
+        figures["cycles"] = drafting.cycles + drafting.plain_cycles
         figures["tokens_per_cycle"] = drafting.tokens_per_cycle
         if drafting.drafted:
             figures["acceptance"] = drafting.acceptance
-            figures["acceptance_by_position"] = [
-                None if np.isnan(rate) else rate for rate in drafting.acceptance_by_position
-            ]
+            figures["acceptance_by_position"] = list(map(_number, drafting.acceptance_by_position))
             line += f", {drafting.acceptance:.0%} of the drafts accepted"
         line += f", {drafting.tokens_per_cycle:.2f} tokens a cycle"
-    print(f"[{options.mode}: {line}; reading the prompt included, compilation not]")
+    print(f"[{line}; reading the prompt included, compilation not]")
     if options.json:
         write_json(
             options.json, {**figures, "texts": completions.texts, "tokens": generation.tokens}
@@ -101,25 +93,42 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _draft(text: str) -> Draft:
+    if text in ("best", "auto"):
+        return text
+    try:
+        exit_layer, draft_length = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not best, auto or E,G") from None
+    return exit_layer, draft_length
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def _stream(model: LanguageModel, prompt: str, max_new_tokens: int, request: dict) -> None:
     """Prints text as it comes; on a terminal drafts stand dim until they are replaced."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(prompt), end="")
-    drafted = False
-    for piece in model.stream(prompt, max_new_tokens, **request):
-        if not console.is_terminal:
+    console = Console(highlight=False)
+    show = functools.partial(console.print, soft_wrap=True)
+    pieces = model.stream(prompt, max_new_tokens, **request)
+    if not console.is_terminal:
+        show(Text(prompt), end="")
+        for piece in pieces:
             if not piece.is_draft:
-                console.print(Text(piece.text), end="")
-            continue
-        if piece.is_draft:
-            # Save the cursor, so that what takes the drafts' place is written over them.
-            console.file.write("\x1b7")
-            console.print(Text(piece.text, style="dim cyan"), end="")
-            drafted = True
-        else:
-            if drafted:
-                console.file.write("\x1b8\x1b[0J")
-            console.print(Text(piece.text), end="")
-            drafted = False
-        console.file.flush()
-    console.print()
+                show(Text(piece.text), end="")
+        show()
+        return
+    # Whole lines are printed for good; only the last one, and the drafts after it, are drawn anew.
+    *whole, line = prompt.split("\n")
+    with Live(Text(line), console=console, auto_refresh=False, transient=True) as live:
+        for text in whole:
+            show(Text(text))
+        for piece in pieces:
+            drafted = piece.text if piece.is_draft else ""
+            if not piece.is_draft:
+                *whole, line = (line + piece.text).split("\n")
+                for text in whole:
+                    show(Text(text))
+            live.update(Text.assemble(line, (drafted, "dim cyan")), refresh=True)
+    show(Text(line))

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         f"--workdir={model}",
         f"--prompt={SAMPLE_PROMPT}",
         "--max-new-tokens=64",
-        "--mode=self_speculative",
+        "--draft=best",
     )
     _print_summary(folder, exported, time.monotonic() - start)
     return 0

@@ -4,7 +4,7 @@ Prompts are cut from the validation set, or are your own (`--prompt-file`). For 
 drafts that were accepted are counted in one run over them, for each pair (E, G) the time of a
 cycle is measured; together they give the speed of every pair. The best is then measured against
 plain decoding. The result goes into the run's folder as speculation.json, .csv and .svg, where
-`layerskip generate --mode=self_speculative` and `layerskip report` find it.
+`layerskip generate --draft=best` and `layerskip report` find it.
 """
 
 import argparse
@@ -23,8 +23,10 @@ from layerskip_jax.decoding.tuning import sweep
 from layerskip_jax.generator import Generator
 from layerskip_jax.report.sweep_figure import draw_speedup
 from layerskip_jax.runs import load_run, read_prompt, write_json, write_text
-from layerskip_jax.schema import ConfigError
+from layerskip_jax.schema import ConfigError, require
 
+# Enough to know the most frequent tokens by.
+MOST_WINDOWS = 4096
 COLUMNS = (
     "exit_layer", "draft_length", "acceptance", "tokens_per_cycle", "seconds_per_cycle",
     "tokens_per_second", "speedup", "identical", "verified",
@@ -41,6 +43,10 @@ def main(argv: list[str]) -> int:
     add("--prompts", type=int, default=32, help="prompts cut from the validation set")
     add("--prompt-tokens", type=int, default=64)
     add("--new-tokens", type=int, default=64)
+    add(
+        "--draft-vocabulary", type=int, metavar="N",
+        help="draft only the N most frequent tokens of the training data",
+    )  # fmt: skip
     options = parser.parse_args(argv)
 
     run = load_run(options.workdir, options.step)
@@ -52,11 +58,16 @@ def main(argv: list[str]) -> int:
         prompts = [tokenizer.encode(read_prompt(path)).ids for path in options.prompt_file]
     else:
         prompts = validation_prompts(config.data.path, options.prompts, options.prompt_tokens)
+    draft_tokens = None
+    if options.draft_vocabulary is not None:
+        draft_tokens = frequent_tokens(
+            config.data.path, options.draft_vocabulary, config.model.vocab_size
+        )
     print(
         f"compiling and measuring {1 + len(exits) * len(options.drafts)} ways to decode", flush=True
     )
     result = sweep(
-        Generator(run.model),
+        Generator(run.model, draft_tokens=draft_tokens),
         prompts,
         options.new_tokens,
         exits=exits,
@@ -69,6 +80,7 @@ def main(argv: list[str]) -> int:
         "new_tokens": options.new_tokens,
         "batch_size": 1,
         "dtype": config.model.dtype,
+        "draft_tokens": draft_tokens,
         **result,
     }
     _print(result)
@@ -107,6 +119,30 @@ def validation_prompts(data: str, count: int, length: int) -> list[list[int]]:
         f"{data} has {len(prompts)} validation windows that begin with {length} tokens of one "
         f"document, not {count}; ask for fewer --prompts or --prompt-tokens"
     )
+
+
+def frequent_tokens(data: str, count: int, vocab_size: int) -> list[int]:
+    """Returns the most frequent tokens of the training data, from a sample of its windows.
+
+    Args:
+      data: prepared data.
+      count: how many.
+      vocab_size: V.
+
+    Raises:
+      ConfigError: the vocabulary has fewer.
+    """
+    require(
+        1 <= count <= vocab_size,
+        f"--draft-vocabulary={count} must be in 1..{vocab_size}, the model's vocabulary",
+    )
+    source = BatchSource(data, "train", batch_size=1, seed=0, shuffle=False)
+    windows = np.random.default_rng(0).permutation(source.num_windows)[:MOST_WINDOWS]
+    histogram = np.zeros(vocab_size, np.int64)
+    for window in windows.tolist():
+        batch = source.batch(window)
+        histogram += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
+    return sorted(np.argsort(-histogram, kind="stable")[:count].tolist())
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -43,8 +43,17 @@ class Cache(NamedTuple):
     sin: Float[Array, "T h2"]
 
 
-def empty_cache(config: ModelConfig, num_layers: int, batch_size: int, slots: int) -> Cache:
-    """Returns a cache of `slots` positions a row; writing past them would be silent."""
+def cache_slots(positions: int) -> int:
+    """Returns the slots of a cache for so many positions.
+
+    A whole number of 64: attention over 166 slots took twice as long as over 192 (CPU).
+    """
+    return -(-positions // 64) * 64
+
+
+def empty_cache(config: ModelConfig, num_layers: int, batch_size: int, positions: int) -> Cache:
+    """Returns a cache for so many positions a row; writing past it would be silent."""
+    slots = cache_slots(positions)
     shape = (batch_size, config.num_kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     cos, sin = rope_tables(jnp.arange(slots)[None], config.head_dim, config.rope_theta)

@@ -67,14 +67,26 @@ def test_buckets(length, size):
     assert bucket(length, 100) == size
 
 
-def test_one_program_serves_a_bucket(model):
+def test_one_compilation_serves_a_bucket(model, caplog):
+    """Counted by jax's own log: prompts, lengths, limits and all of sampling are traced."""
     generator = Generator(model)
-    for prompt, new_tokens in (([1], 3), ([1] * 16, 16), ([2] * 9, 1)):
-        generator.generate([prompt], new_tokens)
-        generator.generate([prompt], new_tokens, end_token=7)
-    assert generator.compilations == 1
-    generator.generate([[1] * 17], 3)
+    drafts = {"mode": "self_speculative", "exit_layer": 2, "draft_length": 3}
+
+    def run(prompt, new_tokens, **sampling):
+        generator.generate([prompt], new_tokens, **sampling, **drafts)
+        generator.generate([prompt] * 2, new_tokens, end_token=7, **sampling, **drafts)
+
+    run([1], 3, temperature=1.0)
+    assert generator.compilations == 2  # batches of one and of two
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        run([1] * 16, 16, temperature=0.5, top_k=5)
+        run([2] * 9, 1, temperature=2.0, top_p=0.5, seed=9)
     assert generator.compilations == 2
+    assert not [r for r in caplog.records if r.message.startswith("Compiling")]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        generator.generate([[1] * 17], 3, **drafts)
+    assert generator.compilations == 3
+    assert [r for r in caplog.records if r.message.startswith("Compiling")], "nothing is counted"
 
 
 @pytest.mark.parametrize(
