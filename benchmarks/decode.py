@@ -31,7 +31,7 @@ from layerskip_jax.decoding.bandwidth import read_bandwidth
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
 from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.generator import Generator
-from layerskip_jax.interop.huggingface import llama_config, to_hugging_face
+from layerskip_jax.interop.huggingface import to_hugging_face, to_hugging_face_config
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.runs import load_run, write_json
@@ -192,7 +192,7 @@ def in_transformers(parameters: dict, config: ModelConfig):
         import transformers
     except ImportError:
         return None
-    settings = llama_config(config, eos_token_id=0, dtype=config.dtype)
+    settings = to_hugging_face_config(config, eos_token_id=0, dtype=config.dtype)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     tensors = {
         name: torch.from_numpy(np.array(value, np.float32))

@@ -6,8 +6,8 @@ r"""Continual pretraining of Llama 2 13B with LayerSkip, 52B tokens.
         --config.data.path=data/llama2_13b_continual
 
 LayerSkip, section 5: as for the 7B, but e_scale .1, R = 39 (one early exit a step) and 2e-5.
-The paper starts from the published weights. Reading them in is not part of this package
-yet: as it stands the recipe trains from random weights.
+The paper starts from the published weights. Add
+`--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
 
 `--config=configs/llama2_13b_continual.py:plain` is the plain
 twin: the same without layer dropout and early exits.

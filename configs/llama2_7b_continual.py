@@ -8,8 +8,8 @@ r"""Continual pretraining of Llama 2 7B with LayerSkip, 52B tokens.
 LayerSkip, section 5: layer dropout constant in time with p_max .1, rotating exits with R = 8
 and e_scale .2; 64 GPUs with 4 sequences each, 50k steps at 3e-5. What it reached there:
 perplexity on Wikipedia 4.32 to 4.30 at the last layer, 1900 to 8.12 at the middle one.
-The paper starts from the published weights. Reading them in is not part of this package
-yet: as it stands the recipe trains from random weights.
+The paper starts from the published weights. Add
+`--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
 
 `--config=configs/llama2_7b_continual.py:plain` is the plain
 twin: the same without layer dropout and early exits.

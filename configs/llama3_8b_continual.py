@@ -9,8 +9,8 @@ The settings published with the LayerSkip checkpoints: p_max .1 constant in time
 .1. Batch, steps and learning rate were not; those of the Llama 2 7B are taken. At V = 128k the
 head of one exit costs as much as two and a half layers, so the early exits are scored on a
 quarter of the tokens here, without bias; set exit_token_fraction to 1 for all of them.
-The paper starts from the published weights. Reading them in is not part of this package
-yet: as it stands the recipe trains from random weights.
+The paper starts from the published weights. Add
+`--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
 
 `--config=configs/llama3_8b_continual.py:plain` is the plain
 twin: the same without layer dropout and early exits.

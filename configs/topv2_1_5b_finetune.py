@@ -8,8 +8,8 @@ r"""Finetuning the 1.5B model on TOPv2 task parsing with LayerSkip.
 LayerSkip, section 5: p_max .2 constant in time, the gradual curriculum, e_scale 1; 8 GPUs with
 32 samples each, 5.8k steps at 1e-4. Self-speculative decoding ran at 2.0 times plain decoding
 there (E = 6).
-The paper starts from its own 1.5B model. Reading them in is not part of this package
-yet: as it stands the recipe trains from random weights.
+The paper starts from its own 1.5B model. Add
+`--config.init_from=RUN`, the folder of such a run: without it the weights are random.
 
 `--config=configs/topv2_1_5b_finetune.py:plain` is the plain
 twin: the same without layer dropout and early exits.

@@ -8,11 +8,14 @@ from layerskip_jax.schema import ConfigError, UserError, nearest
 
 VERBS = {
     "prepare": "turn text into packed windows to train on",
+    "import": "make a run of a Hugging Face folder or a GGUF file",
     "train": "pretrain a model, or go on where a run was stopped",
     "evaluate": "loss and perplexity at every exit",
     "generate": "decode: plain, early-exit or self-speculative",
     "sweep": "measure self-speculation over exits and draft lengths",
     "export": "write a Hugging Face folder",
+    "verify": "compare a Hugging Face folder, as read here, with transformers",
+    "lm-eval": "score any exit with the lm-evaluation-harness",
     "report": "make the HTML page of a run",
     "quickstart": "all of these in order, on Python's standard library",
 }
@@ -36,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     # Orbax warns through absl of each option that the other options imply.
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Imported only now: one verb need not wait for the libraries of the others.
-    command = importlib.import_module(f"layerskip_jax.commands.{verb}")
+    # `import` is a keyword, and a module's name has no hyphen.
+    module = {"import": "import_model"}.get(verb, verb.replace("-", "_"))
+    command = importlib.import_module(f"layerskip_jax.commands.{module}")
     try:
         return command.main(arguments)
     except (ConfigError, UserError) as error:

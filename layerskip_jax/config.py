@@ -101,9 +101,16 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run; two runs with equal configs and data are equal."""
+    """Everything that defines a run; two runs with equal configs and data are equal.
+
+    Attributes:
+      seed: of parameters, data order and layer dropout.
+      init_from: where the first parameters come from: a Hugging Face folder, a GGUF file or the
+        folder of another run; its shape is then the model's. Empty draws them at random.
+    """
 
     seed: int = 0
+    init_from: str = ""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()

@@ -203,6 +203,7 @@ def early_exit_loss(
     chunk: int,
     batch_shards: int = 1,
     z_loss: float = 0.0,
+    vocab_size: int | None = None,
     constrain_head: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "A"]]:
     """Scores the active exits with the shared norm and head.
@@ -222,6 +223,7 @@ def early_exit_loss(
       chunk: positions of the sequence scored at once.
       batch_shards: parts that B is split into over the devices.
       z_loss: see `linear_cross_entropy`.
+      vocab_size: see `linear_cross_entropy`.
       constrain_head: see `linear_cross_entropy`.
 
     Returns:
@@ -246,6 +248,7 @@ def early_exit_loss(
         chunk=chunk,
         batch_shards=batch_shards,
         z_loss=z_loss,
+        vocab_size=vocab_size,
         constrain_head=constrain_head,
     )
     means = [*(part * early_per_token for part in sums[:-1]), sums[-1] * per_token]

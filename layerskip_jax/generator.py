@@ -99,6 +99,7 @@ class Generator:
 
     Attributes:
       config: of the model.
+      weights: laid out for decoding.
       compilations: buckets compiled so far, two programs each: prompts, and the loop.
     """
 
@@ -134,7 +135,7 @@ class Generator:
             weights = weights._replace(
                 draft_head=reduced_head(weights, jnp.asarray(tokens, jnp.int32))
             )
-        self._weights = (
+        self.weights = (
             weights if mesh is None else place_weights(weights, mesh, self.config.num_kv_heads)
         )
 
@@ -161,9 +162,9 @@ class Generator:
         arguments = self._on_device((job.prompts, job.lengths, job.limits, job.sampling, evidence))
         rest = self._on_device((costs, np.int32(np.iinfo(np.int32).max)))
         begin = time.perf_counter()
-        state = jax.block_until_ready(programs.start(self._weights, *arguments))
+        state = jax.block_until_ready(programs.start(self.weights, *arguments))
         first = time.perf_counter() - begin
-        state = programs.advance(self._weights, state, *arguments[2:4], *rest)
+        state = programs.advance(self.weights, state, *arguments[2:4], *rest)
         jax.block_until_ready(state.rows.tokens)
         seconds = time.perf_counter() - begin
         rows, counts, evidence = jax.device_get((state.rows, state.counts, state.evidence))
@@ -209,7 +210,7 @@ class Generator:
                 (job.prompts, job.lengths, job.limits, job.sampling, evidence)
             )
             limits, sampling = arguments[2:4]
-            state = programs.start(self._weights, *arguments)
+            state = programs.start(self.weights, *arguments)
             costs_there = self._on_device(costs)
             shown, index = 0, 0
             while True:
@@ -225,12 +226,12 @@ class Generator:
                     index = int(best_arm(job.arms, state.evidence, costs_there))
                 if job.arms[index].draft_length == 0:
                     forced = self._on_device((_only(job.arms, index), np.int32(1)))
-                    state = programs.advance(self._weights, state, limits, sampling, *forced)
+                    state = programs.advance(self.weights, state, limits, sampling, *forced)
                     continue
                 drafting, settling = self._halves(job, index)
-                drafts, state = drafting(self._weights, state, sampling)
+                drafts, state = drafting(self.weights, state, sampling)
                 yield StreamEvent(True, jax.device_get(drafts.tokens[0]).tolist())
-                state = settling(self._weights, state, drafts, limits, sampling)
+                state = settling(self.weights, state, drafts, limits, sampling)
 
     def _halves(self, job: _Job, index: int):
         """Returns the two halves of a cycle of an arm as programs of their own."""
@@ -316,8 +317,8 @@ class Generator:
             )
             rest = self._on_device((_no_costs(job.arms), np.int32(0)))
             with self._on_mesh():
-                first = jax.jit(begin).lower(self._weights, *arguments).compile()
-                state = jax.eval_shape(begin, self._weights, *arguments)
+                first = jax.jit(begin).lower(self.weights, *arguments).compile()
+                state = jax.eval_shape(begin, self.weights, *arguments)
                 shardings = first.output_shardings
                 state = jax.tree.map(
                     lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -328,7 +329,7 @@ class Generator:
                 )
                 second = (
                     jax.jit(go_on, donate_argnums=1, out_shardings=shardings)
-                    .lower(self._weights, state, *arguments[2:4], *rest)
+                    .lower(self.weights, state, *arguments[2:4], *rest)
                     .compile()
                 )
             self._programs[job.key] = _Programs(first, second)
@@ -357,9 +358,9 @@ class Generator:
         )
         cycles = max(1, min(COST_CYCLES, (job.capacity - 1) // (job.arms[arm].draft_length + 1)))
         rest = self._on_device((forced, np.int32(cycles)))
-        state = jax.block_until_ready(programs.start(self._weights, *arguments))
+        state = jax.block_until_ready(programs.start(self.weights, *arguments))
         begin = time.perf_counter()
-        state = programs.advance(self._weights, state, *arguments[2:4], *rest)
+        state = programs.advance(self.weights, state, *arguments[2:4], *rest)
         jax.block_until_ready(state.rows.count)
         return (time.perf_counter() - begin) / cycles
 
@@ -369,7 +370,7 @@ class Generator:
         def size(weights):
             return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
-        weights, drafts = self._weights, arm.draft_length
+        weights, drafts = self.weights, arm.draft_length
         head = size(weights.embedding if weights.head is None else weights.head)
         layers = [size(layer) for layer in weights.layers]
         early, late = sum(layers[: arm.exit_layer]), sum(layers[arm.exit_layer :])
@@ -393,7 +394,7 @@ class Generator:
         slots = cache_slots(job.prompts.shape[1] + job.capacity + longest)
         size = jnp.dtype(config.compute_dtype).itemsize
         row = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * size
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self._weights))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
         devices = 1 if self._mesh is None else self._mesh.size
         needed = (row * job.prompts.shape[0] + weights) / devices
         limit = device_memory()

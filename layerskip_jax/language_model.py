@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from layerskip_jax.data.tokenizer import load_tokenizer
+from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
 from layerskip_jax.generator import Generator
+from layerskip_jax.interop.pretrained import end_token_ids, open_pretrained
 from layerskip_jax.request import Generation
-from layerskip_jax.runs import load_run
+from layerskip_jax.runs import is_run, load_run
 from layerskip_jax.schema import ConfigError, require
 from layerskip_jax.training.state import ModelDefinition
 
@@ -48,6 +49,7 @@ class LanguageModel:
       generator: for token ids instead of text.
       tokenizer: of the data the model was trained on.
       end_token: id of the token that ends a document, if there is one.
+      more_end_tokens: ids of others that end a text too, such as that of a chat's turn.
       best_pair: (E, G) that `layerskip sweep` found best, if it was run.
     """
 
@@ -57,12 +59,14 @@ class LanguageModel:
         tokenizer: Tokenizer,
         end_token: int | None,
         best_pair: tuple[int, int] | None,
+        more_end_tokens: Sequence[int] = (),
     ):
         """Takes the parts; see `load`."""
         self.generator = generator
         self.tokenizer = tokenizer
         self.end_token = end_token
         self.best_pair = best_pair
+        self.more_end_tokens = tuple(i for i in more_end_tokens if i != end_token)
 
     def generate(
         self,
@@ -90,11 +94,26 @@ class LanguageModel:
           ConfigError: naming the value and the remedy.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids, request = self._request(prompts, draft, exit_layer, stop, options)
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        request = self._request(draft, exit_layer, stop, options)
         generation = self.generator.generate(ids, max_new_tokens, **request)
         endings = [*request["stop"], [request["end_token"]]]
         texts = [self.tokenizer.decode(_without(row, endings)) for row in generation.tokens]
         return Completions(texts, generation)
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        draft: Draft = None,
+        exit_layer: int | None = None,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Generation:
+        """Continues prompts given as token ids; see `generate` for the arguments."""
+        request = self._request(draft, exit_layer, stop, options)
+        return self.generator.generate(prompts, max_new_tokens, **request)
 
     def stream(
         self,
@@ -110,7 +129,8 @@ class LanguageModel:
 
         A piece never ends within a character; its bytes wait for the rest.
         """
-        [ids], request = self._request([prompt], draft, exit_layer, stop, options)
+        ids = encode_prompt(self.tokenizer, prompt)
+        request = self._request(draft, exit_layer, stop, options)
         decoder, read = DecodeStream(skip_special_tokens=True), []
         for event in self.generator.stream(ids, max_new_tokens, **request):
             if event.is_draft:
@@ -123,16 +143,22 @@ class LanguageModel:
             pieces = (decoder.step(self.tokenizer, token) for token in event.tokens)
             yield Piece(False, "".join(piece for piece in pieces if piece))
 
-    def _request(self, prompts, draft, exit_layer, stop, options) -> tuple[list[list[int]], dict]:
+    def _stop_tokens(self, text: str) -> list[int]:
+        for token_id, token in self.tokenizer.get_added_tokens_decoder().items():
+            if token.content == text:
+                return [token_id]
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _request(self, draft, exit_layer, stop, options) -> dict:
         require(
             draft is None or exit_layer is None,
             f"exit_layer={exit_layer} decodes with those layers alone, so there is nothing to "
             f"draft for; leave it out, or draft={draft!r}",
         )
-        ids = [self.tokenizer.encode(prompt).ids for prompt in prompts]
-        sequences = [self.tokenizer.encode(text).ids for text in stop]
+        sequences = [self._stop_tokens(text) for text in stop]
         for text, sequence in zip(stop, sequences, strict=True):
             require(len(sequence) > 0, f"stop={text!r} holds no token")
+        sequences += [[token] for token in self.more_end_tokens]
         request = {"end_token": self.end_token, "stop": sequences, **options}
         if draft == "best":
             if self.best_pair is None:
@@ -150,7 +176,7 @@ class LanguageModel:
             }  # fmt: skip
         elif draft is not None:
             raise ConfigError(f"draft={draft!r} must be None, 'best', 'auto' or a pair (E, G)")
-        return ids, request
+        return request
 
 
 def load(
@@ -164,16 +190,29 @@ def load(
     """Reads a trained model.
 
     Args:
-      path: the folder of a run.
-      step: the checkpoint; None takes the newest.
-      dtype: to compute in; None takes the run's.
+      path: the folder of a run, a Hugging Face folder, or a GGUF file.
+      step: the checkpoint of a run; None takes the newest.
+      dtype: to compute in; None takes the run's, or bfloat16.
       mesh: to decode on; see `Generator`.
       draft_tokens: the only tokens to draft, see `Generator`; None drafts those that
         `layerskip sweep` was told to draft, if it was run.
 
     Raises:
-      UserError: no such run or checkpoint.
+      UserError: no such run or checkpoint, or see `open_pretrained`.
     """
+    if not is_run(Path(path)) and step is None:
+        published = open_pretrained(path)
+        model = dataclasses.replace(published.config, dtype=dtype or published.config.dtype)
+        definition = ModelDefinition(model)
+        return LanguageModel(
+            Generator(
+                definition.model(published.parameters()), mesh=mesh, draft_tokens=draft_tokens
+            ),
+            published.tokenizer,
+            published.end_token_id,
+            None,
+            end_token_ids(published.files, published.source),
+        )
     run = load_run(path, step)
     model = run.config.model
     model = dataclasses.replace(model, dtype=dtype or model.dtype)
@@ -190,6 +229,7 @@ def load(
         load_tokenizer(run.folder.tokenizer_file),
         json.loads(run.folder.data_file.read_text())["end_token_id"],
         best,
+        end_token_ids(run.folder.published_files(), run.folder.published),
     )
 
 

@@ -41,6 +41,17 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def published(self) -> Path:
+        """Small files of the published model the run began from; an export has them again."""
+        return self.path / "published"
+
+    def published_files(self) -> dict[str, bytes]:
+        """Returns the files of `published` by name."""
+        if not self.published.is_dir():
+            return {}
+        return {path.name: path.read_bytes() for path in sorted(self.published.iterdir())}
+
+    @property
     def checkpoints(self) -> Path:
         """Orbax checkpoints, one folder a step."""
         return self.path / "checkpoints"
@@ -71,6 +82,15 @@ class RunFolder:
         return self.path / "report.html"
 
 
+def is_run(path: Path) -> bool:
+    """Returns whether a folder is a run's: its config.json tells it from Hugging Face's."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"model", "training"} <= config.keys()
+
+
 def open_run(workdir: str | Path) -> tuple[RunFolder, RunConfig]:
     """Returns the folder and config of an existing run.
 
@@ -78,10 +98,10 @@ def open_run(workdir: str | Path) -> tuple[RunFolder, RunConfig]:
       UserError: `workdir` holds no run.
     """
     folder = RunFolder(Path(workdir))
-    if not folder.config_file.is_file():
+    if not is_run(folder.path):
         raise UserError(
-            f"--workdir={workdir} holds no run ({folder.config_file} is missing); "
-            "train one with `layerskip train`"
+            f"--workdir={workdir} holds no run ({folder.config_file} is missing or another "
+            "program's); train one with `layerskip train`, or bring one in with `layerskip import`"
         )
     return folder, RunConfig.from_dict(json.loads(folder.config_file.read_text()))
 

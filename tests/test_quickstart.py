@@ -104,6 +104,14 @@ def test_the_exported_model_says_the_same_in_transformers(quickstart):
             torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=None
         )
     assert theirs[0, len(prompt) :].tolist() == ours
+    # transformers drafts with the first layers of the same folder, to the same tokens.
+    for exit_layer in (1, 2):
+        with torch.no_grad():
+            theirs = model.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=None,
+                assistant_early_exit=exit_layer,
+            )  # fmt: skip
+        assert theirs[0, len(prompt) :].tolist() == ours
 
 
 @pytest.mark.slow

@@ -41,6 +41,8 @@ def evaluate(
     folder, config = open_run(workdir)
     trained_on = json.loads(folder.data_file.read_text())
     path = data or config.data.path
+    if not path:
+        raise UserError(f"{workdir} was trained on no data here; name prepared data with --data")
     manifest = read_manifest(path)
     if manifest.tokenizer_sha256 != trained_on["tokenizer_sha256"]:
         raise UserError(

@@ -17,9 +17,10 @@ from layerskip_jax.interop.folder import (
 )
 from layerskip_jax.interop.huggingface import DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
-from layerskip_jax.runs import load_run, open_run, read_json_lines, write_json
+from layerskip_jax.runs import open_run, read_json_lines, write_json
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.state import ModelDefinition
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -29,22 +30,25 @@ def export(
     output: str | Path,
     *,
     step: int | None = None,
+    exit_layer: int | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a checkpoint of a run as a Hugging Face folder.
+    """Writes a checkpoint of a run as a Hugging Face folder, tensor by tensor.
 
     Args:
       workdir: the run's folder.
       output: the folder to write.
       step: the checkpoint; None takes the newest.
+      exit_layer: E, to export the first E layers with the shared head, a model of its own; None
+        exports all.
       dtype: of the stored tensors, one of `huggingface.DTYPES`.
       max_shard_bytes: tensor bytes in a file.
       overwrite: whether an earlier export in `output` may be replaced.
 
     Returns:
-      What was written: output, step, dtype, and the counts of `write_folder`.
+      What was written: output, step, layers, dtype, and the counts of `write_folder`.
 
     Raises:
       UserError: no such run or checkpoint, or see `write_folder`.
@@ -53,42 +57,62 @@ def export(
     folder, config = open_run(workdir)
     if not folder.data_file.is_file():
         raise UserError(f"{folder.data_file} is missing; without it the end token is unknown")
+    layers = config.model.num_layers
+    if exit_layer is not None and not 1 <= exit_layer <= layers:
+        raise UserError(f"--exit={exit_layer} must be in 1..{layers}, the model's layers")
+    model = dataclasses.replace(config.model, num_layers=exit_layer or layers)
     manifest = json.loads(folder.data_file.read_text())
     end_token, end_token_id = manifest["end_token"], manifest["end_token_id"]
     # Before the parameters are read, which takes minutes for a large model.
     check_output(output, overwrite=overwrite)
-    check_tokenizer(folder.tokenizer_file, config.model, end_token, end_token_id)
+    check_tokenizer(folder.tokenizer_file, model, end_token, end_token_id)
     checkpoints = Checkpoints(folder.checkpoints)
     step = checkpoints.require_step(step)
+    parameters = checkpoints.open_parameters(step, ModelDefinition(config.model).shapes)
     checkpoints.close()
 
-    evaluations = [
-        record for record in read_json_lines(folder.evaluations_file) if record["step"] <= step
-    ]
+    records = read_json_lines(folder.evaluations_file)
+    before = next((record for record in records if record["step"] == 0), None)
+    evaluations = [record for record in records if record["step"] <= step]
+    speculation = None
+    if folder.speculation_file.is_file():
+        speculation = json.loads(folder.speculation_file.read_text())
     provenance = {
         "version": __version__,
         "step": step,
-        "seed": config.seed,
-        "layer_dropout": dataclasses.asdict(config.layer_dropout),
-        "early_exit": dataclasses.asdict(config.early_exit),
+        "layers_trained": layers,
     }
-    parameters = load_run(workdir, step).parameters
+    if step:
+        provenance |= {
+            "seed": config.seed,
+            "layer_dropout": dataclasses.asdict(config.layer_dropout),
+            "early_exit": dataclasses.asdict(config.early_exit),
+        }
     counts = write_folder(
         output,
-        to_hugging_face(parameters, config.model),
-        config=config.model,
+        to_hugging_face(parameters, model),
+        config=model,
         tokenizer_file=folder.tokenizer_file,
         end_token=end_token,
         end_token_id=end_token_id,
         model_card=write_model_card(
-            config, step=step, dtype=dtype, evaluation=evaluations[-1] if evaluations else None
+            config,
+            model=model,
+            step=step,
+            dtype=dtype,
+            evaluation=evaluations[-1] if evaluations else None,
+            before=before,
+            data=manifest,
+            speculation=speculation,
         ),
         provenance=provenance,
+        published=folder.published_files(),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
-    return {"output": str(output), "step": step, "dtype": dtype, **counts}
+    exported = {"output": str(output), "step": step, "layers": model.num_layers, "dtype": dtype}
+    return {**exported, **counts}
 
 
 def parse_size(text: str) -> int:
@@ -108,6 +132,9 @@ def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = make_run_parser("export", __doc__)
     parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--exit", type=int, metavar="E", help="export the first E layers, as a model of its own"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
@@ -122,13 +149,15 @@ def main(argv: list[str]) -> int:
         options.workdir,
         options.output,
         step=options.step,
+        exit_layer=options.exit,
         dtype=options.dtype,
         max_shard_bytes=options.max_shard_size,
         overwrite=options.overwrite,
     )
     files = "1 file" if result["shards"] == 1 else f"{result['shards']} files"
     print(
-        f"{result['output']}: step {result['step']}, {result['parameters']:,} parameters, "
+        f"{result['output']}: step {result['step']}, {result['layers']} layers, "
+        f"{result['parameters']:,} parameters, "
         f"{result['dtype']}, {files} of tensors"
     )
     if options.json:

@@ -10,16 +10,19 @@ it is left as it is.
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from layerskip_jax.data.corpus import STANDARD_LIBRARY
 from layerskip_jax.data.manifest import Manifest, Request
 from layerskip_jax.data.prepare import prepare
-from layerskip_jax.data.tokenizer import file_sha256, load_tokenizer
-from layerskip_jax.runs import write_json
+from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
+from layerskip_jax.interop.pretrained import end_token_ids
+from layerskip_jax.runs import RunFolder, is_run, write_json
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +40,11 @@ def main(argv: list[str]) -> int:
         default=8192,
         help="of the tokenizer to train (default: %(default)s)",
     )
-    add("--tokenizer", type=Path, help="existing tokenizer.json to use instead")
+    add(
+        "--tokenizer",
+        type=Path,
+        help="existing tokenizer to use instead: a tokenizer.json, or a model's or run's folder",
+    )
     add("--end-token", default="", help="its token that ends a document, if not a usual one")
     add(
         "--validation-fraction",
@@ -55,7 +62,13 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     tokenizer_sha256 = ""
     if options.tokenizer is not None:
-        load_tokenizer(options.tokenizer)
+        model = options.tokenizer
+        if model.is_dir():
+            options.tokenizer = model / "tokenizer.json"
+        tokenizer = load_tokenizer(options.tokenizer)
+        usual = [tokenizer.token_to_id(token) for token in END_TOKENS]
+        if not options.end_token and all(token is None for token in usual):
+            options.end_token = _end_token_of_model(model, tokenizer)
         tokenizer_sha256 = file_sha256(options.tokenizer)
     request = Request(
         sources=tuple(options.source or [STANDARD_LIBRARY]),
@@ -77,6 +90,17 @@ def main(argv: list[str]) -> int:
     if options.json:
         write_json(options.json, figures(manifest))
     return 0
+
+
+def _end_token_of_model(folder: Path, tokenizer: Tokenizer) -> str:
+    """Returns the end token that a model's folder names beside its tokenizer, or ""."""
+    if is_run(folder):
+        return json.loads(RunFolder(folder).data_file.read_text())["end_token"]
+    if not (folder / "config.json").is_file():
+        return ""
+    files = {"config.json": (folder / "config.json").read_bytes()}
+    ids = end_token_ids(files, folder)
+    return (tokenizer.id_to_token(ids[0]) or "") if ids else ""
 
 
 def figures(manifest: Manifest) -> dict:

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.data.batches import BatchSource
-from layerskip_jax.data.tokenizer import load_tokenizer
+from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
 from layerskip_jax.decoding.tuning import sweep
 from layerskip_jax.generator import Generator
 from layerskip_jax.report.sweep_figure import draw_speedup
 from layerskip_jax.runs import load_run, read_prompt, write_json, write_text
-from layerskip_jax.schema import ConfigError, require
+from layerskip_jax.schema import ConfigError, UserError, require
 
 # Enough to know the most frequent tokens by.
 MOST_WINDOWS = 4096
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--exits", type=_numbers, help="values of E (default: L/4, L/2)")
     add("--drafts", type=_numbers, default=(1, 2, 4), help="values of G (default: 1,2,4)")
+    add("--data", help="prepared data (default: what the run trained on)")
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
     add("--prompts", type=int, default=32, help="prompts cut from the validation set")
     add("--prompt-tokens", type=int, default=64)
@@ -52,17 +53,20 @@ def main(argv: list[str]) -> int:
     run = load_run(options.workdir, options.step)
     config = run.config
     layers = config.model.num_layers
+    data = options.data or config.data.path
+    if not data and (options.draft_vocabulary is not None or not options.prompt_file):
+        raise UserError(
+            f"{options.workdir} was trained on no data here; name prepared data with --data"
+        )
     exits = options.exits or sorted({max(1, layers // n) for n in (4, 2)} - {layers})
     if options.prompt_file:
         tokenizer = load_tokenizer(run.folder.tokenizer_file)
-        prompts = [tokenizer.encode(read_prompt(path)).ids for path in options.prompt_file]
+        prompts = [encode_prompt(tokenizer, read_prompt(path)) for path in options.prompt_file]
     else:
-        prompts = validation_prompts(config.data.path, options.prompts, options.prompt_tokens)
+        prompts = validation_prompts(data, options.prompts, options.prompt_tokens)
     draft_tokens = None
     if options.draft_vocabulary is not None:
-        draft_tokens = frequent_tokens(
-            config.data.path, options.draft_vocabulary, config.model.vocab_size
-        )
+        draft_tokens = frequent_tokens(data, options.draft_vocabulary, config.model.vocab_size)
     print(
         f"compiling and measuring {1 + len(exits) * len(options.drafts)} ways to decode", flush=True
     )

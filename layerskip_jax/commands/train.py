@@ -8,6 +8,7 @@ have seen. It exits with 75 when a signal stopped it before the last step.
 
 from layerskip_jax.commands.arguments import split_config_arguments
 from layerskip_jax.config import load_config
+from layerskip_jax.initial import open_initial
 from layerskip_jax.training.train import train
 
 
@@ -16,4 +17,6 @@ def main(argv: list[str]) -> int:
     parser, config_arguments, arguments = split_config_arguments("train", __doc__, argv)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     options = parser.parse_args(arguments)
-    return train(load_config(config_arguments), options.workdir)
+    config = load_config(config_arguments)
+    initial = open_initial(config.init_from, options.workdir) if config.init_from else None
+    return train(config, options.workdir, initial)

@@ -79,7 +79,7 @@ class Split:
     Attributes:
       documents: documents that are not blank.
       bytes: of their UTF-8 text.
-      tokens: with one end token a document.
+      tokens: with one end token a document, and those that the tokenizer begins it with.
       windows: packed windows.
       shards: the files they are in.
     """

@@ -36,6 +36,7 @@ from layerskip_jax.data.corpus import SPLITS, CorpusReader, TextCorpus
 from layerskip_jax.data.manifest import Manifest, Request, Shard, Split
 from layerskip_jax.data.packing import pack
 from layerskip_jax.data.tokenizer import (
+    begin_tokens,
     end_token_of,
     file_sha256,
     load_tokenizer,
@@ -218,10 +219,11 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _tokenized(
     texts: Iterable[str], tokenizer: Tokenizer, counts: _Counts
 ) -> Iterator[Int32[np.ndarray, "tokens"]]:
-    """Yields the token ids of each text, and counts them."""
+    """Yields the token ids of each text, begun as the tokenizer begins one, and counts them."""
+    begin = begin_tokens(tokenizer)
     for chunk in _chunks(texts):
         encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
-        documents = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        documents = [np.array(begin + encoding.ids, np.int32) for encoding in encodings]
         counts.documents += len(chunk)
         counts.bytes += sum(len(text.encode()) for text in chunk)
         counts.histogram += np.bincount(np.concatenate(documents), minlength=len(counts.histogram))

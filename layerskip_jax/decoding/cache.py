@@ -56,7 +56,7 @@ def empty_cache(config: ModelConfig, num_layers: int, batch_size: int, positions
     slots = cache_slots(positions)
     shape = (batch_size, config.num_kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
-    cos, sin = rope_tables(jnp.arange(slots)[None], config.head_dim, config.rope_theta)
+    cos, sin = rope_tables(jnp.arange(slots)[None], config)
     return Cache((LayerCache(zeros, zeros),) * num_layers, cos[0], sin[0])
 
 
@@ -96,7 +96,8 @@ def run_layers(
 def read_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Returns float32 logits of states after any layer: every exit shares norm and head."""
     head = weights.embedding if weights.head is None else weights.head
-    return _logits(weights, head, x)
+    logits = _logits(weights, head, x)
+    return logits if weights.padding is None else logits + weights.padding
 
 
 def read_draft_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:

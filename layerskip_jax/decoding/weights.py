@@ -34,6 +34,7 @@ class DecoderLayer(NamedTuple):
       attention_norm: before the attention.
       qkv: for each key/value head its G queries, its key and its value, so that splitting the
         key/value heads over devices splits all of them.
+      qkv_bias: in the same order; None where the model has none.
       output: from the heads, in the same order, back to the residual stream.
       mlp_norm: before the MLP.
       gate_up: a gate and an up projection for each hidden unit.
@@ -42,6 +43,7 @@ class DecoderLayer(NamedTuple):
 
     attention_norm: RMSNorm
     qkv: Float[Array, "O D"]
+    qkv_bias: Float[Array, "O"] | None
     output: Float[Array, "D O2"]
     mlp_norm: RMSNorm
     gate_up: Float[Array, "F2 D"]
@@ -57,7 +59,10 @@ class DecoderLayer(NamedTuple):
         """Returns rotated queries, rotated keys, and values, heads before positions."""
         batch, length = x.shape[:2]
         size = 2 * cos.shape[-1]
-        y = apply(self.qkv, self.attention_norm(x)).reshape(batch, length, kv_heads, -1, size)
+        y = apply(self.qkv, self.attention_norm(x))
+        if self.qkv_bias is not None:
+            y = y + self.qkv_bias
+        y = y.reshape(batch, length, kv_heads, -1, size)
         queries_and_key = y[..., :-1, :]
         rotated = apply_rope(queries_and_key.reshape(batch, length, -1, size), cos, sin)
         rotated = rotated.reshape(queries_and_key.shape)
@@ -95,6 +100,8 @@ class DecoderWeights(NamedTuple):
       final_norm: shared by all exits.
       head: `[V, D]`, shared by all exits; None where the embedding serves as the head.
       draft_head: None drafts with the whole head.
+      padding: added to the logits, -inf for the rows that `place_weights` padded the vocabulary
+        with; None where there are none.
     """
 
     embedding: Float[Array, "V D"]
@@ -102,6 +109,7 @@ class DecoderWeights(NamedTuple):
     final_norm: RMSNorm
     head: Float[Array, "V D"] | None
     draft_head: DraftHead | None = None
+    padding: Float[Array, "V"] | None = None
 
 
 @jax.jit
@@ -120,9 +128,15 @@ def decoder_weights(model: Transformer) -> DecoderWeights:
         def matrix(x):
             return x.reshape(config.model_dim, -1).T.astype(dtype)
 
+        def bias(attention):
+            q, k, v = (getattr(attention, f"{name}_bias")[...] for name in "qkv")
+            q = q.reshape(config.num_kv_heads, queries, config.head_dim)
+            return jnp.concatenate([q, k[:, None], v[:, None]], axis=1).reshape(-1).astype(dtype)
+
         return DecoderLayer(
             attention_norm=block.attention_norm,
             qkv=matrix(jnp.concatenate(joined, axis=2)),
+            qkv_bias=bias(block.attention) if config.qkv_bias else None,
             output=o.reshape(-1, config.model_dim).T.astype(dtype),
             mlp_norm=block.mlp_norm,
             gate_up=matrix(jnp.stack([block.mlp.gate[...], block.mlp.up[...]], axis=-1)),
@@ -130,10 +144,10 @@ def decoder_weights(model: Transformer) -> DecoderWeights:
         )
 
     return DecoderWeights(
-        embedding=model.embedding[...].astype(dtype),
+        embedding=model.embedding[: config.vocab_size].astype(dtype),
         layers=tuple(map(layer, range(config.num_layers))),
         final_norm=model.final_norm,
-        head=None if config.tie_embeddings else model.head[...].T.astype(dtype),
+        head=None if config.tie_embeddings else model.head[:, : config.vocab_size].T.astype(dtype),
     )
 
 
@@ -146,6 +160,8 @@ def reduced_head(weights: DecoderWeights, tokens: Int[Array, "N"]) -> DraftHead:
 def place_weights(weights: DecoderWeights, mesh: Mesh, kv_heads: int) -> DecoderWeights:
     """Splits heads, MLP and vocabulary over the mesh axis `tensor`.
 
+    A vocabulary that cannot be split evenly is padded with tokens that have probability 0.
+
     Raises:
       ConfigError: one of them is not divisible by the axis.
     """
@@ -153,7 +169,6 @@ def place_weights(weights: DecoderWeights, mesh: Mesh, kv_heads: int) -> Decoder
     sizes = {
         "num_kv_heads": kv_heads,
         "ffn_dim": weights.layers[0].down.shape[1],
-        "vocab_size": weights.embedding.shape[0],
     }
     for name, size in sizes.items():
         require(
@@ -162,6 +177,8 @@ def place_weights(weights: DecoderWeights, mesh: Mesh, kv_heads: int) -> Decoder
             "decode on a mesh with fewer along it",
         )
 
+    weights = _with_padding(weights, -weights.embedding.shape[0] % parts)
+
     def on(*axes):
         return NamedSharding(mesh, PartitionSpec(*axes))
 
@@ -169,11 +186,32 @@ def place_weights(weights: DecoderWeights, mesh: Mesh, kv_heads: int) -> Decoder
 
     def of_layer(layer: DecoderLayer) -> DecoderLayer:
         whole = jax.tree.map(lambda _: on(), layer)
-        return whole._replace(qkv=outputs, output=inputs, gate_up=outputs, down=inputs)
+        bias = None if layer.qkv_bias is None else outputs
+        return whole._replace(
+            qkv=outputs, qkv_bias=bias, output=inputs, gate_up=outputs, down=inputs
+        )
 
     shardings = jax.tree.map(lambda _: on(), weights)._replace(
         embedding=outputs, layers=tuple(map(of_layer, weights.layers))
     )
     if weights.head is not None:
         shardings = shardings._replace(head=outputs)
+    if weights.padding is not None:
+        shardings = shardings._replace(padding=outputs)
     return jax.device_put(weights, shardings)
+
+
+def _with_padding(weights: DecoderWeights, rows: int) -> DecoderWeights:
+    """Returns the weights with so many rows more in the embedding and the head."""
+    if not rows:
+        return weights
+
+    def padded(matrix):
+        return None if matrix is None else jnp.pad(matrix, ((0, rows), (0, 0)))
+
+    tokens = jnp.zeros(weights.embedding.shape[0])
+    return weights._replace(
+        embedding=padded(weights.embedding),
+        head=padded(weights.head),
+        padding=jnp.pad(tokens, (0, rows), constant_values=-jnp.inf),
+    )

@@ -28,7 +28,10 @@ def make_exit_scorer(definition: Any, *, chunk: int) -> Callable:
         def microbatch(total, batch):
             def read(carry, _, x):
                 inputs = HeadInputs(x[None], batch.targets, batch.valid, one)
-                nll, _ = linear_cross_entropy((inputs,), head, norm=model.final_norm, chunk=chunk)
+                nll, _ = linear_cross_entropy(
+                    (inputs,), head, norm=model.final_norm, chunk=chunk,
+                    vocab_size=model.config.vocab_size,
+                )  # fmt: skip
                 return carry, nll
 
             x = model.embed(batch.tokens)

@@ -1,6 +1,5 @@
 """A Hugging Face model folder: sharded safetensors, configuration, tokenizer and model card."""
 
-import itertools
 import json
 import math
 import re
@@ -11,11 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from layerskip_jax.interop.huggingface import llama_config, tensor_shapes
+from layerskip_jax.interop.huggingface import tensor_shapes, to_hugging_face_config
+from layerskip_jax.interop.pretrained import FILES, end_token_ids
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import UserError
 from layerskip_jax.staging import staged_folder
@@ -23,11 +21,12 @@ from layerskip_jax.staging import staged_folder
 DEFAULT_SHARD_BYTES = 4 * 2**30
 PROVENANCE = "layerskip"  # the key of config.json by which an export is known as ours
 
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _OUR_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|README\.md"
-    r"|(config|generation_config|tokenizer|tokenizer_config)\.json"
+    r"|tokenizer\.json|" + "|".join(map(re.escape, FILES))
 )
 
 
@@ -58,8 +57,10 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_tokenizer(file: Path, config: ModelConfig, end_token: str, end_token_id: int) -> None:
-    """Checks that a tokenizer belongs to a model.
+def check_tokenizer(
+    file: Path, config: ModelConfig, end_token: str, end_token_id: int
+) -> Tokenizer:
+    """Returns a tokenizer, checked to belong to a model.
 
     The model may have more rows than the tokenizer has tokens, since vocabularies are padded.
 
@@ -84,6 +85,7 @@ def check_tokenizer(file: Path, config: ModelConfig, end_token: str, end_token_i
             f"the end token {end_token!r} has id {tokenizer.token_to_id(end_token)} in {file}, "
             f"but the model was trained with {end_token_id}"
         )
+    return tokenizer
 
 
 def write_folder(
@@ -96,11 +98,12 @@ def write_folder(
     end_token_id: int,
     model_card: str,
     provenance: dict[str, Any],
+    published: dict[str, bytes] | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Writes a folder that `transformers` loads, holding one shard in memory at a time.
+    """Writes a folder that `transformers` loads, holding one tensor in memory at a time.
 
     The folder appears when it is complete, see `staged_folder`.
 
@@ -113,6 +116,8 @@ def write_folder(
       end_token_id: its id.
       model_card: text of `README.md`.
       provenance: where the model comes from; kept in `config.json` under `PROVENANCE`.
+      published: files by name of the published model that the run began from: what they say of
+        tokenizer, chat and generation stays as it was.
       dtype: what the tensors are cast to, one of `huggingface.DTYPES`.
       max_shard_bytes: tensor bytes in a file; only a tensor larger than that exceeds it.
       overwrite: whether an earlier export may be replaced.
@@ -124,14 +129,24 @@ def write_folder(
       UserError: the folder stands in the way or cannot be written, the tokenizer does not fit,
         or a value does not fit `dtype`.
     """
-    settings = llama_config(config, eos_token_id=end_token_id, dtype=dtype)
+    published = published or {}
+    tokenizer = check_tokenizer(tokenizer_file, config, end_token, end_token_id)
+    # What the run was trained to end with ends a text, and what ended one before still does.
+    known = end_token_ids(published, folder)
+    end_ids = known if end_token_id in known else [end_token_id, *known]
+    end_ids = end_ids[0] if len(end_ids) == 1 else end_ids
+    before = json.loads(published.get("config.json", b"{}"))
+    settings = to_hugging_face_config(
+        config, eos_token_id=end_ids, bos_token_id=before.get("bos_token_id"), dtype=dtype
+    )
+    settings["pad_token_id"] = before.get("pad_token_id")
     settings[PROVENANCE] = provenance
-    check_tokenizer(tokenizer_file, config, end_token, end_token_id)
     generation = {
         "bos_token_id": settings["bos_token_id"],
-        "eos_token_id": end_token_id,
         # Finished rows of a batch are filled with it; training has no padding token.
         "pad_token_id": end_token_id,
+        **json.loads(published.get("generation_config.json", b"{}")),
+        "eos_token_id": end_ids,
     }
     tokenizer_settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -141,6 +156,8 @@ def write_folder(
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
+    if settings["bos_token_id"] is not None:
+        tokenizer_settings["bos_token"] = tokenizer.id_to_token(settings["bos_token_id"])
 
     def check(path: Path) -> None:
         check_output(path, overwrite=overwrite)
@@ -148,7 +165,10 @@ def write_folder(
     with staged_folder(folder, check) as stage:
         counts = _write_weights(stage, tensors, config, dtype, max_shard_bytes)
         shutil.copyfile(tokenizer_file, stage / "tokenizer.json")
-        _write_json(stage / "tokenizer_config.json", tokenizer_settings)
+        if "tokenizer_config.json" not in published:
+            _write_json(stage / "tokenizer_config.json", tokenizer_settings)
+        for name in published.keys() - {"config.json", "generation_config.json"}:
+            (stage / name).write_bytes(published[name])
         _write_json(stage / "generation_config.json", generation)
         (stage / "README.md").write_text(model_card, encoding="utf-8")
         # Last: without it the folder does not load, should the process be killed before.
@@ -164,7 +184,8 @@ def _write_weights(
     max_shard_bytes: int,
 ) -> dict[str, int]:
     """Writes the shards and, if there are several, their index."""
-    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(config).items()}
+    shapes = tensor_shapes(config)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     itemsize = jnp.dtype(dtype).itemsize
     shards = list(_split(sizes, max_shard_bytes // itemsize))
     counts = {
@@ -177,21 +198,40 @@ def _write_weights(
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path = stage / (file if len(shards) > 1 else _WEIGHTS)
-        taken = itertools.islice(tensors, len(names))
-        shard = {name: _cast(name, tensor, dtype) for name, tensor in taken}
-        if list(shard) != names:
-            raise ValueError(f"expected the tensors {names}, got {list(shard)}")
-        try:
-            save_file(shard, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # how it reports a disk that is full
-            raise OSError(str(error)) from error
-        # safetensors makes files that only their owner reads; take the folder's rights.
-        path.chmod(stage.stat().st_mode & 0o666)
+        of_shard = {name: shapes[name] for name in names}
+        _write_shard(path, tensors, of_shard, dtype)
         file_of.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         metadata = {"total_size": counts["bytes"], "total_parameters": counts["parameters"]}
         _write_json(stage / _INDEX, {"metadata": metadata, "weight_map": file_of})
     return counts
+
+
+def _write_shard(
+    path: Path,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+) -> None:
+    """Writes a safetensors file, one tensor in memory at a time.
+
+    The format is a header of JSON, its length before it in 8 bytes, and the tensors one after
+    another; safetensors' own writer wants all of them at once.
+    """
+    itemsize, header, end = jnp.dtype(dtype).itemsize, {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * itemsize
+        code = _SAFETENSORS_DTYPES[dtype]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected, shape in shapes.items():
+            name, tensor = next(tensors, (None, None))
+            if name != expected or tensor.shape != shape:
+                raise ValueError(f"expected the tensor {expected} {shape}, got {name}")
+            file.write(_cast(name, tensor, dtype).reshape(-1).view(np.uint8).data)
 
 
 def _split(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:

@@ -5,16 +5,22 @@ rotates the same pairs (x_i, x_{i + h/2}) here and there.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
-from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.schema import UserError
+from layerskip_jax.model.config import ModelConfig, RopeScaling
+from layerskip_jax.schema import ConfigError, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+# Reads a part of one tensor, given a slice a dimension.
+Tensor = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +45,62 @@ class Weight:
         return "{layer}" in self.name
 
     def our_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Returns the shape here, of a single layer."""
+        """Returns the shape here, of a single layer, with the vocabulary padded as it is here."""
+        letters = self.shape.replace("->", "").split()
+        sizes = zip(letters, self.exported_shape(config), strict=True)
+        return tuple(config.vocab_rows if letter == "V" else size for letter, size in sizes)
+
+    def exported_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Returns the shape here without the padding, which is not there."""
         return _sizes(self.shape.replace("->", ""), config)
 
     def their_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Returns the shape of the tensor there."""
         if "->" not in self.shape:
-            return self.our_shape(config)
-        inputs, outputs = self.shape.split("->")
-        return math.prod(_sizes(outputs, config)), math.prod(_sizes(inputs, config))
+            return self.exported_shape(config)
+        inputs, outputs = (_sizes(side, config) for side in self.shape.split("->"))
+        # A bias has outputs only, and is a vector there.
+        return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
 
     def to_theirs(self, value: np.ndarray, config: ModelConfig) -> np.ndarray:
         """Returns one layer's value, laid out as it is there; a view where possible."""
         shape = self.their_shape(config)
         return value.reshape(shape[::-1]).T if "->" in self.shape else value
 
-    def to_ours(self, value: np.ndarray, config: ModelConfig) -> np.ndarray:
-        """Returns one layer's value, laid out as it is here; a view where possible."""
-        value = value.T if "->" in self.shape else value
-        return value.reshape(self.our_shape(config))
+    def read(self, tensor: Tensor, index: tuple[slice, ...], config: ModelConfig) -> np.ndarray:
+        """Reads a part of one layer's value, and no more of the tensor than it needs.
+
+        Args:
+          tensor: reads a part of the tensor there, given a slice a dimension.
+          index: the part, in the dimensions here; the padding of the vocabulary is zeros.
+          config: the shapes.
+        """
+        ours, theirs = self.our_shape(config), self.exported_shape(config)
+        if ours == theirs:
+            return self._read(tensor, index, config)
+        ranges = [part.indices(size)[:2] for part, size in zip(index, ours, strict=True)]
+        there = [(min(a, size), min(b, size)) for (a, b), size in zip(ranges, theirs, strict=True)]
+        shape = [b - a for a, b in ranges]
+        if not all(b > a for a, b in there):
+            return np.zeros(shape, np.float32)
+        value = self._read(tensor, tuple(slice(a, b) for a, b in there), config)
+        missing = zip(shape, value.shape, strict=True)
+        return np.pad(value, [(0, size - found) for size, found in missing])
+
+    def _read(self, tensor: Tensor, index: tuple[slice, ...], config: ModelConfig) -> np.ndarray:
+        if "->" not in self.shape:
+            return tensor(index)
+        inputs, outputs = (_sizes(side, config) for side in self.shape.split("->"))
+        of_inputs, of_outputs = index[: len(inputs)], index[len(inputs) :]
+        # Of merged dimensions only a range of the first one is a range; the rest is cut after.
+        groups = [(outputs, of_outputs)] + ([(inputs, of_inputs)] if inputs else [])
+        value = tensor(tuple(_merged(sizes, parts) for sizes, parts in groups)).T
+        cut, shape = [], []
+        for sizes, parts in reversed(groups):
+            first, *rest = (part.indices(size) for part, size in zip(parts, sizes, strict=True))
+            shape += [first[1] - first[0], *sizes[1:]]
+            cut += [slice(None), *(slice(start, stop) for start, stop, _ in rest)]
+        return value.reshape(shape)[tuple(cut)]
 
 
 _LAYER = "model.layers.{layer}."
@@ -68,6 +111,9 @@ WEIGHTS = (
     Weight("layers.attention.q", _LAYER + "self_attn.q_proj.weight", "D -> H h"),
     Weight("layers.attention.k", _LAYER + "self_attn.k_proj.weight", "D -> K h"),
     Weight("layers.attention.v", _LAYER + "self_attn.v_proj.weight", "D -> K h"),
+    Weight("layers.attention.q_bias", _LAYER + "self_attn.q_proj.bias", "-> H h"),
+    Weight("layers.attention.k_bias", _LAYER + "self_attn.k_proj.bias", "-> K h"),
+    Weight("layers.attention.v_bias", _LAYER + "self_attn.v_proj.bias", "-> K h"),
     Weight("layers.attention.o", _LAYER + "self_attn.o_proj.weight", "H h -> D"),
     Weight("layers.mlp_norm.scale", _LAYER + "post_attention_layernorm.weight", "D"),
     Weight("layers.mlp.gate", _LAYER + "mlp.gate_proj.weight", "D -> F"),
@@ -90,9 +136,21 @@ def _sizes(letters: str, config: ModelConfig) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in letters.split())
 
 
+def _merged(sizes: tuple[int, ...], parts: tuple[slice, ...]) -> slice:
+    """Returns the range of the merged dimension that holds a range of the first one."""
+    start, stop, _ = parts[0].indices(sizes[0])
+    inner = math.prod(sizes[1:])
+    return slice(start * inner, stop * inner)
+
+
 def _weights(config: ModelConfig) -> tuple[Weight, ...]:
-    # A tied head is the embedding: neither side stores it a second time.
-    return tuple(w for w in WEIGHTS if not (w.path == "head" and config.tie_embeddings))
+    def exists(weight: Weight) -> bool:
+        # A tied head is the embedding: neither side stores it a second time.
+        if weight.path == "head":
+            return not config.tie_embeddings
+        return config.qkv_bias or not weight.path.endswith("_bias")
+
+    return tuple(filter(exists, WEIGHTS))
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, Weight, int | None]]:
@@ -122,7 +180,8 @@ def to_hugging_face(
     """Yields the Hugging Face tensors one at a time, so that a large model need not fit twice.
 
     Args:
-      parameters: nested dict of jax or numpy arrays, layers stacked.
+      parameters: nested dict of arrays, layers stacked: jax's, numpy's, or arrays on disk that
+        are read where they are indexed.
       config: the shapes.
 
     Yields:
@@ -133,56 +192,104 @@ def to_hugging_face(
         for key in weight.path.split("."):
             value = value[key]
         # Sliced where it lives: a device hands over one layer, not the whole stack.
-        value = np.asarray(value if layer is None else value[layer])
+        index = tuple(slice(size) for size in weight.exported_shape(config))
+        value = np.asarray(value[index if layer is None else (layer, *index)])
         yield name, weight.to_theirs(value, config)
 
 
-def from_hugging_face(read: Callable[[str], np.ndarray], config: ModelConfig) -> dict[str, Any]:
+def from_hugging_face(
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    config: ModelConfig,
+    shardings: jax.sharding.Sharding | dict[str, Any],
+) -> dict[str, Any]:
     """Returns the nested parameters, float32 and with stacked layers, of Hugging Face tensors.
 
     Args:
-      read: returns the tensor of a name, such as `get_tensor` of an open safetensors file.
-      config: the shapes.
-
-    Raises:
-      UserError: a tensor has another shape than `config` gives it.
+      read: `read(name, index)` returns a part of a tensor, given a slice a dimension.
+      config: the shapes; see `check_tensors` for whether the tensors have them.
+      shardings: of all parameters, or nested like them. Each process reads the parts of its own
+        devices.
     """
 
-    def convert(weight: Weight, name: str) -> np.ndarray:
-        value, shape = read(name), weight.their_shape(config)
-        if value.shape != shape:
-            raise UserError(f"{name} has shape {value.shape}; the model's config makes it {shape}")
-        return weight.to_ours(value, config)
+    def make(weight: Weight, sharding) -> jax.Array:
+        shape = weight.our_shape(config)
+        if not weight.per_layer:
+
+            def part(index):
+                tensor = functools.partial(read, weight.name)
+                return weight.read(tensor, index, config).astype(np.float32)
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        def part_of_layers(index):
+            layers, *inner = index
+            chosen = range(config.num_layers)[layers]
+            sizes = (part.indices(size) for part, size in zip(inner, shape, strict=True))
+            value = np.empty((len(chosen), *(b - a for a, b, _ in sizes)), np.float32)
+            for row, layer in zip(value, chosen, strict=True):
+                tensor = functools.partial(read, weight.name.format(layer=layer))
+                row[...] = weight.read(tensor, tuple(inner), config)
+            return value
+
+        return jax.make_array_from_callback((config.num_layers, *shape), sharding, part_of_layers)
 
     parameters: dict[str, Any] = {}
     for weight in _weights(config):
-        shape = weight.our_shape(config)
-        if weight.per_layer:
-            value = np.empty((config.num_layers, *shape), np.float32)
-            for layer in range(config.num_layers):
-                value[layer] = convert(weight, weight.name.format(layer=layer))
-        else:
-            value = convert(weight, weight.name).astype(np.float32)
         *groups, leaf = weight.path.split(".")
-        group = parameters
+        group, sharding = parameters, shardings
         for key in groups:
             group = group.setdefault(key, {})
-        group[leaf] = value
+        for key in (*groups, leaf):
+            sharding = sharding[key] if isinstance(sharding, dict) else sharding
+        group[leaf] = make(weight, sharding)
     return parameters
 
 
-def llama_config(
+def check_tensors(shapes: dict[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
+    """Checks that a model's tensors are those of `config`, all of them at once.
+
+    Args:
+      shapes: of each tensor by name.
+      config: what they should be.
+      source: where they are, for the message.
+
+    Raises:
+      UserError: listing every tensor that is missing, unknown or of another shape.
+    """
+    wanted = tensor_shapes(config)
+    # Published checkpoints store some of what follows from the rest.
+    implied = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        implied.add("lm_head.weight")
+    lines = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in shapes]
+    lines += [
+        f"unknown: {name} {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name not in wanted and name not in implied
+    ]
+    lines += [
+        f"shape: {name} is {tuple(shapes[name])}, and the config makes it {shape}"
+        for name, shape in wanted.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    if lines:
+        raise UserError(
+            f"{source}: the tensors are not those of its config:\n  " + "\n  ".join(lines)
+        )
+
+
+def to_hugging_face_config(
     config: ModelConfig,
     *,
-    eos_token_id: int,
+    eos_token_id: int | list[int],
     bos_token_id: int | None = None,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """Returns the `config.json` of the same model as a `LlamaForCausalLM`.
+    """Returns the `config.json` of the same model: a Llama, or with biases a Qwen2.
 
     Args:
       config: the shapes.
-      eos_token_id: the token that ends a document.
+      eos_token_id: the token that ends a document, or all that end a text.
       bos_token_id: the token that starts one; None where documents start without.
       dtype: dtype of the stored tensors, one of `DTYPES`.
 
@@ -194,9 +301,10 @@ def llama_config(
             f"transformers reads no Llama whose width ({config.model_dim}) is not a multiple of "
             f"its heads ({config.num_heads}); a model of this shape cannot be exported"
         )
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    family = "qwen2" if config.qkv_bias else "llama"
+    settings = {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
+        "model_type": family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_dim,
         "intermediate_size": config.ffn_dim,
@@ -208,16 +316,115 @@ def llama_config(
         "max_position_embeddings": config.max_sequence_length,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
         "use_cache": True,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
-        # Each of the next two settings twice: as transformers 5 names it, then as 4 does.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        # Each of the next settings twice: as transformers 5 names it, then as 4 does.
+        "rope_parameters": {**_rope_scaling(config), "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if config.rope_scaling.kind != "none":
+        settings["rope_scaling"] = _rope_scaling(config)
+    if family == "llama":
+        settings |= {"attention_bias": False, "mlp_bias": False}
+    else:
+        settings["use_sliding_window"] = False
+    return settings
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return {"rope_type": "default"}
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_length,
+    }
+
+
+FAMILIES = ("llama", "mistral", "qwen2")
+
+
+def from_hugging_face_config(settings: dict[str, Any], source: str) -> ModelConfig:
+    """Returns the shapes that a `config.json` describes, as transformers 4 or 5 wrote it.
+
+    Args:
+      settings: the file's content.
+      source: where it is, for messages.
+
+    Raises:
+      UserError: it lacks a setting, or describes a model that this decoder is not.
+    """
+
+    def refuse(reason: str):
+        raise UserError(f"{source}: {reason}; this decoder cannot compute that model")
+
+    family = settings.get("model_type")
+    if family not in FAMILIES:
+        refuse(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "vocab_size"):  # fmt: skip
+        if not isinstance(settings.get(name), int):
+            raise UserError(f"{source}: {name}={settings.get(name)!r} is no integer")
+    if settings.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act={settings['hidden_act']!r} is not 'silu'")
+    for name in ("attention_bias", "mlp_bias"):
+        if settings.get(name):
+            refuse(f"{name}=true puts biases where it has none")
+    sliding = settings.get("sliding_window")
+    used = settings.get("use_sliding_window", False) if family == "qwen2" else True
+    if sliding is not None and used:
+        refuse(f"sliding_window={sliding} limits what a token sees")
+    heads = settings["num_attention_heads"]
+    try:
+        return ModelConfig(
+            vocab_size=settings["vocab_size"],
+            num_layers=settings["num_hidden_layers"],
+            model_dim=settings["hidden_size"],
+            ffn_dim=settings["intermediate_size"],
+            num_heads=heads,
+            num_kv_heads=settings.get("num_key_value_heads") or heads,
+            head_dim=settings.get("head_dim") or 0,
+            max_sequence_length=settings.get("max_position_embeddings", 2048),
+            norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            **_read_rope(settings, refuse),
+        )
+    except ConfigError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _read_rope(settings: dict[str, Any], refuse: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the rotary settings, from `rope_parameters` or from what came before it."""
+    found = settings.get("rope_parameters") or {}
+    scaling = found or settings.get("rope_scaling") or {}
+    theta = float(found.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind not in ("linear", "llama3"):
+        refuse(f"rope scaling {kind!r} is none of default, linear, llama3")
+    names = {"factor": "factor"}
+    if kind == "llama3":
+        names |= {
+            "low_freq_factor": "low_freq_factor",
+            "high_freq_factor": "high_freq_factor",
+            "original_max_position_embeddings": "original_length",
+        }
+    missing = sorted(name for name in names if name not in scaling)
+    if missing:
+        refuse(f"rope scaling {kind!r} lacks {', '.join(missing)}")
+    values = {ours: float(scaling[theirs]) for theirs, ours in names.items()}
+    if "original_length" in values:
+        values["original_length"] = int(values["original_length"])
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, **values)}

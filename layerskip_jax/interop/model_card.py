@@ -1,8 +1,10 @@
 """The README.md of an exported model."""
 
+from pathlib import PurePath
 from typing import Any
 
 from layerskip_jax.config import RunConfig
+from layerskip_jax.model.config import ModelConfig
 
 _FRONT_MATTER = """\
 ---
@@ -20,8 +22,7 @@ _DRAFT = """\
 
 All exits share the final norm and the head, so the model can draft with its first layers and
 verify with all of them. Greedy decoding gives the same text as without; how much faster it is
-depends on how often the drafts are right. Try other values of `assistant_early_exit`, from 1
-to {last}.
+depends on how often the drafts are right. {measured}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,22 +36,90 @@ tokens = model.generate(
 )
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```
+
+With one cache for drafts and verification, and compiled, in layerskip_jax:
+
+```
+layerskip generate --workdir=RUN --prompt="Once upon a time" --draft={draft},{draft_length}
+```
 """
+
+_MEASURED = """\
+Measured on {prompts} prompts, batch 1: with
+{exit_layer} layers drafting {draft_length} tokens, {acceptance:.0%} of the drafts were right and \
+decoding was {speedup:.2f} times as fast as
+without."""
 
 
 def write_model_card(
-    config: RunConfig, *, step: int, dtype: str, evaluation: dict[str, Any] | None
+    config: RunConfig,
+    *,
+    model: ModelConfig,
+    step: int,
+    dtype: str,
+    evaluation: dict[str, Any] | None,
+    before: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    speculation: dict[str, Any] | None = None,
 ) -> str:
     """Returns the text: what the model is, how it was trained, how good each exit is.
 
     Args:
       config: the run's.
+      model: what is exported, with as many layers as are exported.
       step: optimizer steps the parameters were trained for.
       dtype: of the stored tensors.
       evaluation: `{"step": n, "exits": [{"layers": E, "loss": ..., "perplexity": ...}]}`, loss
         in nats a token; None where there was none.
+      before: the same of the model that the run started from.
+      data: the manifest of the data, as far as there is one.
+      speculation: what `layerskip sweep` found.
     """
-    model, dropout, exits = config.model, config.layer_dropout, config.early_exit
+    source = PurePath(config.init_from).name
+    if source and step == 0:
+        text = f"The weights of {source}, converted by layerskip_jax and not trained further.\n"
+    else:
+        text = (
+            "A decoder of the Llama family, trained with layerskip_jax in the manner of LayerSkip\n"
+            "(Elhoushi et al., 2024, arXiv:2404.16710)"
+        )
+        text += f", starting from the weights of\n{source}.\n" if source else ".\n"
+    if model.num_layers < config.model.num_layers:
+        text += (
+            f"\nThese are its first {model.num_layers} layers of {config.model.num_layers}, with "
+            "the head that all exits share.\n"
+        )
+    parts = [
+        _FRONT_MATTER,
+        "# A LayerSkip model\n",
+        text,
+        _table(("setting", "value"), _settings(config, model, step, dtype).items()),
+    ]
+    if data and "train" in data and step:
+        parts.append("## Data\n\n" + _table(("", ""), _data(data).items()))
+    if evaluation is not None and evaluation["exits"]:
+        start = {entry["layers"]: entry for entry in (before or {}).get("exits", ())}
+        heading = ["layers", "loss (nats a token)", "perplexity"]
+        rows = [
+            [entry["layers"], f"{entry['loss']:.4f}", f"{entry['perplexity']:.2f}"]
+            for entry in evaluation["exits"]
+            if entry["layers"] <= model.num_layers
+        ]
+        if start and evaluation["step"]:
+            heading.append(f"perplexity of {source or 'the start'}")
+            for row in rows:
+                row.append(f"{start[row[0]]['perplexity']:.2f}" if row[0] in start else "")
+        parts += [
+            f"## Perplexity by exit\n\nOn the validation set, at step {evaluation['step']}.\n",
+            _table(heading, rows),
+        ]
+    if model.num_layers > 1:
+        parts.append(_drafting(model, speculation))
+    return "\n".join(parts)
+
+
+def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> dict[str, Any]:
+    dropout, exits = config.layer_dropout, config.early_exit
     settings = {
         "layers": model.num_layers,
         "width": model.model_dim,
@@ -61,8 +130,13 @@ def write_model_card(
         "context": f"{model.max_sequence_length} tokens",
         "tied embeddings": "yes" if model.tie_embeddings else "no",
         "stored as": dtype,
+    }
+    if step == 0:
+        return settings
+    return settings | {
         "optimizer steps": f"{step} of {config.training.steps}",
         "windows a step": config.training.batch_size,
+        "learning rate": config.optimizer.learning_rate,
         "layer dropout": (
             f"up to {dropout.p_max}, {dropout.depth} over the layers, {dropout.time} over the steps"
             if dropout.p_max
@@ -75,31 +149,35 @@ def write_model_card(
         ),
         "seed": config.seed,
     }
-    parts = [
-        _FRONT_MATTER,
-        "# A LayerSkip model\n",
-        "A decoder of the Llama family, trained with layerskip_jax in the manner of LayerSkip\n"
-        "(Elhoushi et al., 2024, arXiv:2404.16710).\n",
-        _table(("setting", "value"), settings.items()),
-    ]
-    if evaluation is not None:
-        rows = [
-            (entry["layers"], f"{entry['loss']:.4f}", f"{entry['perplexity']:.2f}")
-            for entry in evaluation["exits"]
-        ]
-        parts += [
-            f"## Perplexity by exit\n\nOn the validation set, at step {evaluation['step']}.\n",
-            _table(("layers", "loss (nats a token)", "perplexity"), rows),
-        ]
-    if model.num_layers > 1:
-        parts.append(
-            _DRAFT.format(
-                last=model.num_layers - 1,
-                draft=max(1, model.num_layers // 4),
-                new_tokens=min(64, model.max_sequence_length // 2),
-            )
-        )
-    return "\n".join(parts)
+
+
+def _data(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the manifest says of the corpus, without the folders of who prepared it."""
+    sources = [str(source) for source in data["request"]["sources"]]
+    names = [PurePath(source).name if "/" in source else source for source in sources]
+    train, validation = data["train"], data["validation"]
+    return {
+        "sources": ", ".join(f"`{name}`" for name in names),
+        "training": f"{train['documents']:,} documents, {train['tokens']:,} tokens, "
+        f"{train['windows']:,} windows of {data['sequence_length']}",
+        "validation": f"{validation['documents']:,} documents, {validation['tokens']:,} tokens",
+        "fingerprint": f"`{data['fingerprint']}`",
+    }
+
+
+def _drafting(model: ModelConfig, speculation: dict[str, Any] | None) -> str:
+    best = (speculation or {}).get("best")
+    if not best or best["exit_layer"] >= model.num_layers:
+        measured = f"Try other values of\n`assistant_early_exit`, from 1 to {model.num_layers - 1}."
+        best = {"exit_layer": max(1, model.num_layers // 4), "draft_length": 3}
+    else:
+        measured = _MEASURED.format(prompts=speculation["prompts"], **best)
+    return _DRAFT.format(
+        measured=measured,
+        draft=best["exit_layer"],
+        draft_length=best["draft_length"],
+        new_tokens=min(64, model.max_sequence_length // 2),
+    )
 
 
 def _table(heading, rows) -> str:

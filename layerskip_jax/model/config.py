@@ -9,6 +9,40 @@ from layerskip_jax.schema import require, require_choice
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTION_KERNELS = ("xla",)
+ROPE_SCALINGS = ("none", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than a model was trained on.
+
+    Attributes:
+      kind: `none`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1: long wavelengths
+        divided by `factor`, short ones left alone, those between interpolated).
+      factor: how much longer the context becomes.
+      low_freq_factor: `llama3` divides wavelengths above `original_length` over this.
+      high_freq_factor: `llama3` leaves wavelengths below `original_length` over this alone.
+      original_length: the context before, in tokens.
+    """
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        require_choice("rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1")
+        require(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            f"rope_scaling.low_freq_factor={self.low_freq_factor} must be above 0 and below "
+            f"high_freq_factor={self.high_freq_factor}",
+        )
+        require(
+            self.original_length >= 1,
+            f"rope_scaling.original_length={self.original_length} must be at least 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +51,8 @@ class ModelConfig:
 
     Attributes:
       vocab_size: V; 0 takes it from the prepared data's tokenizer.
+      vocab_multiple: embedding and head have V rounded up to a multiple of this, so that devices
+        can share them. What is added is never a target, never drawn, and never exported.
       num_layers: L.
       model_dim: D, the width of the residual stream.
       ffn_dim: F, the hidden width of the SwiGLU MLP.
@@ -25,6 +61,8 @@ class ModelConfig:
       head_dim: h; 0 means D / H.
       max_sequence_length: longest context the model is meant for, in tokens.
       rope_theta: base of the rotary position embedding.
+      rope_scaling: how its frequencies are stretched.
+      qkv_bias: whether queries, keys and values have biases, as in Qwen2.
       norm_eps: epsilon of RMSNorm.
       tie_embeddings: whether the head is the transposed embedding.
       dtype: dtype of activations and matrix products; parameters stay float32.
@@ -34,6 +72,7 @@ class ModelConfig:
     """
 
     vocab_size: int = 0
+    vocab_multiple: int = 1
     num_layers: int = 12
     model_dim: int = 768
     ffn_dim: int = 2048
@@ -42,6 +81,8 @@ class ModelConfig:
     head_dim: int = 0
     max_sequence_length: int = 2048
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    qkv_bias: bool = False
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
@@ -49,7 +90,9 @@ class ModelConfig:
     attention: str = "xla"
 
     def __post_init__(self):
-        sizes = "num_layers model_dim ffn_dim num_heads num_kv_heads max_sequence_length".split()
+        sizes = (
+            "vocab_multiple num_layers model_dim ffn_dim num_heads num_kv_heads max_sequence_length"
+        ).split()
         for name in sizes:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must not be negative")
@@ -73,6 +116,11 @@ class ModelConfig:
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("remat", self.remat, REMAT_POLICIES)
         require_choice("attention", self.attention, ATTENTION_KERNELS)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and the head: V, padded to a multiple of `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -1,15 +1,34 @@
 """Rotary position embedding (RoFormer, section 3.2), in the half-split layout of Llama."""
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layerskip_jax.model.config import ModelConfig
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, "h2"]:
+    """Returns the angle of a step from one position to the next, of each pair, in float32."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Turns within the original context: few are divided, many are left alone.
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
 
 def rope_tables(
-    positions: Int[Array, "B S"], head_dim: int, theta: float
+    positions: Int[Array, "B S"], config: ModelConfig
 ) -> tuple[Float[Array, "B S h2"], Float[Array, "B S h2"]]:
     """Returns cos and sin, in float32, of each position times each of the h/2 frequencies."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions[..., None].astype(jnp.float32) * theta**-exponents
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
 
 

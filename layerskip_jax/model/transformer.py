@@ -22,10 +22,20 @@ from layerskip_jax.ops.attention import packed_attention
 Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
 
 
-def _matrix(key, shape, logical_axes, fan_in, scale=1.0):
-    """A truncated-normal parameter of standard deviation scale / sqrt(fan_in)."""
+def _matrix(key, shape, logical_axes, fan_in, scale=1.0, padding=None):
+    """A truncated-normal parameter of standard deviation scale / sqrt(fan_in).
+
+    It has as many zeros more at the end of each dimension as `padding` says.
+    """
     init = jax.nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
-    return nnx.Param(init(key, shape, jnp.float32), logical_axes=logical_axes)
+    value = init(key, shape, jnp.float32)
+    if padding is not None:
+        value = jnp.pad(value, [(0, count) for count in padding])
+    return nnx.Param(value, logical_axes=logical_axes)
+
+
+def _bias(shape, logical_axes):
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=logical_axes)
 
 
 class RMSNorm(nnx.Module):
@@ -48,6 +58,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
         dim, heads, kv_heads = config.model_dim, config.num_heads, config.num_kv_heads
         h = config.head_dim
+        self.has_bias = config.qkv_bias
         kq, kk, kv, ko = jax.random.split(key, 4)
         kv_axes = ("embed", "kv_heads", "head_dim")
         self.q = _matrix(kq, (dim, heads, h), ("embed", "heads", "head_dim"), dim)
@@ -61,6 +72,10 @@ class Attention(nnx.Module):
             heads * h,
             (2 * config.num_layers) ** -0.5,
         )
+        if config.qkv_bias:
+            self.q_bias = _bias((heads, h), ("heads", "head_dim"))
+            self.k_bias = _bias((kv_heads, h), kv_axes[1:])
+            self.v_bias = _bias((kv_heads, h), kv_axes[1:])
 
     def project(
         self,
@@ -72,6 +87,10 @@ class Attention(nnx.Module):
         q = jnp.einsum("bsd,dnh->bsnh", x, self.q[...].astype(x.dtype))
         k = jnp.einsum("bsd,dnh->bsnh", x, self.k[...].astype(x.dtype))
         v = jnp.einsum("bsd,dnh->bsnh", x, self.v[...].astype(x.dtype))
+        if self.has_bias:
+            q = q + self.q_bias[...].astype(x.dtype)
+            k = k + self.k_bias[...].astype(x.dtype)
+            v = v + self.v_bias[...].astype(x.dtype)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def output(self, attended: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
@@ -213,16 +232,22 @@ class Transformer(nnx.Module):
         self.constrain = constrain
         embed_key, layer_key, head_key = jax.random.split(key, 3)
         shape = (config.vocab_size, config.model_dim)
-        self.embedding = _matrix(embed_key, shape, ("vocab", "embed"), config.model_dim)
+        # Zeros beside what is drawn, so that padding changes nothing else.
+        padding = (config.vocab_rows - config.vocab_size, 0)
+        self.embedding = _matrix(
+            embed_key, shape, ("vocab", "embed"), config.model_dim, padding=padding
+        )
         layer_keys = jax.random.split(layer_key, config.num_layers)
         self.layers = jax.vmap(lambda k: Block(config, k))(layer_keys)
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps)
         if not config.tie_embeddings:
-            self.head = _matrix(head_key, shape[::-1], ("embed", "vocab"), config.model_dim)
+            self.head = _matrix(
+                head_key, shape[::-1], ("embed", "vocab"), config.model_dim, padding=padding[::-1]
+            )
 
     @property
     def head_weight(self) -> Float[Array, "D V"]:
-        """The shared head, float32."""
+        """The shared head, float32; columns beyond the vocabulary are padding."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -235,7 +260,7 @@ class Transformer(nnx.Module):
 
     def rows(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> Rows:
         """Returns what the blocks read of each row beside the residual stream."""
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(positions, self.config)
         return cos, sin, segment_ids
 
     def scan_layers(
@@ -330,7 +355,7 @@ class Transformer(nnx.Module):
 
         x = self.embed(tokens)
         x, _ = self.scan_layers(x, self.rows(positions, segment_ids), last, x)
-        head = self.head_weight.astype(x.dtype)
+        head = self.head_weight[:, : self.config.vocab_size].astype(x.dtype)
         return jnp.einsum(
             "bsd,dv->bsv", self.final_norm(x), head, preferred_element_type=jnp.float32
         )

@@ -41,6 +41,7 @@ class _Settings(NamedTuple):
     chunk: int
     batch_shards: int
     z_loss: float
+    vocab_size: int | None
     constrain_head: Callable[[Array], Array] | None
 
 
@@ -55,6 +56,7 @@ def linear_cross_entropy(
     chunk: int,
     batch_shards: int = 1,
     z_loss: float = 0.0,
+    vocab_size: int | None = None,
     constrain_head: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "A"], ...]]:
     """Returns the weighted sum of the NLL of all slots, and each slot's own NLL.
@@ -73,11 +75,13 @@ def linear_cross_entropy(
         every chunk.
       z_loss: adds this times the squared log-partition to each token's NLL in the first
         result, which keeps logits from drifting (PaLM, section 5).
+      vocab_size: columns of the head that are tokens; the others have probability 0. None
+        stands for all.
       constrain_head: pins the sharding of the head in the products.
 
     Only the first result is differentiable, with respect to states, norm and head.
     """
-    settings = _Settings(chunk, batch_shards, z_loss, constrain_head)
+    settings = _Settings(chunk, batch_shards, z_loss, vocab_size, constrain_head)
     loss, sums = _weighted_nll(settings, parts, head, norm)
     return loss, jax.lax.stop_gradient(sums)
 
@@ -161,7 +165,10 @@ def _score_part(settings, part, head, norms, totals):
         y, mask = cut(targets, start), cut(valid, start)
         normed, pull_back = jax.vjp(jax.vmap(lambda norm, x: norm(x)), norms, x)
         logits = jnp.einsum("nbsd,dv->nbsv", normed, head, preferred_element_type=jnp.float32)
-        is_target = y[..., None] == jnp.arange(head.shape[1])
+        token = jnp.arange(head.shape[1])
+        if settings.vocab_size not in (None, head.shape[1]):
+            logits = jnp.where(token < settings.vocab_size, logits, -jnp.inf)
+        is_target = y[..., None] == token
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nll = log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
         sums = sums.at[slot].add(jnp.sum(jnp.where(mask, nll, 0), axis=(1, 2)))

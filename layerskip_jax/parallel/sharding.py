@@ -89,10 +89,13 @@ def parameter_shardings(
         for size, logical in zip(leaf.shape, names, strict=True):
             parts = math.prod(mesh.shape[axis] for axis in getattr(rules, logical))
             if size % parts:
+                # Of all axes only the vocabulary can be padded without changing the model.
+                pad = f"pad it with config.model.vocab_multiple={parts}, or "
                 raise ConfigError(
                     f"parameter {name}: its axis {logical!r} of size {size} is not divisible "
-                    f"by the {parts} devices of mesh axes {getattr(rules, logical)}; change "
-                    f"config.mesh, config.model, or config.mesh.rules.{logical}"
+                    f"by the {parts} devices of mesh axes {getattr(rules, logical)}; "
+                    f"{pad if logical == 'vocab' else ''}change config.mesh, config.model, or "
+                    f"config.mesh.rules.{logical}"
                 )
         return NamedSharding(mesh, rules.spec(names))
 

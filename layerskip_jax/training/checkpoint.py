@@ -6,13 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from layerskip_jax.schema import UserError
 
 logger = logging.getLogger(__name__)
 
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"
+
+
+# Arrays are stored in pieces of at most so many bytes, so that reading a layer of a large model
+# does not mean reading a device's share of all of them.
+PIECE_BYTES = 2**26
+
+
+def _pieces(leaf: jax.Array) -> ocp.SaveArgs:
+    return ocp.SaveArgs(chunk_byte_size=max(PIECE_BYTES, leaf.dtype.itemsize), shard_axes=(0,))
 
 
 class Checkpoints:
@@ -51,22 +62,22 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, parameters: Any, optimizer: Any, *, force: bool = False) -> bool:
+    def save(
+        self, step: int, parameters: Any, optimizer: Any | None, *, force: bool = False
+    ) -> bool:
         """Starts saving if `step` is due (or `force`), and returns whether it did.
 
+        Without an optimizer the checkpoint can be evaluated and started from, not gone on from.
         A failure of an earlier asynchronous save is raised here, at the latest in `close`.
         """
         due = force or step % self._every_steps == 0
         if not due or step in self._manager.all_steps():
             return False
-        items = ocp.args.Composite(
-            **{
-                PARAMETERS: ocp.args.StandardSave(parameters),
-                OPTIMIZER: ocp.args.StandardSave(optimizer),
-            }
-        )
+        items = {PARAMETERS: ocp.args.StandardSave(parameters, jax.tree.map(_pieces, parameters))}
+        if optimizer is not None:
+            items[OPTIMIZER] = ocp.args.StandardSave(optimizer)
         with self._named_failures():
-            return self._manager.save(step, args=items, force=True)
+            return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any]:
         """Restores both items, each leaf with the shape, dtype and sharding of its template."""
@@ -102,6 +113,28 @@ class Checkpoints:
         logger.info("restoring the parameters of step %d from %s", step, self._folder)
         items = ocp.args.Composite(**{PARAMETERS: ocp.args.StandardRestore(template)})
         return self._manager.restore(step, args=items)[PARAMETERS]
+
+    def open_parameters(self, step: int | None, template: Any) -> Any:
+        """Opens the parameters where they lie, to be read piece by piece.
+
+        Args:
+          step: the checkpoint; None takes the newest.
+          template: nested dict of what is in it.
+
+        Returns:
+          The same nest of tensorstore arrays, which read what they are indexed for.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        base = (self._folder.absolute() / str(self.require_step(step)) / PARAMETERS).as_uri()
+
+        def open_array(path, _):
+            name = ".".join(key.key for key in path)
+            store = {"driver": "ocdbt", "base": f"{base}/", "path": name}
+            return ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+
+        return jax.tree_util.tree_map_with_path(open_array, template)
 
     def close(self) -> None:
         """Waits for a save under way and raises what went wrong in it."""

@@ -113,7 +113,7 @@ class CostModel:
         return StepFlops(
             layers=run * 3 * matrices,
             attention=run * 3 * attention,
-            exits=6.0 * tokens * model.model_dim * model.vocab_size,
+            exits=6.0 * tokens * model.model_dim * model.vocab_rows,
             recomputed=run * again,
             masked=masked,
         )

@@ -25,7 +25,7 @@ class OptimizerConfig:
       beta1: decay of the first moment.
       beta2: decay of the second moment.
       eps: AdamW epsilon.
-      weight_decay: decoupled decay of matrices and embeddings; norms are left alone.
+      weight_decay: decoupled decay of matrices and embeddings; norms and biases are left alone.
       clip_norm: largest global gradient norm; 0 turns clipping off.
     """
 
@@ -75,10 +75,13 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns clipping followed by AdamW; the decay skips every parameter called `scale`."""
+    """Returns clipping followed by AdamW; the decay skips the scales of norms and the biases."""
+
+    def is_matrix(path, _) -> bool:
+        return not (path[-1].key == "scale" or path[-1].key.endswith("_bias"))
 
     def decayed(parameters: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", parameters)
+        return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
     adamw = optax.adamw(
         learning_rate_schedule(config, total_steps),

@@ -16,7 +16,7 @@ from layerskip_jax.parallel.hosts import BatchPlacement
 from layerskip_jax.parallel.mesh import batch_shards, make_mesh
 from layerskip_jax.parallel.sharding import check_batch, parameter_shardings
 from layerskip_jax.training.optimizer import make_optimizer
-from layerskip_jax.training.state import ModelDefinition
+from layerskip_jax.training.state import ModelDefinition, Parameters
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,12 @@ class TrainSetup:
             return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters))
 
         return jax.jit(make, out_shardings=self.shardings)()
+
+    def start_from(self, parameters: Parameters) -> TrainState:
+        """Returns the state before the first step with these parameters, sharded as they are."""
+        optimizer = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)
+        step = jax.device_put(jnp.int32(0), self.shardings.step)
+        return TrainState(step, parameters, optimizer(parameters))
 
     def abstract_state(self) -> TrainState:
         """Returns shapes, dtypes and shardings of the state, as a template to restore into."""

@@ -123,6 +123,7 @@ def make_train_step(
             chunk=config.training.loss_chunk,
             batch_shards=batch_shards,
             z_loss=config.early_exit.z_loss,
+            vocab_size=model.config.vocab_size,
             # Gathered along D once a step, not with every part that is scored.
             constrain_head=lambda head: constrain(head, "activation", "vocab"),
         )

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
+from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.runs import RunFolder, read_json_lines
 from layerskip_jax.schema import ConfigError, UserError
 from layerskip_jax.training.checkpoint import Checkpoints
@@ -30,12 +32,40 @@ logger = logging.getLogger(__name__)
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped before the end; the same command goes on
 
 
-def train(config: RunConfig, workdir: str | Path) -> int:
+@runtime_checkable
+class Initial(Protocol):
+    """A model to start from, its parameters not yet read.
+
+    Attributes:
+      config: its shape.
+      files: see `RunFolder.published`.
+    """
+
+    config: ModelConfig
+    files: dict[str, bytes]
+
+    def check_tokenizer(self, file: Path) -> None:
+        """Raises `UserError` unless the tokenizer in `file` is the model's."""
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        """Reads the parameters, each device its own part.
+
+        Args:
+          config: the shape to read them in: that of the model, the vocabulary padded otherwise.
+          shardings: nested like the parameters.
+
+        Raises:
+          UserError: they cannot be had in that shape.
+        """
+
+
+def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None) -> int:
     """Trains a model, or goes on training it from its newest checkpoint.
 
     Args:
       config: the run; `config.data.path` names prepared data.
       workdir: its folder. What lies there already must come from the same config and data.
+      initial: what `config.init_from` names.
 
     Returns:
       0 when all steps are done, `STOPPED_EXIT_CODE` when SIGTERM or SIGINT ended it early.
@@ -45,6 +75,10 @@ def train(config: RunConfig, workdir: str | Path) -> int:
     """
     # Data
     manifest = read_manifest(config.data.path)
+    tokenizer_file = Path(config.data.path) / "tokenizer.json"
+    if initial is not None:
+        initial.check_tokenizer(tokenizer_file)
+        config = dataclasses.replace(config, model=shaped_like(config.model, initial.config))
     config = resolve(config, manifest)
     source = BatchSource(
         config.data.path, "train", batch_size=config.training.batch_size, seed=config.seed
@@ -54,9 +88,8 @@ def train(config: RunConfig, workdir: str | Path) -> int:
     setup = make_setup(config)
     folder = RunFolder(Path(workdir))
     check_workdir(folder, config, dataclasses.asdict(manifest))
-    claim_workdir(
-        folder, config, dataclasses.asdict(manifest), Path(config.data.path) / "tokenizer.json"
-    )
+    published = initial.files if initial is not None else {}
+    claim_workdir(folder, config, dataclasses.asdict(manifest), tokenizer_file, published)
     cost = CostModel(config, source.sequence_length)
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
     _log_decisions(setup, source, cost, peak)
@@ -68,7 +101,7 @@ def train(config: RunConfig, workdir: str | Path) -> int:
             every_steps=config.checkpoint.every_steps,
             keep=config.checkpoint.keep,
         )
-        state, first_step = _restore_or_init(setup, checkpoints)
+        state, first_step = _restore_or_init(setup, checkpoints, initial)
 
         # Compile, unless all steps are done
         total_steps = config.training.steps
@@ -92,6 +125,11 @@ def train(config: RunConfig, workdir: str | Path) -> int:
                 _stop_requests() as stop,
                 source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
             ):
+                evaluates = initial is not None and config.training.evaluate_every
+                if evaluates and first_step == 0 and not _is_evaluated(folder, 0):
+                    # What the run starts from, on all of the data, to compare the end with.
+                    _evaluate(config, setup, scorer, state.parameters, 0, folder, metrics_log)
+                    metrics_log.restart_clock()
                 for index, host_batch in batches:
                     batch = setup.placement.place(Batch(*host_batch))
                     state, metrics = step_function(state, batch)
@@ -154,8 +192,32 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size))
 
 
-def _restore_or_init(setup: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+def shaped_like(model: ModelConfig, source: ModelConfig) -> ModelConfig:
+    """Returns `source` with what `model` says of how to compute, not of the shape.
+
+    Raises:
+      ConfigError: a setting of the shape was changed, to something else than the source's.
+    """
+    free, default = ["dtype", "remat", "attention"], ModelConfig()
+    for name in ("max_sequence_length", "vocab_multiple"):
+        if getattr(model, name) != getattr(default, name):
+            free.append(name)
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(model, field.name), getattr(source, field.name)
+        if field.name not in free and ours not in (theirs, getattr(default, field.name)):
+            raise ConfigError(
+                f"config.model.{field.name}={ours} contradicts config.init_from, whose model has "
+                f"{theirs}; leave it out"
+            )
+    return dataclasses.replace(source, **{name: getattr(model, name) for name in free})
+
+
+def _restore_or_init(
+    setup: TrainSetup, checkpoints: Checkpoints, initial: Initial | None
+) -> tuple[TrainState, int]:
     step = checkpoints.latest_step
+    if step is None and initial is not None:
+        return _start_from(setup, initial), 0
     if step is None:
         return setup.init(), 0
     template = setup.abstract_state()
@@ -163,6 +225,11 @@ def _restore_or_init(setup: TrainSetup, checkpoints: Checkpoints) -> tuple[Train
     logger.info("going on from the checkpoint of step %d", step)
     counter = jax.device_put(jnp.int32(step), setup.shardings.step)
     return TrainState(counter, parameters, optimizer), step
+
+
+def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
+    parameters = initial.parameters(setup.config.model, setup.shardings.parameters)
+    return setup.start_from(parameters)
 
 
 def _add(metrics_log: MetricsLog, config: RunConfig, step: int, metrics) -> None:
@@ -179,8 +246,8 @@ def _evaluate(
     folder: RunFolder,
     metrics_log: MetricsLog,
 ) -> None:
-    """Scores every exit on the validation set; the last evaluation takes all of it."""
-    limit = config.training.evaluate_batches if step < config.training.steps else 0
+    """Scores every exit on the validation set; the first and the last evaluation take all of it."""
+    limit = config.training.evaluate_batches if 0 < step < config.training.steps else 0
     exits = evaluate_exits(scorer, parameters, validation_batches(config, setup, limit))
     metrics_log.evaluation(step, exits)
     chosen = {len(exits) // 2, len(exits)}

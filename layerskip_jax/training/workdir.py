@@ -54,7 +54,7 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
             )
         return
     if folder.path.is_dir():
-        ours = {folder.data_file.name, folder.tokenizer_file.name}
+        ours = {folder.data_file.name, folder.tokenizer_file.name, folder.published.name}
         others = sorted(p.name for p in folder.path.iterdir() if not _is_temporary(p))
         if not ours.issuperset(others):
             raise UserError(
@@ -71,9 +71,20 @@ def _config_of(folder: RunFolder) -> dict:
 
 
 def claim_workdir(
-    folder: RunFolder, config: RunConfig, manifest: dict, tokenizer_file: Path
+    folder: RunFolder,
+    config: RunConfig,
+    manifest: dict,
+    tokenizer_file: Path,
+    published: dict[str, bytes] | None = None,
 ) -> None:
     """Creates the folder and writes what identifies the run, the config last.
+
+    Args:
+      folder: see `check_workdir`.
+      config: see `check_workdir`.
+      manifest: see `check_workdir`.
+      tokenizer_file: of the data.
+      published: files by name of the model that the run starts from, see `RunFolder.published`.
 
     Raises:
       UserError: the folder cannot be written.
@@ -84,6 +95,7 @@ def claim_workdir(
             temporary = folder.path / f".tokenizer.json.{os.getpid()}"
             shutil.copyfile(tokenizer_file, temporary)
             os.replace(temporary, folder.tokenizer_file)
+        write_published(folder, published or {})
         write_json(folder.data_file, manifest)
         write_json(folder.config_file, config.to_dict())
     except OSError as error:
@@ -91,6 +103,18 @@ def claim_workdir(
             f"--workdir={folder.path} cannot be written ({error.strerror}: {error.filename}); "
             "free some space or take another folder"
         ) from error
+
+
+def write_published(folder: RunFolder, files: dict[str, bytes]) -> None:
+    """Writes `RunFolder.published`, unless it is there already."""
+    if not files or folder.published.exists():
+        return
+    temporary = folder.path / f".published.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+    os.rename(temporary, folder.published)
 
 
 def _is_temporary(path: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tokenizers import processors
 
 from layerskip_jax import cli
 from layerskip_jax.commands import prepare as command
@@ -17,7 +18,12 @@ from layerskip_jax.data import prepare as preparing
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.data.prepare import prepare
-from layerskip_jax.data.tokenizer import file_sha256, load_tokenizer
+from layerskip_jax.data.tokenizer import (
+    begin_tokens,
+    encode_prompt,
+    file_sha256,
+    load_tokenizer,
+)
 from layerskip_jax.schema import ConfigError, UserError
 from tests.data.conftest import DOCUMENTS, small_request
 
@@ -215,6 +221,30 @@ def test_a_tfds_data_set_is_found_by_name(prepared, tmp_path, monkeypatch):
     manifest = prepare(small_request("tfds:text_corpus:train[:50%]"), tmp_path / "data")
     documents = manifest.train.documents + manifest.validation.documents
     assert documents == read_manifest(prepared).train.documents // 2
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text(prepared, corpus_folder, tmp_path):
+    tokenizer = load_tokenizer(prepared / "tokenizer.json")
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    begin = tokenizer.token_to_id("<s>")
+    ids = [("<s>", begin), ("</s>", begin + 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ids
+    )
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    assert begin_tokens(load_tokenizer(file)) == [begin]
+    request = small_request(
+        corpus_folder, vocab_size=0, tokenizer_sha256=file_sha256(file), end_token="</s>"
+    )
+    found = prepare(request, tmp_path / "data", tokenizer_file=file)
+    plain = read_manifest(prepared)
+    assert found.train.tokens == plain.train.tokens + plain.train.documents
+    batch = BatchSource(tmp_path / "data", "train", batch_size=1, seed=0, shuffle=False).batch(0)
+    starts = np.diff(batch.segment_ids[0], prepend=0) > 0
+    assert (batch.tokens[0][starts] == begin).all()
+    assert (batch.tokens[0] == begin).sum() == starts.sum()
+    assert encode_prompt(tokenizer, "") == [begin]
 
 
 def test_an_existing_tokenizer(prepared, corpus_folder, tmp_path):

@@ -40,6 +40,18 @@ def test_a_mesh_gives_the_tokens_of_one_device(model, data, tensor):
         assert sharded.generate(PROMPTS, 12, **way).tokens == expected
 
 
+def test_a_vocabulary_that_cannot_be_split_evenly_is_padded():
+    model = Transformer(
+        small_model(vocab_size=61, num_heads=8, num_kv_heads=4, tie_embeddings=True),
+        jax.random.key(2),
+    )
+    generator = Generator(model, mesh=make_mesh(MeshShape(data=2, tensor=4)))
+    assert generator.weights.embedding.shape == (64, 32)
+    for way in WAYS:
+        expected = Generator(model).generate(PROMPTS, 12, **way).tokens
+        assert generator.generate(PROMPTS, 12, **way).tokens == expected
+
+
 def test_choosing_a_token_gathers_no_logits(model):
     mesh = make_mesh(MeshShape(data=2, tensor=4))
     generator = Generator(model, mesh=mesh)

@@ -117,20 +117,23 @@ def test_shards_are_bounded_and_the_index_names_the_right_ones(tmp_path, write):
         assert sum(sizes) <= limit or len(sizes) == 1
 
 
-def test_tensors_are_taken_a_shard_at_a_time(tmp_path, write):
+def test_tensors_are_taken_one_at_a_time(tmp_path, write):
     taken = []
 
     def watched():
         for name, tensor in expected_tensors().items():
             (stage,) = tmp_path.iterdir()
             assert not (stage / "config.json").exists()  # killed here, it would not load
-            taken.append((name, len(list(stage.glob("*.safetensors")))))
+            files = sorted(stage.glob("*.safetensors"))
+            taken.append((name, len(files), sum(file.stat().st_size for file in files)))
             yield name, tensor
 
     write(tmp_path / "out", tensors=watched(), max_shard_bytes=10_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    for name, files_before in taken:
-        assert int(index["weight_map"][name].split("-")[1]) == files_before + 1
+    for name, files, _ in taken:
+        assert int(index["weight_map"][name].split("-")[1]) == files
+    written = [size for _, _, size in taken]
+    assert written == sorted(written) and len(set(written)) > len(set(index["weight_map"].values()))
 
 
 def test_a_disk_that_fails_half_way_leaves_nothing(tmp_path, write):

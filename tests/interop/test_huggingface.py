@@ -1,5 +1,6 @@
 """The name map and the configuration, without transformers."""
 
+import collections
 import dataclasses
 import json
 
@@ -8,12 +9,17 @@ import numpy as np
 import pytest
 
 from layerskip_jax.interop.huggingface import (
+    WEIGHTS,
+    check_tensors,
     from_hugging_face,
-    llama_config,
+    from_hugging_face_config,
     tensor_shapes,
     to_hugging_face,
+    to_hugging_face_config,
 )
-from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.config import ModelConfig, RopeScaling
+from layerskip_jax.parallel.mesh import MeshShape, make_mesh
+from layerskip_jax.parallel.sharding import ShardingRules, parameter_shardings
 from layerskip_jax.schema import UserError
 from tests.interop.helpers import CONFIG, random_parameters
 
@@ -32,16 +38,58 @@ def test_projections_worked_by_hand():
     np.testing.assert_array_equal(o, [[5, 7], [6, 8]])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back_is_bit_equal(tied):
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied, head_dim=6)
+ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        None,
+        MeshShape(data=8),
+        MeshShape(fsdp=4, tensor=2),
+        MeshShape(data=2, fsdp=2, tensor=2),
+    ],
+)
+@pytest.mark.parametrize("tied, biases", [(False, False), (True, False), (False, True)])
+def test_there_and_back_is_bit_equal(tied, biases, shape):
+    """On one device and on meshes, where each device reads its own part."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, head_dim=6, qkv_bias=biases)
     definition, parameters = random_parameters(config)
     tensors = dict(to_hugging_face(parameters, config))
     assert {name: tensor.shape for name, tensor in tensors.items()} == tensor_shapes(config)
     assert ("lm_head.weight" in tensors) is not tied
-    back = from_hugging_face(tensors.__getitem__, config)
+    assert ("model.layers.0.self_attn.q_proj.bias" in tensors) is biases
+    shardings, read = ONE_DEVICE, collections.defaultdict(set)
+    if shape is not None:
+        shardings = parameter_shardings(
+            definition.shapes, definition.logical_axes, make_mesh(shape), ShardingRules()
+        )
+
+    def part(name, index):
+        read[name].add(tensors[name][index].size)
+        return tensors[name][index]
+
+    back = from_hugging_face(part, config, shardings)
     assert jax.tree.structure(back) == jax.tree.structure(definition.shapes)
     jax.tree.map(np.testing.assert_array_equal, back, parameters)
+    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, "here")
+    if shape is not None:  # each device its own part
+        up = "model.layers.0.mlp.up_proj.weight"
+        assert read[up] == {tensors[up].size // shape.fsdp // shape.tensor}
+
+
+def test_a_part_that_splits_heads_is_cut_after_reading():
+    config = dataclasses.replace(CONFIG, head_dim=6)
+    _, parameters = random_parameters(config)
+    tensors = dict(to_hugging_face(parameters, config))
+    for name, path in (("q", "D H h"), ("o", "H h D")):
+        ours = parameters["layers"]["attention"][name][1]
+        index = tuple(
+            {"D": slice(8, 16), "H": slice(1, 3), "h": slice(3, 6)}[d] for d in path.split()
+        )
+        weight = next(w for w in WEIGHTS if w.path == f"layers.attention.{name}")
+        tensor = tensors[weight.name.format(layer=1)]
+        np.testing.assert_array_equal(weight.read(tensor.__getitem__, index, config), ours[index])
 
 
 def test_every_parameter_is_written_once():
@@ -50,16 +98,70 @@ def test_every_parameter_is_written_once():
     assert written == definition.num_parameters
 
 
-def test_a_tensor_of_another_shape_is_named():
-    _, parameters = random_parameters(CONFIG)
-    tensors = dict(to_hugging_face(parameters, CONFIG))
-    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 31))
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.*\(48, 31\).*\(48, 32\)"):
-        from_hugging_face(tensors.__getitem__, CONFIG)
+def test_every_wrong_tensor_is_listed():
+    shapes = tensor_shapes(CONFIG)
+    up = "model.layers.1.mlp.up_proj.weight"
+    shapes[up] = (48, 31)
+    del shapes["model.norm.weight"], shapes["lm_head.weight"]
+    shapes["model.layers.0.self_attn.q_proj.bias"] = (32,)
+    shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (4,)  # follows from the rest
+    with pytest.raises(UserError) as error:
+        check_tensors(shapes, CONFIG, "there")
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: model.norm.weight (32,)",
+        "  missing: lm_head.weight (300, 32)",
+        "  unknown: model.layers.0.self_attn.q_proj.bias (32,)",
+        f"  shape: {up} is (48, 31), and the config makes it (48, 32)",
+    ]
+
+
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling("linear", 4.0), LLAMA3])
+@pytest.mark.parametrize("tied, biases", [(False, False), (True, False), (False, True)])
+def test_the_config_goes_there_and_back(tied, biases, scaling):
+    config = dataclasses.replace(
+        CONFIG, tie_embeddings=tied, qkv_bias=biases, rope_scaling=scaling, dtype="bfloat16"
+    )
+    settings = to_hugging_face_config(config, eos_token_id=0)
+    assert from_hugging_face_config(settings, "here") == config
+    # as transformers 4 wrote it
+    old = {k: v for k, v in settings.items() if k not in ("rope_parameters", "dtype", "head_dim")}
+    if old.get("rope_scaling"):
+        old["rope_scaling"] = {
+            "type" if k == "rope_type" else k: v for k, v in old["rope_scaling"].items()
+        }
+    assert from_hugging_face_config(old, "here") == config
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' is none of llama, mistral, qwen2"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn' is none of"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3' lacks factor, high_freq_factor"),
+        ({"sliding_window": 4096}, "sliding_window=4096 limits what a token sees"),
+        ({"attention_bias": True}, "attention_bias=true puts biases"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not 'silu'"),
+        ({"hidden_size": None}, "hidden_size=None is no integer"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(changes, message):
+    settings = to_hugging_face_config(CONFIG, eos_token_id=0) | changes
+    with pytest.raises(UserError, match=message):
+        from_hugging_face_config(settings, "config.json")
+
+
+def test_a_sliding_window_that_is_not_used_is_ignored():
+    config = dataclasses.replace(CONFIG, qkv_bias=True, dtype="bfloat16")
+    settings = to_hugging_face_config(config, eos_token_id=0) | {"sliding_window": 4096}
+    assert from_hugging_face_config(settings, "here") == config
 
 
 def test_config_states_what_either_transformers_reads():
-    config = llama_config(CONFIG, eos_token_id=0, dtype="bfloat16")
+    config = to_hugging_face_config(CONFIG, eos_token_id=0, dtype="bfloat16")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000.0
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert config["head_dim"] == 8 and config["num_key_value_heads"] == 2
@@ -69,4 +171,4 @@ def test_config_states_what_either_transformers_reads():
 def test_a_shape_that_llama_refuses_is_an_error():
     config = dataclasses.replace(CONFIG, model_dim=34, head_dim=8)
     with pytest.raises(UserError, match=r"width \(34\).*heads \(4\)"):
-        llama_config(config, eos_token_id=0)
+        to_hugging_face_config(config, eos_token_id=0)

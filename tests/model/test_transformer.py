@@ -49,7 +49,7 @@ def test_logits_depend_on_relative_positions_only():
 
 
 def test_rope_rotates_the_first_pair_by_the_position_in_radians():
-    cos, sin = rope_tables(jnp.array([[2]]), 4, 10_000.0)
+    cos, sin = rope_tables(jnp.array([[2]]), ModelConfig(num_heads=1, model_dim=4, num_kv_heads=1))
     x = jnp.array([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
     np.testing.assert_allclose(
         apply_rope(x, cos, sin).ravel(), [np.cos(2), 0, np.sin(2), 0], atol=1e-6

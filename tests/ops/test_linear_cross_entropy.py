@@ -42,6 +42,23 @@ def _case(dtype=jnp.float32):
     return states, head, targets, valid, jnp.array([0.3, 0.0, 0.05])
 
 
+def test_padded_columns_of_the_head_have_no_probability_and_no_gradient():
+    states, head, targets, valid, weights = _case()
+    padded = jnp.pad(head, ((0, 0), (0, 9)), constant_values=50.0)
+
+    def function(states, head):
+        return linear_cross_entropy(
+            states, head, targets, valid, weights, chunk=3, z_loss=1e-2, vocab_size=23
+        )[0]
+
+    loss, (d_states, d_head) = jax.value_and_grad(function, (0, 1))(states, head)
+    found, (d_states_padded, d_head_padded) = jax.value_and_grad(function, (0, 1))(states, padded)
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    np.testing.assert_allclose(d_states_padded, d_states, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(d_head_padded[:, :23], d_head, rtol=1e-5, atol=1e-6)
+    assert not d_head_padded[:, 23:].any()
+
+
 @pytest.mark.parametrize("chunk, shards", [(1, 1), (3, 2), (5, 1), (10, 2), (64, 1)])
 def test_loss_and_gradients_equal_the_float64_reference(chunk, shards):
     states, head, targets, valid, weights = _case()

@@ -56,6 +56,23 @@ def test_eight_devices_give_the_losses_of_one(one_device, shape):
     assert gate.addressable_shards[0].data.size * shape.fsdp * shape.tensor == gate.size
 
 
+def test_a_padded_vocabulary_trains_the_same_model():
+    """64 tokens in 96 rows, 24 on each of four devices, one of which has no token at all."""
+    config = small_run(model=small_model(vocab_multiple=48, num_kv_heads=4))
+    alone = run_steps(small_run(model=small_model(num_kv_heads=4)), 4)
+    config = dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, shape=MeshShape(1, 2, 4))
+    )
+    _, state, padded = run_steps(config, 4, devices=8)
+    np.testing.assert_allclose(_losses(padded), _losses(alone[2]), rtol=1e-5)
+    found, expected = jax.device_get((state.parameters, alone[1].parameters))
+    assert found["embedding"].shape == (96, 32)
+    for name, cut in (("embedding", np.s_[:64]), ("head", np.s_[:, :64])):
+        np.testing.assert_allclose(found[name][cut], expected[name], atol=1e-4)
+    assert not found["embedding"][64:].any()
+    assert not found["head"][:, 64:].any()
+
+
 def test_mask_and_gather_give_one_loss_curve(one_device):
     parameters, history = one_device
     dropout = dataclasses.replace(small_run().layer_dropout, execution="mask")

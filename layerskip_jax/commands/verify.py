@@ -1,0 +1,86 @@
+"""layerskip verify: compare a Hugging Face folder as we read it with transformers.
+
+Every layer's output goes through the final norm and the head, here and there, in float32, and
+greedy tokens follow a prompt. The exit code is 1 where they differ, and the first layer that does
+is named. PyTorch and transformers must be installed.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from layerskip_jax.commands.arguments import make_parser
+from layerskip_jax.data.tokenizer import encode_prompt
+from layerskip_jax.decoding.weights import decoder_weights
+from layerskip_jax.generator import Generator
+from layerskip_jax.interop.pretrained import open_pretrained
+from layerskip_jax.interop.verify import compare_exits, greedy_tokens, load_transformers
+from layerskip_jax.runs import read_prompt, write_json
+from layerskip_jax.schema import UserError
+from layerskip_jax.training.state import ModelDefinition
+
+GREEDY_PROMPT = 32
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser = make_parser("verify", __doc__)
+    parser.add_argument("folder", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--tokens", type=int, default=256, help="to read (default: %(default)s)")
+    parser.add_argument("--text", type=Path, help="a file to take them from (default: random ones)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="greedy tokens to compare")
+    parser.add_argument(
+        "--tolerance", type=float, default=2e-4, help="of a logit, or as a share of the largest"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(argv)
+    pretrained = open_pretrained(options.folder)
+    config = dataclasses.replace(pretrained.config, dtype="float32")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, options.tokens)
+    if options.text is not None:
+        tokens = np.array(encode_prompt(pretrained.tokenizer, read_prompt(options.text)))
+        tokens = tokens[: options.tokens]
+    if not 1 <= len(tokens) <= config.max_sequence_length:
+        raise UserError(
+            f"{len(tokens)} tokens to compare must be 1 to {config.max_sequence_length}, the "
+            "model's context; change --tokens or --text"
+        )
+    theirs = load_transformers(options.folder)
+    model = ModelDefinition(config).model(pretrained.parameters())
+    differences = compare_exits(decoder_weights(model), config, theirs, tokens.astype(np.int32))
+
+    table = Table(title=f"{options.folder} against transformers, {len(tokens)} tokens")
+    for heading in ("layers", "largest difference", "largest logit", "same argmax"):
+        table.add_column(heading, justify="right")
+    for entry in differences:
+        style = "red" if entry.exceeds(options.tolerance) else None
+        table.add_row(
+            str(entry.layers), f"{entry.largest:.2e}", f"{entry.scale:,.1f}",
+            f"{entry.same_argmax:.1%}", style=style,
+        )  # fmt: skip
+    Console().print(table)
+    wrong = [entry.layers for entry in differences if entry.exceeds(options.tolerance)]
+
+    room = config.max_sequence_length - options.new_tokens
+    prompt = tokens[: max(min(GREEDY_PROMPT, room), 1)].tolist()
+    ours = Generator(model).generate([prompt], options.new_tokens).tokens[0]
+    there = greedy_tokens(theirs, prompt, options.new_tokens)
+    same = ours == there
+    if options.json:
+        figures = {
+            "exits": [entry._asdict() for entry in differences],
+            "first_layer_that_differs": wrong[0] if wrong else None,
+            "same_greedy_tokens": same,
+        }
+        write_json(options.json, figures)
+    if wrong:
+        print(f"the outputs differ from layer {wrong[0]} on")
+    if not same:
+        at = next(i for i, pair in enumerate(zip(ours, there, strict=True)) if len(set(pair)) > 1)
+        print(f"greedy tokens differ from token {at} on: {ours[at]} here, {there[at]} there")
+    if not wrong and same:
+        print(f"every exit and {options.new_tokens} greedy tokens agree")
+    return 1 if wrong or not same else 0

