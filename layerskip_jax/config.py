@@ -17,7 +17,7 @@ from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.parallel.mesh import MeshShape
 from layerskip_jax.parallel.sharding import ShardingRules
-from layerskip_jax.schema import ConfigError, UserError, build, nearest, require
+from layerskip_jax.schema import ConfigError, UserError, build, nearest, require, require_choice
 from layerskip_jax.training.optimizer import OptimizerConfig
 
 
@@ -57,14 +57,48 @@ class CheckpointConfig:
     Attributes:
       every_steps: optimizer steps between two saves; the last step is always saved.
       keep: checkpoints kept, newest first.
+      keep_every_steps: checkpoints of multiples of so many steps are kept for good; 0 keeps none.
+      on_failure: what a save that fails does to the run: `stop` it, or `continue` with an error
+        in the log (the last save stops it all the same).
     """
 
     every_steps: int = 1000
     keep: int = 3
+    keep_every_steps: int = 0
+    on_failure: str = "stop"
 
     def __post_init__(self):
         require(self.every_steps >= 1, f"every_steps={self.every_steps} must be at least 1")
         require(self.keep >= 1, f"keep={self.keep} must be at least 1")
+        kept = self.keep_every_steps
+        require(kept >= 0, f"keep_every_steps={kept} must not be negative")
+        require_choice("on_failure", self.on_failure, ("stop", "continue"))
+
+
+SPIKE_WINDOW = 50  # steps whose mean and deviation a loss is compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardsConfig:
+    """What a run does when a step goes wrong.
+
+    Attributes:
+      nonfinite_limit: steps in a row that may be skipped because their loss or gradient is not
+        finite; one more ends the run.
+      spike_deviations: a loss so many standard deviations above the mean of the last
+        `SPIKE_WINDOW` steps is logged with its batch; 0 logs none.
+      step_timeout: seconds that a step, an evaluation's batch or the last save may take before
+        the process writes all stacks and ends, for the launcher to restart it; 0 waits for ever.
+    """
+
+    nonfinite_limit: int = 10
+    spike_deviations: float = 6.0
+    step_timeout: float = 0.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(value >= 0, f"{field.name}={value} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +152,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
     mesh: MeshConfig = MeshConfig()
 
     def to_dict(self) -> dict:

@@ -4,11 +4,13 @@ usage: layerskip train --workdir=RUN --config=configs/NAME.py [--config.a.b=valu
 
 The same command goes on from the newest checkpoint in RUN, with the batches the run would
 have seen. It exits with 75 when a signal stopped it before the last step.
+`launch/local.py` starts several processes of it on one machine, and restarts them.
 """
 
 from layerskip_jax.commands.arguments import split_config_arguments
 from layerskip_jax.config import load_config
 from layerskip_jax.initial import open_initial
+from layerskip_jax.parallel.hosts import start_processes
 from layerskip_jax.training.train import train
 
 
@@ -17,6 +19,7 @@ def main(argv: list[str]) -> int:
     parser, config_arguments, arguments = split_config_arguments("train", __doc__, argv)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     options = parser.parse_args(arguments)
+    start_processes()
     config = load_config(config_arguments)
     initial = open_initial(config.init_from, options.workdir) if config.init_from else None
     return train(config, options.workdir, initial)

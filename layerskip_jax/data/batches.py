@@ -97,6 +97,16 @@ class BatchSource:
                 windows.append(np.zeros((2, self.sequence_length + 1), np.int32))
         return unpack(np.stack(windows))
 
+    def window_numbers(self, step: int) -> list[int]:
+        """Returns the number, in the split, of the window in each row of batch `step`.
+
+        Rows past the last window of an order that ends have no number and are left out.
+        """
+        first = step * self.batch_size
+        last = first + self.batch_size
+        stop = last if self._shuffle else min(last, self.num_windows)
+        return [int(self._order[index]) for index in range(first, stop)]
+
     def batch(self, step: int) -> Batch:
         """Returns the whole of batch `step`."""
         return self.rows(step, range(self.batch_size))

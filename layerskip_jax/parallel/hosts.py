@@ -1,13 +1,174 @@
-"""What each process contributes: the rows of the batch that its own devices hold."""
+"""Several processes as one run: starting, agreeing, stopping together, and who reads what."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerskip_jax.schema import UserError
+
 BatchT = TypeVar("BatchT", bound=tuple)
+logger = logging.getLogger(__name__)
+
+# EX_TEMPFAIL: the run ended before its last step, and the same command goes on with it.
+RESTART_EXIT_CODE = 75
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = VARIABLES = (
+    "LAYERSKIP_COORDINATOR",
+    "LAYERSKIP_NUM_PROCESSES",
+    "LAYERSKIP_PROCESS_ID",
+)
+_AGREEMENT_SECONDS = 300
+
+
+def start_processes(environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes of the run, where the launcher has named them.
+
+    `LAYERSKIP_COORDINATOR` is `host:port` of process 0, `LAYERSKIP_NUM_PROCESSES` how many
+    there are, `LAYERSKIP_PROCESS_ID` which one this is. Call it before any use of a device.
+
+    Raises:
+      UserError: only some of the three are set, or one is no number in range.
+    """
+    given = {name: environment[name] for name in VARIABLES if name in environment}
+    if not given:
+        return
+    if missing := [name for name in VARIABLES if name not in given]:
+        raise UserError(
+            f"{', '.join(given)} is set and {', '.join(missing)} is not; set all three for a run "
+            "of several processes, none for one process"
+        )
+    try:
+        count, number = int(given[NUM_PROCESSES]), int(given[PROCESS_ID])
+    except ValueError as error:
+        raise UserError(
+            f"{NUM_PROCESSES} and {PROCESS_ID} must be whole numbers: {error}"
+        ) from None
+    if not 0 <= number < count:
+        raise UserError(f"{PROCESS_ID}={number} must be from 0 to {NUM_PROCESSES}={count} less 1")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(given[COORDINATOR], count, number)
+
+
+def require_agreement(facts: Mapping[str, object]) -> None:
+    """Checks that all processes state the same facts, before they compute anything together.
+
+    Args:
+      facts: plain values by name, of which nests are compared leaf by leaf.
+
+    Raises:
+      UserError: on every process, with each fact that differs and who says what.
+    """
+    if jax.process_count() == 1:
+        return
+    # Through the coordinator, not by a collective: what differs may be the devices themselves.
+    from jax._src.distributed import global_state
+
+    client, name = global_state.client, "layerskip/facts/{}"
+    client.key_value_set(name.format(jax.process_index()), json.dumps(_flat(facts)))
+    stated = [
+        json.loads(client.blocking_key_value_get(name.format(i), _AGREEMENT_SECONDS * 1000))
+        for i in range(jax.process_count())
+    ]
+    lines = []
+    for key in sorted(set().union(*stated)):
+        values = [repr(one.get(key)) for one in stated]
+        if len(set(values)) > 1:
+            said = ", ".join(f"process {i}: {value}" for i, value in enumerate(values))
+            lines.append(f"  {key}: {said}")
+    # None may leave before all have read: the coordinator lives in process 0.
+    wait_for_all("facts are compared")
+    if lines:
+        raise UserError(
+            "the processes of this run disagree:\n" + "\n".join(lines) + "\nStart all of them "
+            "from the same code, command and data"
+        )
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has come here with the same words."""
+    if jax.process_count() > 1:
+        from jax._src.distributed import global_state
+
+        global_state.client.wait_at_barrier(f"layerskip/{what}", _AGREEMENT_SECONDS * 1000)
+
+
+def end_for_restart(why: str) -> NoReturn:
+    """Ends this process at once with `RESTART_EXIT_CODE`, and so the whole run.
+
+    For where the others cannot be told: they wait in a collective, and the launcher ends them.
+    """
+    logger.error("%s; this process ends so that the launcher restarts the run", why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(RESTART_EXIT_CODE)
+
+
+class StopRequest:
+    """Whether the run was asked to stop; with several processes, all hear it at one step.
+
+    Attributes:
+      received: the signals that this process has caught itself.
+    """
+
+    def __init__(self):
+        self.received: list[int] = []
+
+    def due(self, step: int) -> bool:
+        """Returns whether to stop after `step`; every process calls it for every step."""
+        if jax.process_count() == 1:
+            return bool(self.received)
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return False
+        # From here on a second signal is obeyed at once.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return True
+
+    @property
+    def reason(self) -> str:
+        """What asked for it."""
+        if self.received:
+            return signal.Signals(self.received[0]).name
+        return "SIGTERM to one of the processes"
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once.
+
+    With several processes jax's own service receives SIGTERM and agrees on the step.
+    """
+    request = StopRequest()
+
+    def receive(number, frame):
+        if request.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        request.received.append(number)
+
+    caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    old = {number: signal.signal(number, receive) for number in caught}
+    try:
+        yield request
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class BatchPlacement:

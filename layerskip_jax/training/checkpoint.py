@@ -1,7 +1,10 @@
-"""Orbax checkpoints of a run: asynchronous, sharded, restored onto any mesh."""
+"""Orbax checkpoints of a run: asynchronous, sharded, restored onto any mesh, and verified."""
 
 import contextlib
+import json
 import logging
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,14 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from layerskip_jax import __version__
+from layerskip_jax.parallel.hosts import end_for_restart
 from layerskip_jax.schema import UserError
+from layerskip_jax.training.checksum import tree_checksums
 
 logger = logging.getLogger(__name__)
 
-PARAMETERS, OPTIMIZER = "parameters", "optimizer"
-
+PARAMETERS, OPTIMIZER, RECORD = "parameters", "optimizer", "record"
 
 # Arrays are stored in pieces of at most so many bytes, so that reading a layer of a large model
 # does not mean reading a device's share of all of them.
@@ -31,30 +36,51 @@ class Checkpoints:
 
     A checkpoint holds two items: `parameters`, a nested dict of arrays, and `optimizer`, so
     that evaluation and export read the one without the other. Its number is the count of
-    optimizer steps done; that number alone fixes the next batch, so nothing else is stored.
+    optimizer steps done; that number alone fixes the next batch. Beside them lies a `record`:
+    the version of this package, what the run says of itself, and a checksum of every array,
+    which `restore_newest` holds what it reads against.
     """
 
-    def __init__(self, folder: Path, *, every_steps: int = 1, keep: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_steps: int = 1,
+        keep: int | None = None,
+        keep_every_steps: int = 0,
+        on_failure: str = "stop",
+        about: dict | None = None,
+    ):
         """Opens the folder, creating it if `keep` is given (that is, to write).
 
         Args:
           folder: where the checkpoints are.
           every_steps: steps between two saves.
           keep: the number kept; None opens an existing folder to read.
+          keep_every_steps: checkpoints of multiples of it are kept beside those; 0 keeps none.
+          on_failure: `stop` raises what goes wrong in a save, `continue` logs it.
+          about: plain values for the record.
         """
         self._writes = keep is not None
         if not self._writes and not folder.is_dir():
             raise UserError(f"{folder} does not exist; the run has saved nothing yet")
-        self._every_steps = every_steps
-        options = ocp.CheckpointManagerOptions(
+        self._every_steps, self._on_failure = every_steps, on_failure
+        self._about = about or {}
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            keep_period=keep_every_steps or None,
             create=self._writes,
             read_only=not self._writes,
             enable_async_checkpointing=self._writes,
         )
         self._folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=options, item_names=(PARAMETERS, OPTIMIZER)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._folder.absolute(),
+            options=self._options,
+            item_names=(PARAMETERS, OPTIMIZER, RECORD),
         )
 
     @property
@@ -68,7 +94,10 @@ class Checkpoints:
         """Starts saving if `step` is due (or `force`), and returns whether it did.
 
         Without an optimizer the checkpoint can be evaluated and started from, not gone on from.
-        A failure of an earlier asynchronous save is raised here, at the latest in `close`.
+        A failure of an earlier asynchronous save shows here, at the latest in `close`.
+
+        Raises:
+          UserError: this save or the one before failed, unless failures are only logged.
         """
         due = force or step % self._every_steps == 0
         if not due or step in self._manager.all_steps():
@@ -76,19 +105,101 @@ class Checkpoints:
         items = {PARAMETERS: ocp.args.StandardSave(parameters, jax.tree.map(_pieces, parameters))}
         if optimizer is not None:
             items[OPTIMIZER] = ocp.args.StandardSave(optimizer)
-        with self._named_failures():
-            return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            record = {"version": __version__, "step": step, **self._about}
+            record["checksums"] = tree_checksums((parameters, optimizer))
+            items[RECORD] = ocp.args.JsonSave(record)
+        try:
+            with self._named_failures():
+                return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except UserError as error:
+            if self._on_failure == "stop":
+                raise
+            logger.error("%s; going on, as config.checkpoint.on_failure has it", error)
+            return False
 
     def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any]:
-        """Restores both items, each leaf with the shape, dtype and sharding of its template."""
+        """Restores both items, each leaf with the shape, dtype and sharding of its template.
+
+        Raises:
+          UserError: what was read is not what was saved.
+        """
         items = ocp.args.Composite(
             **{
                 PARAMETERS: ocp.args.StandardRestore(parameters),
                 OPTIMIZER: ocp.args.StandardRestore(optimizer),
             }
         )
+        # A checkpoint of an earlier version has no record; a later one without it is damaged.
+        file = self._folder / str(step) / RECORD / "metadata"
+        expected = None
+        if file.parent.exists() or RECORD in self._listed_items(step):
+            expected = json.loads(file.read_text(encoding="utf-8"))["checksums"]
         restored = self._manager.restore(step, args=items)
+        if expected is not None:
+            actual = tree_checksums((restored[PARAMETERS], restored[OPTIMIZER]))
+            wrong = [path for path in expected if actual.get(path) != expected[path]]
+            if wrong or actual.keys() != expected.keys():
+                raise UserError(f"checksums differ for {', '.join(wrong[:3]) or 'other arrays'}")
         return restored[PARAMETERS], restored[OPTIMIZER]
+
+    def _listed_items(self, step: int) -> list[str]:
+        """Returns the items that orbax's own metadata of a checkpoint names."""
+        file = self._folder / str(step) / "_CHECKPOINT_METADATA"
+        return list(json.loads(file.read_text(encoding="utf-8")).get("item_handlers") or ())
+
+    def restore_newest(self, parameters: Any, optimizer: Any) -> tuple[int, Any, Any] | None:
+        """Restores the newest checkpoint that is whole, and moves damaged newer ones aside.
+
+        They go to a folder beside the checkpoints, so that their steps can be saved again.
+
+        Args:
+          parameters: template, see `restore`.
+          optimizer: template.
+
+        Returns:
+          The step and both items, or None where there is no checkpoint at all.
+
+        Raises:
+          UserError: there are checkpoints and all of them are damaged; nothing was moved.
+        """
+        damaged: dict[int, str] = {}
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self.restore(step, parameters, optimizer)
+            # A damaged file can raise nearly anything, depending on which one it is and where.
+            except Exception as error:
+                damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0]
+                logger.warning("the checkpoint of step %d is damaged: %s", step, damaged[step])
+                if jax.process_count() > 1 and step != steps[-1]:
+                    # The other processes may wait for this one within the restore, and have
+                    # perhaps read their part without a fault: all begin anew without it.
+                    self._set_aside(step)
+                    end_for_restart(f"the checkpoint of step {step} is moved aside")
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            if damaged:
+                self._manager.close()
+                self._manager = self._open()
+            return step, *restored
+        if not damaged:
+            return None
+        listed = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
+        raise UserError(
+            f"all checkpoints in {self._folder} are damaged:\n{listed}\nNothing was changed. Put "
+            "back a copy of one, or begin again with another --workdir"
+        )
+
+    def _set_aside(self, step: int) -> None:
+        aside = self._folder.with_name(f"{self._folder.name}_damaged")
+        target = aside / f"{step}-{time.time_ns()}"
+        aside.mkdir(exist_ok=True)
+        try:
+            os.rename(self._folder / str(step), target)
+        except FileNotFoundError:
+            return  # another process was first
+        logger.warning("moved it to %s, to be looked at or removed", target)
 
     def require_step(self, step: int | None) -> int:
         """Returns `step` if there is such a checkpoint, the newest one's for None.
@@ -137,7 +248,7 @@ class Checkpoints:
         return jax.tree_util.tree_map_with_path(open_array, template)
 
     def close(self) -> None:
-        """Waits for a save under way and raises what went wrong in it."""
+        """Waits for a save under way and raises what went wrong in it, come what may."""
         with self._named_failures():
             self._manager.wait_until_finished()
             self._manager.close()

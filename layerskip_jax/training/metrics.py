@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,7 +23,8 @@ class MetricsLog:
 
     Only the first process writes. Losses are in nats per token; `tokens_per_second` counts
     the positions of all windows, padding included, over wall-clock time, evaluation and
-    checkpoints included and compilation not. FLOPs are those that a step needs, as
+    checkpoints included and compilation not. Steps that were skipped, their loss or gradient not
+    finite, are counted and left out of the means. FLOPs are those that a step needs, as
     `layerskip_jax.training.cost` counts them: `step_flops` from the rows that were dropped and
     the exits that were scored, `step_flops_planned` from the schedules, `mfu` over the peak of
     the devices where that is known.
@@ -59,16 +61,21 @@ class MetricsLog:
             self._task = self._progress.add_task("", total=total_steps, completed=first_step)
             self._progress.start()
 
-    def add(self, step: int, metrics: StepMetrics, *, record: bool) -> None:
+    def add(self, step: int, metrics: StepMetrics, *, record: bool) -> StepMetrics:
         """Takes the metrics of the step that brought the count of steps to `step`.
 
         Reading them waits for that step, so call this after the next one is dispatched.
+
+        Returns:
+          The metrics on the host.
         """
-        self._window.append(jax.device_get(metrics))
+        metrics = jax.device_get(metrics)
+        self._window.append(metrics)
         if self._progress:
             self._progress.update(self._task, completed=step)
         if record:
             self._record(step)
+        return metrics
 
     def restart_clock(self) -> None:
         """Leaves what has passed since the last record out of `tokens_per_second`."""
@@ -101,10 +108,11 @@ class MetricsLog:
         window, self._window = self._window, []
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
-        if not self._writes:
-            return
+        kept = [metrics for metrics in window if not metrics.skipped]
+        if not self._writes or not kept:
+            return  # the guards have named steps that were not finite
         by_exit = defaultdict(list)
-        for metrics in window:
+        for metrics in kept:
             for layer, loss, weight in zip(
                 metrics.exit_layers, metrics.exit_losses, metrics.exit_weights, strict=True
             ):
@@ -114,17 +122,20 @@ class MetricsLog:
         flops = np.mean([self._cost.done(m).needed for m in window])
         record = {
             "step": step,
-            "loss": float(np.mean([m.loss for m in window])),
+            "loss": float(np.mean([m.loss for m in kept])),
             "exit_loss": {str(e): float(np.mean(by_exit[e])) for e in sorted(by_exit)},
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": len(window) * self._tokens_per_step / seconds,
-            "gradient_norm": float(np.mean([m.gradient_norm for m in window])),
+            "gradient_norm": float(np.mean([m.gradient_norm for m in kept])),
             "learning_rate": float(last.learning_rate),
             "layers_run": float(np.mean([m.layers_run for m in window])),
+            "skipped": int(sum(m.skipped for m in window)),
             "step_flops": float(flops),
             "step_flops_planned": self._cost.planned(step - len(window), step).needed,
             "flops_per_second": float(flops * len(window) / seconds),
             "seconds": now - self._start,
+            # One number for the batches of these steps, in their order.
+            "batches": zlib.crc32(np.array([m.batch for m in window], "<u4").tobytes()),
         }
         if self._peak_flops:
             record["mfu"] = record["flops_per_second"] / self._peak_flops
@@ -134,7 +145,7 @@ class MetricsLog:
             if name == "exit_loss":
                 for exit_layers, loss in value.items():
                     self._board.add_scalar(f"train/loss_exit_{int(exit_layers):02d}", loss, step)
-            elif name != "step":
+            elif name not in ("step", "batches"):
                 self._board.add_scalar(f"train/{name}", value, step)
         exits = list(record["exit_loss"].items())
         shown = [exits[0], exits[-1]] if len(exits) > 1 else exits

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
@@ -16,6 +16,7 @@ from layerskip_jax.early_exit_loss import (
     sample_positions,
     select_exits,
 )
+from layerskip_jax.training.checksum import checksum
 from layerskip_jax.training.optimizer import learning_rate_schedule
 from layerskip_jax.training.state import ModelDefinition, Parameters
 
@@ -56,6 +57,8 @@ class StepMetrics(NamedTuple):
       learning_rate: of this step.
       layers_run: share of (layer, row) pairs that were not dropped.
       valid_tokens: targets that counted.
+      batch: checksum of the tokens of the global batch, whatever the mesh.
+      skipped: whether loss or gradient was not finite and the step changed nothing.
     """
 
     loss: Float[Array, ""]
@@ -66,6 +69,8 @@ class StepMetrics(NamedTuple):
     learning_rate: Float[Array, ""]
     layers_run: Float[Array, ""]
     valid_tokens: Int[Array, ""]
+    batch: UInt32[Array, ""]
+    skipped: Bool[Array, ""]
 
 
 def make_train_step(
@@ -76,6 +81,9 @@ def make_train_step(
     batch_shards: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the function of one optimizer step, to be jitted.
+
+    A step whose loss or gradient is not finite counts as a step, with its batch, and leaves
+    parameters and optimizer state, its count included, bit for bit as they were.
 
     Args:
       definition: the model.
@@ -166,17 +174,26 @@ def make_train_step(
         )
         gradients = pin_gradients(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        gradient_norm = optax.tree.norm(gradients)
+        # One scalar decides on every device alike; no host takes part.
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         metrics = StepMetrics(
             loss=loss,
             exit_layers=exits.layers,
             exit_losses=exit_losses,
             exit_weights=exits.weights,
-            gradient_norm=optax.tree.norm(gradients),
+            gradient_norm=gradient_norm,
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
             layers_run=layers_run,
             valid_tokens=valid_tokens,
+            batch=checksum(batch.tokens),
+            skipped=~finite,
         )
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.parameters, updates), optimizer_state),
+            (state.parameters, state.optimizer),
+        )
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return train_step

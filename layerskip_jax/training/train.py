@@ -3,24 +3,30 @@
 import dataclasses
 import json
 import logging
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from layerskip_jax import __version__
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
 from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.parallel.hosts import (
+    RESTART_EXIT_CODE,
+    require_agreement,
+    stop_requests,
+    wait_for_all,
+)
 from layerskip_jax.runs import RunFolder, read_json_lines
 from layerskip_jax.schema import ConfigError, UserError
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.cost import MFU_DEFINITION, CostModel, peak_flops
+from layerskip_jax.training.guards import Guards, Watchdog
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.state import Parameters
@@ -28,8 +34,6 @@ from layerskip_jax.training.step import Batch, TrainState
 from layerskip_jax.training.workdir import check_workdir, claim_workdir
 
 logger = logging.getLogger(__name__)
-
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped before the end; the same command goes on
 
 
 @runtime_checkable
@@ -68,10 +72,11 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
       initial: what `config.init_from` names.
 
     Returns:
-      0 when all steps are done, `STOPPED_EXIT_CODE` when SIGTERM or SIGINT ended it early.
+      0 when all steps are done, `RESTART_EXIT_CODE` when a signal ended it early.
 
     Raises:
-      ConfigError, UserError: before anything is written.
+      ConfigError, UserError: before anything is written; or later, when a save fails, when
+        every checkpoint is damaged, or when steps are no longer finite.
     """
     # Data
     manifest = read_manifest(config.data.path)
@@ -84,12 +89,27 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         config.data.path, "train", batch_size=config.training.batch_size, seed=config.seed
     )
 
+    # All processes mean the same run
+    require_agreement(
+        {
+            "config": config.to_dict(),
+            "data": manifest.fingerprint,
+            "workdir": str(workdir),
+            "version": __version__,
+            "jax": jax.__version__,
+            "devices of each process": jax.local_device_count(),
+        }
+    )
+
     # Mesh, model, shardings
     setup = make_setup(config)
     folder = RunFolder(Path(workdir))
     check_workdir(folder, config, dataclasses.asdict(manifest))
-    published = initial.files if initial is not None else {}
-    claim_workdir(folder, config, dataclasses.asdict(manifest), tokenizer_file, published)
+    wait_for_all("the folder is checked")
+    if jax.process_index() == 0:
+        published = initial.files if initial is not None else {}
+        claim_workdir(folder, config, dataclasses.asdict(manifest), tokenizer_file, published)
+    wait_for_all("the folder is claimed")
     cost = CostModel(config, source.sequence_length)
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
     _log_decisions(setup, source, cost, peak)
@@ -100,6 +120,9 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
             folder.checkpoints,
             every_steps=config.checkpoint.every_steps,
             keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            on_failure=config.checkpoint.on_failure,
+            about={"config": config.to_dict(), "data": manifest.fingerprint},
         )
         state, first_step = _restore_or_init(setup, checkpoints, initial)
 
@@ -118,55 +141,66 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
             cost=cost,
             peak_flops=peak,
         )
+        guards = Guards(config.guards, source.window_numbers, lambda: checkpoints.latest_step)
+        watchdog = Watchdog(config.guards.step_timeout)
         previous = None  # metrics of the step before, read while the next one runs
         rows, steps = setup.placement.rows, range(first_step, total_steps)
         try:
             with (
-                _stop_requests() as stop,
+                stop_requests() as stop,
+                watchdog.watching(),
                 source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
             ):
                 evaluates = initial is not None and config.training.evaluate_every
                 if evaluates and first_step == 0 and not _is_evaluated(folder, 0):
                     # What the run starts from, on all of the data, to compare the end with.
-                    _evaluate(config, setup, scorer, state.parameters, 0, folder, metrics_log)
+                    _evaluate(
+                        config, setup, scorer, state.parameters, 0, folder, metrics_log, watchdog
+                    )
                     metrics_log.restart_clock()
-                for index, host_batch in batches:
+                for index, host_batch in watchdog.each(batches):
                     batch = setup.placement.place(Batch(*host_batch))
                     state, metrics = step_function(state, batch)
                     step = index + 1
                     if previous is not None:
-                        _add(metrics_log, config, *previous)
+                        _add(metrics_log, guards, config, *previous)
                     previous = (step, metrics)
                     if checkpoints.save(step, state.parameters, state.optimizer):
                         metrics_log.say(f"step {step}/{total_steps}  saving a checkpoint")
                     every = config.training.evaluate_every
                     if every and step % every == 0 and step < total_steps:
-                        _add(metrics_log, config, *previous)
+                        _add(metrics_log, guards, config, *previous)
                         previous = None
                         _evaluate(
-                            config, setup, scorer, state.parameters, step, folder, metrics_log
-                        )
+                            config, setup, scorer, state.parameters, step, folder, metrics_log,
+                            watchdog,
+                        )  # fmt: skip
                         metrics_log.restart_clock()
-                    if stop:
+                    if stop.due(step):
                         break
-            if previous is not None:
-                metrics_log.add(*previous, record=True)
-            last_step = int(state.step)
+                if previous is not None:
+                    _add(metrics_log, guards, config, *previous, last=True)
+                last_step = int(state.step)
 
-            # The last checkpoint and evaluation
-            if last_step > first_step:
-                checkpoints.save(last_step, state.parameters, state.optimizer, force=True)
-            if last_step == total_steps and not _is_evaluated(folder, total_steps):
-                _evaluate(config, setup, scorer, state.parameters, last_step, folder, metrics_log)
+                # The last checkpoint and evaluation
+                if last_step > first_step:
+                    checkpoints.save(last_step, state.parameters, state.optimizer, force=True)
+                if last_step == total_steps and not _is_evaluated(folder, total_steps):
+                    _evaluate(
+                        config, setup, scorer, state.parameters, last_step, folder, metrics_log,
+                        watchdog,
+                    )  # fmt: skip
+                watchdog.beat()
+                checkpoints.close()
         finally:
             metrics_log.close()
             checkpoints.close()
     if last_step < total_steps:
         logger.warning(
             "stopped by %s after step %d of %d; the same command goes on from there",
-            signal.Signals(stop[0]).name, last_step, total_steps,
+            stop.reason, last_step, total_steps,
         )  # fmt: skip
-        return STOPPED_EXIT_CODE
+        return RESTART_EXIT_CODE
     return 0
 
 
@@ -215,13 +249,11 @@ def shaped_like(model: ModelConfig, source: ModelConfig) -> ModelConfig:
 def _restore_or_init(
     setup: TrainSetup, checkpoints: Checkpoints, initial: Initial | None
 ) -> tuple[TrainState, int]:
-    step = checkpoints.latest_step
-    if step is None and initial is not None:
-        return _start_from(setup, initial), 0
-    if step is None:
-        return setup.init(), 0
     template = setup.abstract_state()
-    parameters, optimizer = checkpoints.restore(step, template.parameters, template.optimizer)
+    restored = checkpoints.restore_newest(template.parameters, template.optimizer)
+    if restored is None:
+        return (setup.init() if initial is None else _start_from(setup, initial)), 0
+    step, parameters, optimizer = restored
     logger.info("going on from the checkpoint of step %d", step)
     counter = jax.device_put(jnp.int32(step), setup.shardings.step)
     return TrainState(counter, parameters, optimizer), step
@@ -232,9 +264,11 @@ def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
     return setup.start_from(parameters)
 
 
-def _add(metrics_log: MetricsLog, config: RunConfig, step: int, metrics) -> None:
-    due = step % config.training.log_every == 0 or step == 1
-    metrics_log.add(step, metrics, record=due)
+def _add(
+    metrics_log: MetricsLog, guards: Guards, config: RunConfig, step: int, metrics, last=False
+) -> None:
+    due = last or step % config.training.log_every == 0 or step == 1
+    guards.check(step, metrics_log.add(step, metrics, record=due))
 
 
 def _evaluate(
@@ -245,10 +279,12 @@ def _evaluate(
     step: int,
     folder: RunFolder,
     metrics_log: MetricsLog,
+    watchdog: Watchdog,
 ) -> None:
     """Scores every exit on the validation set; the first and the last evaluation take all of it."""
     limit = config.training.evaluate_batches if 0 < step < config.training.steps else 0
-    exits = evaluate_exits(scorer, parameters, validation_batches(config, setup, limit))
+    batches = watchdog.each(validation_batches(config, setup, limit))
+    exits = evaluate_exits(scorer, parameters, batches)
     metrics_log.evaluation(step, exits)
     chosen = {len(exits) // 2, len(exits)}
     text = "  ".join(
@@ -314,23 +350,4 @@ def _log_decisions(
         logger.info("peak %.4g TFLOP/s; %s", peak / 1e12, MFU_DEFINITION)
 
 
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
-    received: list[int] = []
-
-    def receive(number, frame):
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-
-    old = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-__all__ = ["STOPPED_EXIT_CODE", "UserError", "resolve", "train", "validation_batches"]
+__all__ = ["UserError", "resolve", "train", "validation_batches"]

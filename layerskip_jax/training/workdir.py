@@ -13,6 +13,7 @@ from layerskip_jax.schema import UserError
 FREE_TO_CHANGE = (
     "config.data.",
     "config.checkpoint.",
+    "config.guards.",
     "config.mesh.",
     "config.training.accumulation",
     "config.training.log_every",

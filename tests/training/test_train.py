@@ -16,10 +16,10 @@ import pytest
 
 from layerskip_jax.cli import main
 from layerskip_jax.commands.evaluate import evaluate
+from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.cost import CostModel
-from layerskip_jax.training.train import STOPPED_EXIT_CODE
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = """
@@ -177,7 +177,7 @@ def test_a_stopped_run_ends_with_the_very_same_parameters(
                 break
         _, errors = process.communicate(timeout=120)
     if number == signal.SIGTERM:
-        assert process.returncode == STOPPED_EXIT_CODE
+        assert process.returncode == RESTART_EXIT_CODE
         assert "stopped by SIGTERM after step" in errors
     else:
         assert process.returncode == -number

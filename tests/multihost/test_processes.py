@@ -1,0 +1,220 @@
+"""Runs of several real processes on this machine: topologies, preemption, crashes, disagreement."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE, VARIABLES, start_processes
+from layerskip_jax.runs import RunFolder, load_run, read_json_lines
+from layerskip_jax.schema import UserError
+from tests.training.test_train import RECIPE, REPOSITORY
+
+pytestmark = pytest.mark.slow
+TIMEOUT = 300
+SETTINGS = ["--config.layer_dropout.execution=gather", "--config.mesh.shape.data=1"]
+FSDP = ["--config.mesh.shape.fsdp=-1"]
+SAME = ("step", "layers_run", "tokens", "batches")
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, prepared):
+    """The arguments of a run of 12 steps, but its folder and mesh."""
+    recipe = tmp_path_factory.mktemp("recipe") / "small.py"
+    recipe.write_text(RECIPE)
+    return ["train", f"--config={recipe}", f"--config.data.path={prepared}", *SETTINGS]
+
+
+def launch(processes, devices, arguments, *options):
+    return [
+        sys.executable,
+        "launch/local.py",
+        f"--processes={processes}",
+        f"--devices={devices}",
+        "--grace=20",
+        *options,
+        "--",
+        *map(str, arguments),
+    ]
+
+
+def run(command, code=0):
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def interrupt(command, at, action):
+    """Starts a command, calls `action(pids)` when a line begins with `at`; returns code, stderr."""
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        pids = re.search(r"started processes ([\d ]+)", process.stderr.readline())
+        acted = False
+        for line in process.stdout:
+            if line.startswith(at) and not acted:
+                action([int(pid) for pid in pids[1].split()])
+                acted = True
+        _, errors = process.communicate(timeout=TIMEOUT)
+    assert acted, errors
+    return process.returncode, errors
+
+
+def records(workdir):
+    return [{k: r[k] for k in SAME} for r in read_json_lines(RunFolder(workdir).metrics_file)]
+
+
+def checksums(workdir, step=12):
+    file = RunFolder(workdir).checkpoints / str(step) / "record" / "metadata"
+    return json.loads(file.read_text())["checksums"]
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """Twelve steps by two processes of two devices that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    run(launch(2, 2, [*train, *FSDP, f"--workdir={workdir}"]))
+    return workdir
+
+
+def test_two_processes_train_as_one_does(whole, train, tmp_path):
+    run(launch(1, 4, [*train, *FSDP, f"--workdir={tmp_path / 'one'}"]))
+    assert records(whole) == records(tmp_path / "one")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        load_run(whole).parameters,
+        load_run(tmp_path / "one").parameters,
+    )
+
+
+@pytest.mark.parametrize(
+    "processes, devices, mesh",
+    [
+        (1, 4, FSDP),
+        (4, 1, FSDP),
+        (1, 1, FSDP),
+        (2, 2, ["--config.mesh.shape.fsdp=2", "--config.mesh.shape.tensor=2"]),
+    ],
+    ids=["1x4", "4x1", "1x1", "tensor"],
+)
+def test_saved_by_two_processes_and_gone_on_with_elsewhere(
+    whole, train, tmp_path, processes, devices, mesh
+):
+    """Begun by 2x2, gone on with from its step 5: equal state when restored, equal batches."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    folder = RunFolder(workdir)
+    for step in (10, 12):
+        shutil.rmtree(folder.checkpoints / str(step))
+    lines = folder.metrics_file.read_text().splitlines()
+    folder.metrics_file.write_text("\n".join(lines[:5]) + "\n")
+    done = run(launch(processes, devices, [*train, *mesh, f"--workdir={workdir}"]))
+    # Restoring compares the checksum of every array with those of the processes that saved it.
+    assert "going on from the checkpoint of step 5" in done.stderr
+    assert "damaged" not in done.stderr
+    assert records(workdir) == records(whole)
+
+
+def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(train, tmp_path):
+    """The service that tells the others looks once a second, so the run has to last a while."""
+    long = [*train, *FSDP, "--config.training.steps=500", "--config.checkpoint.every_steps=100"]
+    run(launch(2, 2, [*long, f"--workdir={tmp_path / 'whole'}"]))
+    workdir = tmp_path / "run"
+    command = launch(2, 2, [*long, f"--workdir={workdir}"], "--restarts=0")
+    code, errors = interrupt(command, "step 6/500", lambda pids: os.kill(pids[1], signal.SIGTERM))
+    assert code == 0, errors
+    stopped = re.findall(r"stopped by SIGTERM to one of the processes after step (\d+)", errors)
+    assert len(stopped) == 2 and len(set(stopped)) == 1, errors
+    for number in (0, 1):
+        assert f"process {number} ended with {RESTART_EXIT_CODE}" in errors
+    assert f"going on from the checkpoint of step {stopped[0]}" in errors
+    assert records(workdir) == records(tmp_path / "whole")
+    assert checksums(workdir, 500) == checksums(tmp_path / "whole", 500)
+
+
+def test_a_process_killed_takes_the_run_to_its_last_checkpoint(whole, train, tmp_path):
+    workdir = tmp_path / "run"
+    command = launch(2, 2, [*train, *FSDP, f"--workdir={workdir}"], "--restarts=1")
+    code, errors = interrupt(command, "step 7/12", lambda pids: os.kill(pids[1], signal.SIGKILL))
+    assert code == 0, errors
+    assert "process 1 ended with -9" in errors
+    assert "restarting all processes" in errors
+    assert records(workdir) == records(whole)
+    assert checksums(workdir) == checksums(whole)
+
+
+def test_a_damaged_checkpoint_is_left_by_all_processes_together(whole, train, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    folder = RunFolder(workdir)
+    for file in (folder.checkpoints / "12" / "parameters").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[:] = bytes(len(content))
+        file.write_bytes(content)
+    done = run(launch(2, 2, [*train, *FSDP, f"--workdir={workdir}"]))
+    assert "the checkpoint of step 12 is damaged" in done.stderr
+    assert "going on from the checkpoint of step 10" in done.stderr
+    assert checksums(workdir) == checksums(whole)
+
+
+def test_processes_that_disagree_say_how(train, tmp_path):
+    """Two processes, started by hand with different configs."""
+    workdir = tmp_path / "run"
+    port = 20000 + os.getpid() % 20000
+    processes = []
+    for number in (0, 1):
+        values = (f"localhost:{port}", "2", str(number))
+        environment = {**os.environ, **dict(zip(VARIABLES, values, strict=True))}
+        environment.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(2 - number))
+        command = [sys.executable, "-m", "layerskip_jax", *train, *FSDP, f"--workdir={workdir}"]
+        command.append(f"--config.optimizer.learning_rate={1 + number}e-3")
+        processes.append(
+            subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+    for process in processes:
+        _, errors = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 2, errors
+        assert "config.optimizer.learning_rate: process 0: 0.001, process 1: 0.002" in errors
+        assert "devices of each process: process 0: 2, process 1: 1" in errors
+    assert not workdir.exists()
+
+
+def test_bad_input_is_not_tried_again(train, tmp_path):
+    done = run(
+        launch(2, 2, [*train, f"--workdir={tmp_path / 'run'}", "--config.mesh.shape.fsdp=3"]), 2
+    )
+    assert "does not fit 4 device" in done.stderr
+    assert "restarting" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_what_would_run():
+    options = ["--dry-run", "--port=1234"]
+    lines = run(launch(2, 4, ["train", "--workdir=a b"], *options)).stdout.splitlines()
+    assert lines == [
+        f"LAYERSKIP_COORDINATOR=localhost:1234 LAYERSKIP_NUM_PROCESSES=2 LAYERSKIP_PROCESS_ID={i} "
+        "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 "
+        f"{sys.executable} -m layerskip_jax train '--workdir=a b'"
+        for i in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (("host:1", "2", None), "LAYERSKIP_PROCESS_ID is not; set all three"),
+        (("host:1", "2", "2"), "LAYERSKIP_PROCESS_ID=2 must be from 0"),
+        (("host:1", "two", "0"), "must be whole numbers"),
+    ],
+)
+def test_half_an_environment_is_refused(values, message):
+    environment = {k: v for k, v in zip(VARIABLES, values, strict=True) if v is not None}
+    with pytest.raises(UserError, match=message):
+        start_processes(environment)
