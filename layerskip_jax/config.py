@@ -28,12 +28,16 @@ class DataConfig:
     Attributes:
       path: folder made by `layerskip prepare`.
       prefetch: batches read ahead in the background.
+      on_damaged: what a record that cannot be read does to the run: `stop` it, or `skip` the
+        record, which then trains nothing and is logged and counted.
     """
 
     path: str = ""
     prefetch: int = 4
+    on_damaged: str = "stop"
 
     def __post_init__(self):
+        require_choice("on_damaged", self.on_damaged, ("stop", "skip"))
         require(self.prefetch >= 1, f"prefetch={self.prefetch} must be at least 1")
 
 
@@ -115,6 +119,9 @@ class TrainingConfig:
       evaluate_batches: batches per evaluation during training; 0 takes the whole set.
       peak_tflops: dense peak of one device in TFLOP/s, which MFU is a share of; 0 takes the
         published bfloat16 peak of known accelerators, and none elsewhere.
+      profile_step: the step from which on a trace of the devices is written; 0 writes one only
+        when the process receives SIGUSR1.
+      profile_steps: steps that a trace holds.
     """
 
     steps: int = 1000
@@ -125,11 +132,15 @@ class TrainingConfig:
     evaluate_every: int = 0
     evaluate_batches: int = 0
     peak_tflops: float = 0.0
+    profile_step: int = 0
+    profile_steps: int = 3
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "loss_chunk", "log_every"):
+        for name in (
+            "steps", "batch_size", "accumulation", "loss_chunk", "log_every", "profile_steps"
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("evaluate_every", "evaluate_batches", "peak_tflops"):
+        for name in ("evaluate_every", "evaluate_batches", "peak_tflops", "profile_step"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
 

@@ -77,6 +77,16 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def logs(self) -> Path:
+        """A log of JSON lines and a heartbeat of each process."""
+        return self.path / "logs"
+
+    @property
+    def profiles(self) -> Path:
+        """Traces of the device, one folder for each request."""
+        return self.path / "profiles"
+
+    @property
     def report_file(self) -> Path:
         """The HTML page of `layerskip report`."""
         return self.path / "report.html"

@@ -5,6 +5,7 @@ workers and devices do not enter the order, so a run goes on with the very same 
 any other machine. Grain does the shuffling, the reading and the reading ahead.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from layerskip_jax.data.packing import Batch, unpack
 from layerskip_jax.schema import ConfigError, UserError
 
 READ_THREADS = 2
+logger = logging.getLogger(__name__)
 
 
 class BatchSource:
@@ -29,10 +31,18 @@ class BatchSource:
       batch_size: B.
       steps_per_epoch: batches until every window was seen, the last one in part if B does not
         divide their number.
+      damaged: records that were read as padding because they are damaged.
     """
 
     def __init__(
-        self, folder: str | Path, split: str, *, batch_size: int, seed: int, shuffle: bool = True
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        skip_damaged: bool = False,
     ):
         """Opens a split.
 
@@ -43,6 +53,7 @@ class BatchSource:
           seed: of the order.
           shuffle: whether to draw an order and go on for ever; otherwise the windows come
             once, as they lie, and rows past the last one are padding.
+          skip_damaged: whether a damaged record is logged and read as padding, not raised.
 
         Raises:
           UserError: the folder is not prepared, or damaged, or the split has no window.
@@ -72,7 +83,8 @@ class BatchSource:
                 f"{folder}: the shards of {split} hold {len(self._source)} windows, and the "
                 f"manifest says {self.num_windows}; prepare the data again"
             )
-        self._shuffle = shuffle
+        self._shuffle, self._skip_damaged = shuffle, skip_damaged
+        self.damaged = 0
         order = grain.MapDataset.range(self.num_windows)
         self._order = order.seed(seed).shuffle().repeat() if shuffle else order
 
@@ -84,7 +96,7 @@ class BatchSource:
           rows: numbers below the batch size.
 
         Raises:
-          UserError: a record is damaged; the message names the file and the record.
+          UserError: a record is damaged and not to be skipped; names the file and the record.
         """
         windows = []
         for row in range(self.batch_size)[rows] if isinstance(rows, slice) else rows:
@@ -94,7 +106,7 @@ class BatchSource:
             if self._shuffle or index < self.num_windows:
                 windows.append(self._window(int(self._order[index])))
             else:
-                windows.append(np.zeros((2, self.sequence_length + 1), np.int32))
+                windows.append(self._padding())
         return unpack(np.stack(windows))
 
     def window_numbers(self, step: int) -> list[int]:
@@ -133,7 +145,16 @@ class BatchSource:
             return np.frombuffer(record, np.int32).reshape(2, self.sequence_length + 1)
         except (ValueError, RuntimeError, IndexError) as error:
             shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-            raise UserError(
-                f"{self._shards[shard]}: record {number - self._starts[shard]} is damaged "
-                f"({error}); prepare the data again"
-            ) from error
+            where = f"{self._shards[shard]}: record {number - self._starts[shard]} is damaged"
+            if not self._skip_damaged:
+                raise UserError(
+                    f"{where} ({error}); prepare the data again, or leave such records out with "
+                    "config.data.on_damaged=skip"
+                ) from error
+            self.damaged += 1
+            logger.warning("%s, left out; %d so far", where, self.damaged)
+            return self._padding()
+
+    def _padding(self) -> np.ndarray:
+        """Returns a window of which no target counts."""
+        return np.zeros((2, self.sequence_length + 1), np.int32)

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 
 from layerskip_jax.runs import RunFolder
 from layerskip_jax.training.cost import CostModel
+from layerskip_jax.training.observe import Clock
 from layerskip_jax.training.step import StepMetrics
 
 
@@ -24,10 +25,11 @@ class MetricsLog:
     Only the first process writes. Losses are in nats per token; `tokens_per_second` counts
     the positions of all windows, padding included, over wall-clock time, evaluation and
     checkpoints included and compilation not. Steps that were skipped, their loss or gradient not
-    finite, are counted and left out of the means. FLOPs are those that a step needs, as
-    `layerskip_jax.training.cost` counts them: `step_flops` from the rows that were dropped and
-    the exits that were scored, `step_flops_planned` from the schedules, `mfu` over the peak of
-    the devices where that is known.
+    finite, are counted and left out of the means. `goodput` is the share of the time since the
+    run's start that went to steps, `lost` the seconds of the rest by cause (see `Clock`). FLOPs are
+    those that a step needs, as `layerskip_jax.training.cost` counts them: `step_flops` from the
+    rows that were dropped and the exits that were scored, `step_flops_planned` from the schedules,
+    `mfu` over the peak of the devices where that is known.
     """
 
     def __init__(
@@ -38,7 +40,10 @@ class MetricsLog:
         first_step: int,
         cost: CostModel,
         peak_flops: float | None = None,
+        clock: Clock | None = None,
     ):
+        self.folder, self.clock = folder, clock or Clock()
+        self._step_ends: list[float] = []
         self._writes = jax.process_index() == 0
         self._total_steps = total_steps
         self._cost, self._peak_flops = cost, peak_flops
@@ -70,6 +75,7 @@ class MetricsLog:
           The metrics on the host.
         """
         metrics = jax.device_get(metrics)
+        self._step_ends.append(time.monotonic())
         self._window.append(metrics)
         if self._progress:
             self._progress.update(self._task, completed=step)
@@ -108,6 +114,7 @@ class MetricsLog:
         window, self._window = self._window, []
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
+        durations, self._step_ends = np.diff(self._step_ends), self._step_ends[-1:]
         kept = [metrics for metrics in window if not metrics.skipped]
         if not self._writes or not kept:
             return  # the guards have named steps that were not finite
@@ -137,6 +144,9 @@ class MetricsLog:
             # One number for the batches of these steps, in their order.
             "batches": zlib.crc32(np.array([m.batch for m in window], "<u4").tobytes()),
         }
+        record["goodput"], record["lost"] = self.clock.report()
+        # Over the steps since the record before, in seconds; an evaluation between them counts.
+        record["step_time_deviation"] = float(np.std(durations)) if len(durations) else 0.0
         if self._peak_flops:
             record["mfu"] = record["flops_per_second"] / self._peak_flops
         self._file.write(json.dumps(record) + "\n")
@@ -145,6 +155,9 @@ class MetricsLog:
             if name == "exit_loss":
                 for exit_layers, loss in value.items():
                     self._board.add_scalar(f"train/loss_exit_{int(exit_layers):02d}", loss, step)
+            elif name == "lost":
+                for cause, lost in value.items():
+                    self._board.add_scalar(f"train/lost_{cause}", lost, step)
             elif name not in ("step", "batches"):
                 self._board.add_scalar(f"train/{name}", value, step)
         exits = list(record["exit_loss"].items())

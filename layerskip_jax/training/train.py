@@ -28,6 +28,7 @@ from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.cost import MFU_DEFINITION, CostModel, peak_flops
 from layerskip_jax.training.guards import Guards, Watchdog
 from layerskip_jax.training.metrics import MetricsLog
+from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.state import Parameters
 from layerskip_jax.training.step import Batch, TrainState
@@ -86,7 +87,11 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         config = dataclasses.replace(config, model=shaped_like(config.model, initial.config))
     config = resolve(config, manifest)
     source = BatchSource(
-        config.data.path, "train", batch_size=config.training.batch_size, seed=config.seed
+        config.data.path,
+        "train",
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        skip_damaged=config.data.on_damaged == "skip",
     )
 
     # All processes mean the same run
@@ -112,9 +117,9 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
     wait_for_all("the folder is claimed")
     cost = CostModel(config, source.sequence_length)
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
-    _log_decisions(setup, source, cost, peak)
-
-    with jax.set_mesh(setup.mesh):
+    clock = Clock()
+    with jax.set_mesh(setup.mesh), process_log(folder):
+        _log_decisions(setup, source, cost, peak)
         # Restore
         checkpoints = Checkpoints(
             folder.checkpoints,
@@ -140,7 +145,9 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
             first_step=first_step,
             cost=cost,
             peak_flops=peak,
+            clock=clock,
         )
+        profiler = Profiler(folder, config.training.profile_step, config.training.profile_steps)
         guards = Guards(config.guards, source.window_numbers, lambda: checkpoints.latest_step)
         watchdog = Watchdog(config.guards.step_timeout)
         previous = None  # metrics of the step before, read while the next one runs
@@ -149,6 +156,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
             with (
                 stop_requests() as stop,
                 watchdog.watching(),
+                profiler.listening(),
                 source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
             ):
                 evaluates = initial is not None and config.training.evaluate_every
@@ -158,14 +166,18 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
                         config, setup, scorer, state.parameters, 0, folder, metrics_log, watchdog
                     )
                     metrics_log.restart_clock()
-                for index, host_batch in watchdog.each(batches):
+                clock.steps_begin()
+                for index, host_batch in watchdog.each(clock.each(batches, "data")):
+                    profiler.before(index + 1)
                     batch = setup.placement.place(Batch(*host_batch))
                     state, metrics = step_function(state, batch)
                     step = index + 1
                     if previous is not None:
                         _add(metrics_log, guards, config, *previous)
                     previous = (step, metrics)
-                    if checkpoints.save(step, state.parameters, state.optimizer):
+                    with clock.cause("checkpoint"):
+                        saved = checkpoints.save(step, state.parameters, state.optimizer)
+                    if saved:
                         metrics_log.say(f"step {step}/{total_steps}  saving a checkpoint")
                     every = config.training.evaluate_every
                     if every and step % every == 0 and step < total_steps:
@@ -269,6 +281,8 @@ def _add(
 ) -> None:
     due = last or step % config.training.log_every == 0 or step == 1
     guards.check(step, metrics_log.add(step, metrics, record=due))
+    if due:
+        heartbeat(metrics_log.folder, step)
 
 
 def _evaluate(
@@ -284,7 +298,8 @@ def _evaluate(
     """Scores every exit on the validation set; the first and the last evaluation take all of it."""
     limit = config.training.evaluate_batches if 0 < step < config.training.steps else 0
     batches = watchdog.each(validation_batches(config, setup, limit))
-    exits = evaluate_exits(scorer, parameters, batches)
+    with metrics_log.clock.cause("evaluation"):
+        exits = evaluate_exits(scorer, parameters, batches)
     metrics_log.evaluation(step, exits)
     chosen = {len(exits) // 2, len(exits)}
     text = "  ".join(

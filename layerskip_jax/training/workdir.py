@@ -19,6 +19,7 @@ FREE_TO_CHANGE = (
     "config.training.log_every",
     "config.training.evaluate_",
     "config.training.peak_tflops",
+    "config.training.profile_step",
     "config.model.remat",
 )
 

@@ -130,6 +130,25 @@ def test_a_damaged_record_is_named(prepared, tmp_path):
         list(batches)
 
 
+def test_damaged_records_are_left_out_where_that_is_asked_for(prepared, tmp_path, caplog):
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    damage(folder, 200, 264)
+    skipping, whole = source(folder, skip_damaged=True), source(prepared)
+    left_out = 0
+    for step in range(whole.steps_per_epoch):
+        ours, theirs = skipping.batch(step), whole.batch(step)
+        for row in range(BATCH):
+            if ours.segment_ids[row].any():
+                np.testing.assert_array_equal(ours.tokens[row], theirs.tokens[row])
+                np.testing.assert_array_equal(ours.valid[row], theirs.valid[row])
+            else:
+                assert not ours.valid[row].any()
+                left_out += 1
+    assert 0 < left_out < whole.num_windows
+    assert skipping.damaged == left_out
+    assert f"is damaged, left out; {left_out} so far" in caplog.text
+
+
 def test_a_damaged_index_is_named(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "data")
     size = (folder / "train-00000.array_record").stat().st_size

@@ -143,6 +143,27 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default(finished, arguments
     assert main(["train", f"--workdir={workdir}", *changed]) == 2
 
 
+def test_a_run_says_where_its_time_went_and_that_it_lives(finished):
+    folder = RunFolder(finished[0])
+    *_, last = read_json_lines(folder.metrics_file)
+    assert {"start", "data", "checkpoint"} <= last["lost"].keys()
+    assert 0 < last["goodput"] < 1
+    assert json.loads((folder.logs / "heartbeat-0.json").read_text())["step"] == 12
+    text = (folder.logs / "process-0.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert any("compiled the train step" in line["message"] for line in lines)
+    assert {line["process"] for line in lines} == {0}
+
+
+def test_a_trace_is_written_at_the_step_asked_for(arguments, tmp_path):
+    flags = ["--config.training.steps=4", "--config.training.profile_step=2"]
+    flags.append("--config.training.profile_steps=2")
+    assert main(["train", f"--workdir={tmp_path / 'run'}", *arguments, *flags]) == 0
+    (trace,) = RunFolder(tmp_path / "run").profiles.iterdir()
+    assert trace.name == "step-2"
+    assert list(trace.rglob("*.xplane.pb"))
+
+
 def test_training_learns(finished):
     records = read_json_lines(RunFolder(finished[0]).metrics_file)
     assert records[-1]["loss"] < records[0]["loss"] - 0.1
@@ -150,7 +171,12 @@ def test_training_learns(finished):
 
 def test_the_same_command_again_does_nothing(finished, arguments):
     workdir, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if "tensorboard" not in str(p)}
+    grows = ("tensorboard", "logs")
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in workdir.rglob("*")
+        if p.relative_to(workdir).parts[0] not in grows
+    }
     assert main(["train", f"--workdir={workdir}", *arguments]) == 0
     files = {p: p.stat().st_mtime_ns for p in before if p.is_file() and p.suffix != ".json"}
     assert files == {p: before[p] for p in files}

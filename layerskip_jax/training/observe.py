@@ -1,0 +1,157 @@
+"""Where a run's time goes, what each process says and whether it lives, and traces on request."""
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+
+from layerskip_jax.runs import RunFolder, write_json
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+STEPS = "steps"
+
+
+class Clock:
+    """Books every second since it was made to steps or to what kept the run from them.
+
+    The rest is booked by cause: `start` (restoring and compiling), `data` (waiting for a batch),
+    `checkpoint` (what a save keeps the loop from going on) and `evaluation`.
+    """
+
+    def __init__(self):
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._cause, self._since = "start", time.monotonic()
+
+    def _switch(self, cause: str) -> str:
+        now, before = time.monotonic(), self._cause
+        self._seconds[before] += now - self._since
+        self._cause, self._since = cause, now
+        return before
+
+    def steps_begin(self) -> None:
+        """From here on time goes to steps, unless a cause is named."""
+        self._switch(STEPS)
+
+    @contextmanager
+    def cause(self, name: str) -> Iterator[None]:
+        """Books the body to a cause."""
+        before = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def each(self, items: Iterable[T], cause: str) -> Iterator[T]:
+        """Yields the items and books the waiting for them to a cause."""
+        iterator = iter(items)
+        while True:
+            with self.cause(cause):
+                item = next(iterator, iterator)
+            if item is iterator:
+                return
+            yield item
+
+    def report(self) -> tuple[float, dict[str, float]]:
+        """Returns the goodput, the share of all time that went to steps, and the other seconds."""
+        self._switch(self._cause)
+        seconds = dict(self._seconds)
+        total = sum(seconds.values())
+        return seconds.pop(STEPS, 0.0) / max(total, 1e-9), seconds
+
+
+class _JsonLines(logging.Handler):
+    """Appends each log record to a file as a JSON object."""
+
+    def __init__(self, file: Path):
+        super().__init__(logging.INFO)
+        self._file = file.open("a", encoding="utf-8")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = {
+            "time": round(record.created, 3),
+            "process": jax.process_index(),
+            "level": record.levelname,
+            "where": record.name,
+            "message": record.getMessage(),
+        }
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def process_log(folder: RunFolder) -> Iterator[None]:
+    """Writes what this process logs to a file of its own in `RunFolder.logs`."""
+    folder.logs.mkdir(exist_ok=True)
+    handler = _JsonLines(folder.logs / f"process-{jax.process_index()}.jsonl")
+    package = logging.getLogger("layerskip_jax")
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+def heartbeat(folder: RunFolder, step: int) -> None:
+    """Leaves the step and the time (seconds since 1970) where a monitor finds them."""
+    file = folder.logs / f"heartbeat-{jax.process_index()}.json"
+    write_json(file, {"step": step, "time": round(time.time(), 3)})
+
+
+class Profiler:
+    """Traces some steps with `jax.profiler`: from a set step on, or from SIGUSR1 on.
+
+    The traces lie in `RunFolder.profiles`, for TensorBoard or Perfetto.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int, steps: int):
+        """Takes the step to begin at (0: only on a signal) and how many to trace."""
+        self._folder, self._first, self._steps = folder, first_step, steps
+        self._asked = False
+        self._ends: int | None = None
+
+    def before(self, step: int) -> None:
+        """Begins a trace if one is due; `step` is the count that the step brings the run to."""
+        if self._ends is None and (self._asked or step == self._first):
+            self._asked = False
+            self._ends = step + self._steps
+            jax.profiler.start_trace(str(self._folder.profiles / f"step-{step}"))
+        elif step == self._ends:
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._ends = None
+        logger.info("wrote a trace of the device to %s", self._folder.profiles)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes SIGUSR1 as the request for a trace, and ends a trace when the body is left."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals can only be caught in the main thread
+            return
+
+        def ask(number, frame):
+            self._asked = True
+
+        old = signal.signal(signal.SIGUSR1, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR1, old)
+            if self._ends is not None:
+                self._stop()
