@@ -9,8 +9,8 @@ from layerskip_jax.schema import ConfigError, UserError
 BATCH = 6
 
 
-def source(folder, split="train", *, seed=3, batch_size=BATCH, shuffle=True):
-    return BatchSource(folder, split, batch_size=batch_size, seed=seed, shuffle=shuffle)
+def source(folder, split="train", *, seed=3, batch_size=BATCH, **options):
+    return BatchSource(folder, split, batch_size=batch_size, seed=seed, **options)
 
 
 def assert_same(a, b):
