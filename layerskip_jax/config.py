@@ -27,16 +27,23 @@ class DataConfig:
 
     Attributes:
       path: folder made by `layerskip prepare`.
+      mixture: further such folders, prepared with the same tokenizer, to mix with it.
+      weights: shares of the rows that come from `path` and from each of `mixture`.
       prefetch: batches read ahead in the background.
       on_damaged: what a record that cannot be read does to the run: `stop` it, or `skip` the
         record, which then trains nothing and is logged and counted.
     """
 
     path: str = ""
+    mixture: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     prefetch: int = 4
     on_damaged: str = "stop"
 
     def __post_init__(self):
+        require(
+            not self.weights or min(self.weights) > 0, f"weights={self.weights} must be positive"
+        )
         require_choice("on_damaged", self.on_damaged, ("stop", "skip"))
         require(self.prefetch >= 1, f"prefetch={self.prefetch} must be at least 1")
 

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation  # noqa: E402
 import decode  # noqa: E402
+import guards  # noqa: E402
 import train_step  # noqa: E402
 
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
@@ -164,3 +165,15 @@ def test_drafted_tokens_part_from_plain_ones_in_bfloat16_at_near_ties_only():
     noise = np.abs(in_float32 - in_bfloat16).max()
     assert figures["bfloat16/largest_margin_at_mismatch"] <= noise
     assert 0 < figures["bfloat16/equal_sequences"] <= 1
+
+
+def test_the_benchmark_of_the_guards_writes_its_figures(tiny, tmp_path, monkeypatch):
+    file = tmp_path / "figures.json"
+    arguments = ["guards.py", "--rounds=2", "--host-steps=20", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(guards, "settings", train_step.settings)
+    assert guards.main() == 0
+    figures = json.loads(file.read_text())
+    assert figures["step_seconds"] > 0 and figures["host_seconds_per_step"] > 0
+    parts = figures["guarded_over_bare_step"] - 1 + figures["host_over_step"]
+    assert figures["cost_of_guards_and_metrics"] == pytest.approx(parts)

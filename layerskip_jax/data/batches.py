@@ -1,10 +1,13 @@
 """Batch n of a run, as a function of (seed, n, batch size) and nothing else.
 
-A seeded permutation of all windows, drawn anew each epoch, is indexed at n B + row. Hosts,
-workers and devices do not enter the order, so a run goes on with the very same batches on
-any other machine. Grain does the shuffling, the reading and the reading ahead.
+A seeded permutation of all windows, drawn anew each epoch, is indexed at n B + row; of several
+corpora each has its own, and which one a row comes from follows from that index. Hosts, workers
+and devices do not enter the order, so a run goes on with the very same batches on any other
+machine. Grain does the shuffling, the mixing, the reading and the reading ahead.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from layerskip_jax.data.manifest import read_manifest
+from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
 from layerskip_jax.data.packing import Batch, unpack
 from layerskip_jax.schema import ConfigError, UserError
 
@@ -25,8 +28,8 @@ class BatchSource:
     """Batches of one split of prepared data.
 
     Attributes:
-      manifest: of the folder.
-      num_windows: windows in the split.
+      manifest: of the folder, the first one of a mixture.
+      num_windows: windows in the split, of all folders.
       sequence_length: S.
       batch_size: B.
       steps_per_epoch: batches until every window was seen, the last one in part if B does not
@@ -43,6 +46,8 @@ class BatchSource:
         seed: int,
         shuffle: bool = True,
         skip_damaged: bool = False,
+        mixture: Sequence[str] = (),
+        weights: Sequence[float] = (),
     ):
         """Opens a split.
 
@@ -54,39 +59,42 @@ class BatchSource:
           shuffle: whether to draw an order and go on for ever; otherwise the windows come
             once, as they lie, and rows past the last one are padding.
           skip_damaged: whether a damaged record is logged and read as padding, not raised.
+          mixture: further folders with the same tokenizer and sequence length.
+          weights: shares of the rows that come from `folder` and from each of these; they need
+            not add up to 1. Any run of rows has them nearly exactly.
 
         Raises:
-          UserError: the folder is not prepared, or damaged, or the split has no window.
+          ConfigError: there are not as many weights as folders.
+          UserError: a folder is not prepared, or damaged, or the split has no window, or the
+            folders do not go together.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
         self.manifest = read_manifest(folder)
+        corpora = [(folder, self.manifest), *((path, read_manifest(path)) for path in mixture)]
+        _check_mixture(corpora, weights)
         self.sequence_length = self.manifest.sequence_length
-        self.num_windows = self.manifest.split(split).windows
+        self._parts = [_Windows(path, manifest, split) for path, manifest in corpora]
+        self._first = np.cumsum([0, *(part.count for part in self._parts)])
+        self.num_windows = int(self._first[-1])
         self.batch_size = batch_size
         self.steps_per_epoch = -(-self.num_windows // batch_size)
-        if self.num_windows == 0:
-            raise UserError(
-                f"{folder} has no {split} window; prepare more text, or a shorter --sequence-length"
-            )
-        shards = self.manifest.split(split).shards
-        self._shards = [str(Path(folder) / shard.name) for shard in shards]
-        self._starts = np.cumsum([0, *(shard.windows for shard in shards)])
-        try:
-            self._source = grain.sources.ArrayRecordDataSource(self._shards)
-        except RuntimeError as error:
-            raise UserError(
-                f"{folder}: a shard of {split} is damaged ({error}); prepare the data again"
-            ) from error
-        if len(self._source) != self.num_windows:
-            raise UserError(
-                f"{folder}: the shards of {split} hold {len(self._source)} windows, and the "
-                f"manifest says {self.num_windows}; prepare the data again"
-            )
         self._shuffle, self._skip_damaged = shuffle, skip_damaged
         self.damaged = 0
-        order = grain.MapDataset.range(self.num_windows)
-        self._order = order.seed(seed).shuffle().repeat() if shuffle else order
+        self._order = self._make_order(seed, weights)
+
+    def _make_order(self, seed: int, weights: Sequence[float]) -> grain.MapDataset:
+        if not self._shuffle:
+            return grain.MapDataset.range(self.num_windows)
+        orders = []
+        for number, part in enumerate(self._parts):
+            first = int(self._first[number])
+            # Each corpus has an order of its own, and begins its epochs when it is through.
+            order = grain.MapDataset.range(first, first + part.count)
+            drawn = np.random.SeedSequence((seed, number)).generate_state(1)
+            part_seed = int(drawn[0]) if number else seed
+            orders.append(order.seed(part_seed).shuffle().repeat())
+        return grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
 
     def rows(self, step: int, rows: Sequence[int] | slice) -> Batch:
         """Returns these rows of batch `step`, in this order, reading no other.
@@ -140,21 +148,85 @@ class BatchSource:
             iterator.close()
 
     def _window(self, number: int) -> np.ndarray:
+        part = int(np.searchsorted(self._first, number, side="right")) - 1
         try:
-            record = self._source[number]
-            return np.frombuffer(record, np.int32).reshape(2, self.sequence_length + 1)
-        except (ValueError, RuntimeError, IndexError) as error:
-            shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-            where = f"{self._shards[shard]}: record {number - self._starts[shard]} is damaged"
+            return self._parts[part].read(number - int(self._first[part]), self.sequence_length)
+        except UserError as error:
             if not self._skip_damaged:
-                raise UserError(
-                    f"{where} ({error}); prepare the data again, or leave such records out with "
-                    "config.data.on_damaged=skip"
-                ) from error
+                raise
             self.damaged += 1
-            logger.warning("%s, left out; %d so far", where, self.damaged)
+            logger.warning("%s; left out, %d so far", error, self.damaged)
             return self._padding()
 
     def _padding(self) -> np.ndarray:
         """Returns a window of which no target counts."""
         return np.zeros((2, self.sequence_length + 1), np.int32)
+
+
+class _Windows:
+    """The packed windows of one split of one folder."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest, split: str):
+        self.count = manifest.split(split).windows
+        if self.count == 0:
+            raise UserError(
+                f"{folder} has no {split} window; prepare more text, or a shorter --sequence-length"
+            )
+        shards = manifest.split(split).shards
+        self._shards = [str(Path(folder) / shard.name) for shard in shards]
+        self._starts = np.cumsum([0, *(shard.windows for shard in shards)])
+        try:
+            self._source = grain.sources.ArrayRecordDataSource(self._shards)
+        except RuntimeError as error:
+            raise UserError(
+                f"{folder}: a shard of {split} is damaged ({error}); prepare the data again"
+            ) from error
+        if len(self._source) != self.count:
+            raise UserError(
+                f"{folder}: the shards of {split} hold {len(self._source)} windows, and the "
+                f"manifest says {self.count}; prepare the data again"
+            )
+
+    def read(self, number: int, sequence_length: int) -> np.ndarray:
+        try:
+            record = self._source[number]
+            return np.frombuffer(record, np.int32).reshape(2, sequence_length + 1)
+        except (ValueError, RuntimeError, IndexError) as error:
+            shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+            raise UserError(
+                f"{self._shards[shard]}: record {number - self._starts[shard]} is damaged "
+                f"({error}); prepare the data again, or leave such records out with "
+                "config.data.on_damaged=skip"
+            ) from error
+
+
+def _check_mixture(corpora: list[tuple[str | Path, Manifest]], weights: Sequence[float]) -> None:
+    if len(corpora) > 1 and len(weights) != len(corpora):
+        raise ConfigError(
+            f"config.data.weights={tuple(weights)} must have {len(corpora)} numbers: one for "
+            "config.data.path and one for each folder of config.data.mixture"
+        )
+    (folder, first), *others = corpora
+    for path, manifest in others:
+        for name, text in (("tokenizer_sha256", "tokenizer"), ("sequence_length", "windows")):
+            ours, theirs = getattr(first, name), getattr(manifest, name)
+            if ours != theirs:
+                raise UserError(
+                    f"{path} cannot be mixed with {folder}: its {text} differ ({name} {theirs}, "
+                    f"not {ours}); prepare it with --tokenizer={folder}/{TOKENIZER_FILE} "
+                    f"--sequence-length={first.sequence_length}"
+                )
+
+
+def mixture_fingerprint(
+    folder: str | Path, mixture: Sequence[str], weights: Sequence[float]
+) -> str:
+    """Returns what identifies the data of a run: one corpus's own fingerprint, or a hash of all.
+
+    Raises:
+      UserError: one of the folders is not prepared, or damaged.
+    """
+    prints = [read_manifest(path).fingerprint for path in (folder, *mixture)]
+    if not mixture:
+        return prints[0]
+    return hashlib.sha256(json.dumps([prints, list(weights)]).encode()).hexdigest()

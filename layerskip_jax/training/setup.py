@@ -79,18 +79,18 @@ class TrainSetup:
         bools = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=self.placement.sharding)
         return Batch(ints, ints, bools, ints, ints)
 
-    def compile_step(self, sequence_length: int) -> Callable:
+    def compile_step(self, sequence_length: int, guarded: bool = True) -> Callable:
         """Compiles the step, once and ahead of time, for windows of this length.
 
         The result takes and donates a `TrainState`, and refuses any other shape or sharding
-        instead of compiling again.
+        instead of compiling again. See `make_train_step` for `guarded`.
         """
 
         def pin(gradients):
             return jax.lax.with_sharding_constraint(gradients, self.shardings.parameters)
 
         shards = batch_shards(self.mesh, self.config.mesh.rules.batch)
-        step = make_train_step(self.definition, self.config, self.optimizer, pin, shards)
+        step = make_train_step(self.definition, self.config, self.optimizer, pin, shards, guarded)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         start = time.monotonic()
         compiled = jitted.lower(

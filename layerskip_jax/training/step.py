@@ -79,6 +79,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     pin_gradients: Callable[[Parameters], Parameters] = lambda gradients: gradients,
     batch_shards: int = 1,
+    guarded: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the function of one optimizer step, to be jitted.
 
@@ -91,6 +92,8 @@ def make_train_step(
       optimizer: the optax transformation.
       pin_gradients: constrains the gradients to the shardings of the parameters.
       batch_shards: parts that a microbatch is split into over the devices.
+      guarded: False leaves out the check for what is not finite and the checksum of the batch,
+        to measure what they cost.
     """
     num_layers, total_steps = config.model.num_layers, config.training.steps
     accumulation, batch_size = config.training.accumulation, config.training.batch_size
@@ -186,14 +189,15 @@ def make_train_step(
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
             layers_run=layers_run,
             valid_tokens=valid_tokens,
-            batch=checksum(batch.tokens),
-            skipped=~finite,
+            batch=checksum(batch.tokens) if guarded else jnp.uint32(0),
+            skipped=~finite if guarded else jnp.bool_(False),
         )
-        parameters, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.parameters, updates), optimizer_state),
-            (state.parameters, state.optimizer),
+        after = TrainState(
+            state.step + 1, optax.apply_updates(state.parameters, updates), optimizer_state
         )
-        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+        if guarded:
+            before = state._replace(step=after.step)
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        return after, metrics
 
     return train_step

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from layerskip_jax import __version__
 from layerskip_jax.config import RunConfig
-from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
 from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
 from layerskip_jax.model.config import ModelConfig
@@ -80,7 +80,11 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         every checkpoint is damaged, or when steps are no longer finite.
     """
     # Data
-    manifest = read_manifest(config.data.path)
+    data = config.data
+    manifest = dataclasses.replace(
+        read_manifest(data.path),
+        fingerprint=mixture_fingerprint(data.path, data.mixture, data.weights),
+    )
     tokenizer_file = Path(config.data.path) / "tokenizer.json"
     if initial is not None:
         initial.check_tokenizer(tokenizer_file)
@@ -92,6 +96,8 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         batch_size=config.training.batch_size,
         seed=config.seed,
         skip_damaged=config.data.on_damaged == "skip",
+        mixture=config.data.mixture,
+        weights=config.data.weights,
     )
 
     # All processes mean the same run

@@ -3,8 +3,11 @@ import shutil
 import numpy as np
 import pytest
 
-from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
+from layerskip_jax.data.prepare import prepare
+from layerskip_jax.data.tokenizer import file_sha256
 from layerskip_jax.schema import ConfigError, UserError
+from tests.data.conftest import small_request
 
 BATCH = 6
 
@@ -112,6 +115,61 @@ def test_rows_outside_the_batch_and_empty_batches_are_refused(prepared):
         source(prepared, batch_size=0)
 
 
+@pytest.fixture(scope="module")
+def other(prepared, tmp_path_factory):
+    """A second, smaller corpus with the first one's tokenizer."""
+    texts = tmp_path_factory.mktemp("other")
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"Another {number}. " + "one more word " * number)
+    output = texts / "data"
+    sha = file_sha256(prepared / "tokenizer.json")
+    request = small_request(texts, vocab_size=0, tokenizer_sha256=sha)
+    prepare(request, output, tokenizer_file=prepared / "tokenizer.json")
+    return output
+
+
+def test_corpora_are_mixed_by_weight_each_in_epochs_of_its_own(prepared, other):
+    mixed = source(prepared, mixture=[str(other)], weights=[3.0, 1.0])
+    ours, theirs = (source(folder).num_windows for folder in (prepared, other))
+    assert mixed.num_windows == ours + theirs
+    numbers = [number for step in range(2 * ours // BATCH) for number in mixed.window_numbers(step)]
+    second = [number - ours for number in numbers if number >= ours]
+    # Nearly exact, in the whole and in every stretch of 40 rows.
+    for start in range(0, len(numbers) - 40, 7):
+        assert abs(sum(n >= ours for n in numbers[start : start + 40]) - 10) <= 1
+    epochs = [second[i : i + theirs] for i in range(0, len(second) - theirs, theirs)]
+    assert len(epochs) > 1
+    assert all(sorted(epoch) == list(range(theirs)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    # The rows are those windows, and a batch is the same whoever asks and when.
+    alone = source(other, batch_size=1, shuffle=False)
+    for row, number in enumerate(mixed.window_numbers(5)):
+        if number >= ours:
+            assert_same(mixed.rows(5, [row]), alone.batch(number - ours))
+    assert_same(source(prepared, mixture=[str(other)], weights=[3.0, 1.0]).batch(5), mixed.batch(5))
+
+
+def test_mixing_one_corpus_leaves_the_order_of_the_first(prepared, other):
+    mixed = source(prepared, mixture=[str(other)], weights=[1.0, 1.0])
+    count = source(prepared).num_windows
+    numbers = [number for step in range(20) for number in mixed.window_numbers(step)]
+    alone = [number for step in range(20) for number in source(prepared).window_numbers(step)]
+    first = [number for number in numbers if number < count]
+    assert first == alone[: len(first)]
+
+
+def test_a_mixture_that_does_not_go_together_is_refused(prepared, other, tmp_path):
+    with pytest.raises(ConfigError, match=r"weights=\(1.0,\) must have 2 numbers"):
+        source(prepared, mixture=[str(other)], weights=[1.0])
+    longer = tmp_path / "longer"
+    prepare(small_request(other.parent, sequence_length=20), longer)
+    with pytest.raises(UserError, match="its (tokenizer|windows) differ"):
+        source(prepared, mixture=[str(longer)], weights=[1.0, 1.0])
+    first = mixture_fingerprint(prepared, [str(other)], [1.0, 1.0])
+    assert first != mixture_fingerprint(prepared, [str(other)], [2.0, 1.0])
+    assert mixture_fingerprint(prepared, [], []) == source(prepared).manifest.fingerprint
+
+
 def damage(folder, start, stop):
     file = folder / "train-00000.array_record"
     content = bytearray(file.read_bytes())
@@ -146,7 +204,7 @@ def test_damaged_records_are_left_out_where_that_is_asked_for(prepared, tmp_path
                 left_out += 1
     assert 0 < left_out < whole.num_windows
     assert skipping.damaged == left_out
-    assert f"is damaged, left out; {left_out} so far" in caplog.text
+    assert f"left out, {left_out} so far" in caplog.text
 
 
 def test_a_damaged_index_is_named(prepared, tmp_path):

@@ -251,6 +251,18 @@ def test_other_data_is_refused(finished, arguments, prepared, tmp_path, capsys):
     assert "holds a run on other data" in capsys.readouterr().err
 
 
+def test_a_run_on_a_mixture_keeps_to_its_weights(arguments, prepared, tmp_path, capsys):
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    flags = [*arguments, f"--config.data.mixture=('{copy}',)", "--config.training.steps=2"]
+    first = f"--workdir={tmp_path / 'run'}"
+    assert main(["train", first, *flags, "--config.data.weights=(2.0, 1.0)"]) == 0
+    assert main(["train", first, *flags, "--config.data.weights=(1.0, 1.0)"]) == 2
+    assert "holds a run on other data" in capsys.readouterr().err
+    assert main(["train", f"--workdir={tmp_path / 'no'}", *flags]) == 2
+    assert "config.data.weights=() must have 2 numbers" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_foreign_folder_is_left_alone(arguments, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
     assert main(["train", f"--workdir={tmp_path}", *arguments]) == 2
