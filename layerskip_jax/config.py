@@ -96,6 +96,8 @@ class GuardsConfig:
     Attributes:
       nonfinite_limit: steps in a row that may be skipped because their loss or gradient is not
         finite; one more ends the run.
+      roll_backs: how often a run that would so end goes back instead to the newest checkpoint
+        from before those steps, and leaves their batches out from then on.
       spike_deviations: a loss so many standard deviations above the mean of the last
         `SPIKE_WINDOW` steps is logged with its batch; 0 logs none.
       step_timeout: seconds that a step, an evaluation's batch or the last save may take before
@@ -103,6 +105,7 @@ class GuardsConfig:
     """
 
     nonfinite_limit: int = 10
+    roll_backs: int = 0
     spike_deviations: float = 6.0
     step_timeout: float = 0.0
 

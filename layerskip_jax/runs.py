@@ -77,6 +77,17 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def skips_file(self) -> Path:
+        """Batches left out of the order after roll-backs, see `BatchSource`."""
+        return self.path / "skipped_batches.json"
+
+    def skips(self) -> list[tuple[int, int]]:
+        """Returns what `skips_file` holds."""
+        if not self.skips_file.is_file():
+            return []
+        return [tuple(skip) for skip in json.loads(self.skips_file.read_text())]
+
+    @property
     def logs(self) -> Path:
         """A log of JSON lines and a heartbeat of each process."""
         return self.path / "logs"

@@ -48,6 +48,7 @@ class BatchSource:
         skip_damaged: bool = False,
         mixture: Sequence[str] = (),
         weights: Sequence[float] = (),
+        skips: Sequence[tuple[int, int]] = (),
     ):
         """Opens a split.
 
@@ -62,6 +63,8 @@ class BatchSource:
           mixture: further folders with the same tokenizer and sequence length.
           weights: shares of the rows that come from `folder` and from each of these; they need
             not add up to 1. Any run of rows has them nearly exactly.
+          skips: pairs (step, count): from that step on, so many batches of the order are passed
+            over. Those of later steps are on top of those of earlier ones.
 
         Raises:
           ConfigError: there are not as many weights as folders.
@@ -80,6 +83,7 @@ class BatchSource:
         self.batch_size = batch_size
         self.steps_per_epoch = -(-self.num_windows // batch_size)
         self._shuffle, self._skip_damaged = shuffle, skip_damaged
+        self._skips = tuple(skips)
         self.damaged = 0
         self._order = self._make_order(seed, weights)
 
@@ -110,19 +114,23 @@ class BatchSource:
         for row in range(self.batch_size)[rows] if isinstance(rows, slice) else rows:
             if not 0 <= row < self.batch_size:
                 raise IndexError(f"row {row} is not in a batch of {self.batch_size}")
-            index = step * self.batch_size + row
+            index = self._position(step) * self.batch_size + row
             if self._shuffle or index < self.num_windows:
                 windows.append(self._window(int(self._order[index])))
             else:
                 windows.append(self._padding())
         return unpack(np.stack(windows))
 
+    def _position(self, step: int) -> int:
+        """Returns which batch of the order `step` has."""
+        return step + sum(count for since, count in self._skips if step >= since)
+
     def window_numbers(self, step: int) -> list[int]:
         """Returns the number, in the split, of the window in each row of batch `step`.
 
         Rows past the last window of an order that ends have no number and are left out.
         """
-        first = step * self.batch_size
+        first = self._position(step) * self.batch_size
         last = first + self.batch_size
         stop = last if self._shuffle else min(last, self.num_windows)
         return [int(self._order[index]) for index in range(first, stop)]

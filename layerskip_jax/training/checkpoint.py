@@ -191,8 +191,20 @@ class Checkpoints:
             "back a copy of one, or begin again with another --workdir"
         )
 
-    def _set_aside(self, step: int) -> None:
-        aside = self._folder.with_name(f"{self._folder.name}_damaged")
+    def set_aside_from(self, step: int) -> int | None:
+        """Moves the checkpoints of `step` and later aside, after `close`; returns what is left.
+
+        Returns:
+          The newest step that stays, or None.
+        """
+        steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        for later in steps:
+            if later >= step:
+                self._set_aside(later, "rolled_back")
+        return max((earlier for earlier in steps if earlier < step), default=None)
+
+    def _set_aside(self, step: int, why: str = "damaged") -> None:
+        aside = self._folder.with_name(f"{self._folder.name}_{why}")
         target = aside / f"{step}-{time.time_ns()}"
         aside.mkdir(exist_ok=True)
         try:

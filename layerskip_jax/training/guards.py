@@ -18,6 +18,19 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+class RollBack(Exception):
+    """Asks to go back before some steps and to leave their batches out.
+
+    Attributes:
+      first: the first of the steps, from 1.
+      last: the last of them.
+    """
+
+    def __init__(self, first: int, last: int):
+        super().__init__(f"steps {first} to {last} were not finite")
+        self.first, self.last = first, last
+
+
 class Guards:
     """Reads the metrics of each step, in order, for what must not go on unseen.
 
@@ -30,6 +43,7 @@ class Guards:
         config: GuardsConfig,
         windows: Callable[[int], list[int]],
         last_checkpoint: Callable[[], int | None],
+        roll_backs_done: int = 0,
     ):
         """Begins with nothing seen.
 
@@ -37,10 +51,12 @@ class Guards:
           config: the limits.
           windows: numbers of the training windows in the batch of a step, from 0.
           last_checkpoint: the step of the newest one, or None.
+          roll_backs_done: of the run, so far.
         """
         self._config = config
         self._windows, self._last_checkpoint = windows, last_checkpoint
         self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+        self._roll_backs_left = config.roll_backs - roll_backs_done
         self.in_a_row = 0
 
     def check(self, step: int, metrics: StepMetrics) -> None:
@@ -48,6 +64,7 @@ class Guards:
 
         Raises:
           UserError: more steps in a row were not finite than the limit allows.
+          RollBack: the same, and a roll-back is left.
         """
         loss = float(metrics.loss)
         if metrics.skipped:
@@ -73,6 +90,8 @@ class Guards:
 
     def _stop(self, step: int) -> None:
         first, saved = step - self.in_a_row + 1, self._last_checkpoint()
+        if self._roll_backs_left > 0:
+            raise RollBack(first, step)
         batches = "\n".join(f"  step {s}: {self._windows(s - 1)}" for s in range(first, step + 1))
         raise UserError(
             f"{self.in_a_row} steps in a row, {first} to {step}, had a loss or gradient that is "

@@ -22,11 +22,11 @@ from layerskip_jax.parallel.hosts import (
     stop_requests,
     wait_for_all,
 )
-from layerskip_jax.runs import RunFolder, read_json_lines
+from layerskip_jax.runs import RunFolder, read_json_lines, write_json
 from layerskip_jax.schema import ConfigError, UserError
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.cost import MFU_DEFINITION, CostModel, peak_flops
-from layerskip_jax.training.guards import Guards, Watchdog
+from layerskip_jax.training.guards import Guards, RollBack, Watchdog
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
 from layerskip_jax.training.setup import TrainSetup, make_setup
@@ -98,6 +98,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         skip_damaged=config.data.on_damaged == "skip",
         mixture=config.data.mixture,
         weights=config.data.weights,
+        skips=RunFolder(Path(workdir)).skips(),
     )
 
     # All processes mean the same run
@@ -154,7 +155,12 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
             clock=clock,
         )
         profiler = Profiler(folder, config.training.profile_step, config.training.profile_steps)
-        guards = Guards(config.guards, source.window_numbers, lambda: checkpoints.latest_step)
+        guards = Guards(
+            config.guards,
+            source.window_numbers,
+            lambda: checkpoints.latest_step,
+            roll_backs_done=len(folder.skips()),
+        )
         watchdog = Watchdog(config.guards.step_timeout)
         previous = None  # metrics of the step before, read while the next one runs
         rows, steps = setup.placement.rows, range(first_step, total_steps)
@@ -210,6 +216,9 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
                     )  # fmt: skip
                 watchdog.beat()
                 checkpoints.close()
+        except RollBack as bad:
+            checkpoints.close()
+            return _roll_back(folder, checkpoints, bad)
         finally:
             metrics_log.close()
             checkpoints.close()
@@ -220,6 +229,22 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         )  # fmt: skip
         return RESTART_EXIT_CODE
     return 0
+
+
+def _roll_back(folder: RunFolder, checkpoints: Checkpoints, bad: RollBack) -> int:
+    """Prepares the folder so that the same command goes on before the bad steps, without them."""
+    if jax.process_index() == 0:
+        count = bad.last - bad.first + 1
+        # Step n, from 1, is batch n - 1.
+        write_json(folder.skips_file, [*folder.skips(), (bad.first - 1, count)])
+        step = checkpoints.set_aside_from(bad.first)
+        logger.warning(
+            "%s; rolled back to %s, and %d batches are left out from step %d on; the same "
+            "command goes on from there",
+            bad, "the start" if step is None else f"step {step}", count, bad.first,
+        )  # fmt: skip
+    wait_for_all("rolled back")
+    return RESTART_EXIT_CODE
 
 
 def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:

@@ -149,6 +149,15 @@ def test_corpora_are_mixed_by_weight_each_in_epochs_of_its_own(prepared, other):
     assert_same(source(prepared, mixture=[str(other)], weights=[3.0, 1.0]).batch(5), mixed.batch(5))
 
 
+def test_skipped_batches_are_passed_over_from_their_step_on(prepared):
+    plain, skipping = source(prepared), source(prepared, skips=[(4, 2), (6, 1)])
+    expected = [0, 1, 2, 3, 6, 7, 9, 10]
+    assert [skipping.window_numbers(step) for step in range(8)] == [
+        plain.window_numbers(step) for step in expected
+    ]
+    assert_same(skipping.batch(7), plain.batch(10))
+
+
 def test_mixing_one_corpus_leaves_the_order_of_the_first(prepared, other):
     mixed = source(prepared, mixture=[str(other)], weights=[1.0, 1.0])
     count = source(prepared).num_windows

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ import pytest
 
 from layerskip_jax.cli import main
 from layerskip_jax.config import GuardsConfig
+from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checksum import checksum, tree_checksums
 from layerskip_jax.training.guards import Guards
-from layerskip_jax.training.setup import make_setup
+from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch, StepMetrics
 from tests.helpers import SEQUENCE, random_batch, run_steps, small_run, with_training
 from tests.training.test_train import RECIPE, REPOSITORY, _command
@@ -246,6 +249,49 @@ def test_a_run_that_diverges_stops_with_advice(arguments, tmp_path, capsys, capl
     assert re.search(r"step \d+: \[\d+, ", errors)
     assert re.search(r"Last checkpoint: step \d+", errors)
     assert caplog.text.count("skipped, parameters and optimizer are as before") == limit + 1
+
+
+def test_a_run_rolls_back_and_leaves_the_bad_batches_out(arguments, tmp_path, caplog, monkeypatch):
+    """Batches 6 to 8 of the order are poison: parameters are restored and they are never seen."""
+    compile_step = TrainSetup.compile_step
+    poisoned = {}
+
+    def compile_poisoned(self, sequence_length):
+        step = compile_step(self, sequence_length)
+
+        def run(state, batch):
+            number = zlib.crc32(np.asarray(batch.tokens).tobytes())
+            if number in poisoned:
+                embedding = state.parameters["embedding"]
+                state.parameters["embedding"] = jax.device_put(
+                    jnp.full(embedding.shape, jnp.nan), embedding.sharding
+                )
+                after, metrics = step(state, batch)
+                after.parameters["embedding"] = embedding
+                return after, metrics
+            return step(state, batch)
+
+        return run
+
+    data = next(a.split("=")[1] for a in arguments if a.startswith("--config.data.path"))
+    order = BatchSource(data, "train", batch_size=8, seed=0)
+    for step in (6, 7, 8):
+        poisoned[zlib.crc32(np.asarray(order.batch(step).tokens).tobytes())] = step
+    monkeypatch.setattr(TrainSetup, "compile_step", compile_poisoned)
+    workdir = tmp_path / "run"
+    flags = ["--config.guards.nonfinite_limit=2", "--config.guards.roll_backs=1"]
+    command = ["train", f"--workdir={workdir}", *arguments, *flags]
+    with caplog.at_level(logging.INFO, logger="layerskip_jax"):
+        assert main(command) == RESTART_EXIT_CODE
+        assert "steps 7 to 9 were not finite; rolled back to step 5, and 3 batches" in caplog.text
+        assert main(command) == 0
+    assert RunFolder(workdir).skips() == [(6, 3)]
+    assert "going on from the checkpoint of step 5" in caplog.text
+    expected = [0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14]
+    sums = [int(checksum(jnp.asarray(order.batch(step).tokens))) for step in expected]
+    crcs = [zlib.crc32(np.array([value], "<u4").tobytes()) for value in sums]
+    records = read_json_lines(RunFolder(workdir).metrics_file)
+    assert [record["batches"] for record in records] == crcs
 
 
 # Hangs and kills
