@@ -310,6 +310,21 @@ def test_a_full_disk_stops_the_run_and_spares_what_is_saved(arguments, tmp_path)
     assert load_run(workdir).step == 12
 
 
+@pytest.mark.slow
+def test_with_a_full_disk_a_run_goes_on_where_that_is_asked_for(arguments, tmp_path):
+    """Every save fails and is logged; the last one, which nothing makes up for, is an error."""
+    workdir = tmp_path / "run"
+    command = _command(workdir, arguments, "--config.checkpoint.on_failure=continue")
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command]
+    full = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert full.returncode == 2, full.stderr
+    assert "going on, as config.checkpoint.on_failure has it" in full.stderr
+    assert "layerskip train: a checkpoint could not be written" in full.stderr
+    assert [r["step"] for r in read_json_lines(RunFolder(workdir).metrics_file)][-1] == 12
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_tokenizer_that_is_not_the_datas_is_refused(prepared, arguments, tmp_path, capsys):
     copy = tmp_path / "data"
     shutil.copytree(prepared, copy)
