@@ -69,6 +69,8 @@ class CheckpointConfig:
       every_steps: optimizer steps between two saves; the last step is always saved.
       keep: checkpoints kept, newest first.
       keep_every_steps: checkpoints of multiples of so many steps are kept for good; 0 keeps none.
+      keep_every_hours: the first checkpoint after so many hours since the last one so kept is kept
+        for good; 0 keeps none.
       on_failure: what a save that fails does to the run: `stop` it, or `continue` with an error
         in the log (the last save stops it all the same).
     """
@@ -76,13 +78,14 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 3
     keep_every_steps: int = 0
+    keep_every_hours: float = 0.0
     on_failure: str = "stop"
 
     def __post_init__(self):
         require(self.every_steps >= 1, f"every_steps={self.every_steps} must be at least 1")
         require(self.keep >= 1, f"keep={self.keep} must be at least 1")
-        kept = self.keep_every_steps
-        require(kept >= 0, f"keep_every_steps={kept} must not be negative")
+        for name in ("keep_every_steps", "keep_every_hours"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         require_choice("on_failure", self.on_failure, ("stop", "continue"))
 
 
@@ -122,7 +125,8 @@ class TrainingConfig:
     Attributes:
       steps: optimizer steps, T.
       batch_size: windows per optimizer step, over all devices and accumulation steps.
-      accumulation: microbatches a step is computed in.
+      accumulation: microbatches a step is computed in; 0 takes as few as `rows_per_device` allows.
+      rows_per_device: windows of a microbatch that one device may get, where accumulation is 0.
       loss_chunk: positions of the sequence scored by the head at once.
       log_every: steps between two logged lines.
       evaluate_every: steps between two evaluations; 0 evaluates at the end only.
@@ -132,11 +136,14 @@ class TrainingConfig:
       profile_step: the step from which on a trace of the devices is written; 0 writes one only
         when the process receives SIGUSR1.
       profile_steps: steps that a trace holds.
+      wandb: project of Weights & Biases that the metrics go to beside TensorBoard; its package has
+        to be installed. Empty sends none.
     """
 
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1
+    rows_per_device: int = 0
     loss_chunk: int = 128
     log_every: int = 10
     evaluate_every: int = 0
@@ -144,12 +151,21 @@ class TrainingConfig:
     peak_tflops: float = 0.0
     profile_step: int = 0
     profile_steps: int = 3
+    wandb: str = ""
 
     def __post_init__(self):
         for name in (
-            "steps", "batch_size", "accumulation", "loss_chunk", "log_every", "profile_steps"
+            "steps", "batch_size", "loss_chunk", "log_every", "profile_steps"
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        accumulation, rows = self.accumulation, self.rows_per_device
+        require(accumulation >= 0, f"accumulation={accumulation} must not be negative")
+        require(rows >= 0, f"rows_per_device={rows} must not be negative")
+        require(
+            (accumulation == 0) == (rows > 0),
+            f"accumulation={accumulation} and rows_per_device={rows} do not go together: either "
+            "set accumulation to 0 and rows_per_device to at least 1, or leave rows_per_device 0",
+        )
         for name in ("evaluate_every", "evaluate_batches", "peak_tflops", "profile_step"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 

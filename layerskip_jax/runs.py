@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def wandb_file(self) -> Path:
+        """The run's name at Weights & Biases, if it reports there."""
+        return self.path / "wandb_run.txt"
+
+    @property
     def skips_file(self) -> Path:
         """Batches left out of the order after roll-backs, see `BatchSource`."""
         return self.path / "skipped_batches.json"

@@ -50,13 +50,16 @@ def evaluate(
             f"the run's ({trained_on['tokenizer_sha256'][:12]}); prepare it with "
             f"--tokenizer={folder.tokenizer_file}"
         )
-    devices = jax.device_count()
-    rows = -(-config.training.batch_size // config.training.accumulation // devices) * devices
+    devices, training = jax.device_count(), config.training
+    if training.accumulation:
+        rows = -(-training.batch_size // training.accumulation // devices) * devices
+    else:
+        rows = training.rows_per_device * devices
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=path),
         mesh=MeshConfig(MeshShape(data=1, fsdp=-1), config.mesh.rules),
-        training=dataclasses.replace(config.training, batch_size=rows, accumulation=1),
+        training=dataclasses.replace(training, batch_size=rows, accumulation=1, rows_per_device=0),
         layer_dropout=LayerDropoutConfig(),
     )
     setup = make_setup(config)

@@ -102,6 +102,21 @@ def parameter_shardings(
     return jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
 
 
+def least_accumulation(batch_size: int, rows: int, shards: int) -> int:
+    """Returns the fewest microbatches of which each shard of the batch holds at most `rows` rows.
+
+    Raises:
+      ConfigError: the batch does not divide into `shards`.
+    """
+    require(
+        batch_size % shards == 0,
+        f"config.training.batch_size={batch_size} is not divisible by the {shards} batch shards of "
+        f"the mesh; make it a multiple of {shards}",
+    )
+    each = batch_size // shards
+    return next(count for count in range(1, each + 1) if each % count == 0 and each <= rows * count)
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh, rules) -> int:
     """Returns the number of batch shards, or raises unless it divides each microbatch."""
     shards = batch_shards(mesh, rules.batch)

@@ -1,6 +1,7 @@
 """Orbax checkpoints of a run: asynchronous, sharded, restored onto any mesh, and verified."""
 
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ class Checkpoints:
         every_steps: int = 1,
         keep: int | None = None,
         keep_every_steps: int = 0,
+        keep_every_hours: float = 0.0,
         on_failure: str = "stop",
         about: dict | None = None,
     ):
@@ -58,6 +60,7 @@ class Checkpoints:
           every_steps: steps between two saves.
           keep: the number kept; None opens an existing folder to read.
           keep_every_steps: checkpoints of multiples of it are kept beside those; 0 keeps none.
+          keep_every_hours: so is the first one that is so much younger than the last so kept.
           on_failure: `stop` raises what goes wrong in a save, `continue` logs it.
           about: plain values for the record.
         """
@@ -66,12 +69,17 @@ class Checkpoints:
             raise UserError(f"{folder} does not exist; the run has saved nothing yet")
         self._every_steps, self._on_failure = every_steps, on_failure
         self._about = about or {}
+        interval = datetime.timedelta(hours=keep_every_hours)
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every_steps or None,
+            keep_time_interval=interval or None,
             create=self._writes,
             read_only=not self._writes,
             enable_async_checkpointing=self._writes,
+            # Made before the loop goes on: orbax's writers would wait ten minutes, past the end of
+            # the process, for a folder that a background thread was not allowed to make.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._folder = folder
         self._manager = self._open()
@@ -97,7 +105,8 @@ class Checkpoints:
         A failure of an earlier asynchronous save shows here, at the latest in `close`.
 
         Raises:
-          UserError: this save or the one before failed, unless failures are only logged.
+          UserError: this save or the one before failed, unless failures are only logged. One that
+            is forced, and so the run's last, is never only logged.
         """
         due = force or step % self._every_steps == 0
         if not due or step in self._manager.all_steps():
@@ -108,14 +117,12 @@ class Checkpoints:
             record = {"version": __version__, "step": step, **self._about}
             record["checksums"] = tree_checksums((parameters, optimizer))
             items[RECORD] = ocp.args.JsonSave(record)
-        try:
-            with self._named_failures():
-                return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except UserError as error:
-            if self._on_failure == "stop":
-                raise
-            logger.error("%s; going on, as config.checkpoint.on_failure has it", error)
-            return False
+        stops = self._on_failure == "stop"
+        with self._named_failures(stops):
+            self._manager.wait_until_finished()  # the save before, whose end may have failed
+        with self._named_failures(stops or force):
+            return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        return False
 
     def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any]:
         """Restores both items, each leaf with the shape, dtype and sharding of its template.
@@ -266,12 +273,15 @@ class Checkpoints:
             self._manager.close()
 
     @contextlib.contextmanager
-    def _named_failures(self) -> Iterator[None]:
-        """Names the folder in what orbax and tensorstore raise of a disk that fails."""
+    def _named_failures(self, raises: bool = True) -> Iterator[None]:
+        """Names the folder in what orbax and tensorstore raise of a disk that fails, or logs it."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"a checkpoint could not be written to {self._folder} ({error}); the earlier ones "
-                "are intact: free some space, and the same command goes on from them"
-            ) from error
+            what = f"a checkpoint could not be written to {self._folder} ({error})"
+            if raises:
+                raise UserError(
+                    f"{what}; the earlier ones are intact: free some space or allow writing there, "
+                    "and the same command goes on from them"
+                ) from error
+            logger.error("%s; going on, as config.checkpoint.on_failure has it", what)

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: a line, a JSON record, TensorBoard scalars."""
+"""What a run says of itself while it trains: a line, a JSON record, curves."""
 
 import json
 import sys
@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from layerskip_jax.runs import RunFolder
+from layerskip_jax.training.boards import Boards
 from layerskip_jax.training.cost import CostModel
 from layerskip_jax.training.observe import Clock
 from layerskip_jax.training.step import StepMetrics
@@ -53,8 +53,14 @@ class MetricsLog:
         self._progress = None
         if not self._writes:
             return
+        config = cost.config
+        self._boards = Boards(
+            folder,
+            first_step=first_step,
+            project=config.training.wandb,
+            config=config.to_dict(),
+        )
         self._file = _open_to_append(folder.metrics_file)
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
         if sys.stderr.isatty():
             columns = (
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -95,12 +101,10 @@ class MetricsLog:
             print(line, flush=True)
 
     def evaluation(self, step: int, exits: list[dict]) -> None:
-        """Adds the losses of an evaluation to TensorBoard."""
+        """Adds the losses of an evaluation to the curves."""
         if self._writes:
-            for entry in exits:
-                self._board.add_scalar(
-                    f"validation/loss_exit_{entry['layers']:02d}", entry["loss"], step
-                )
+            losses = {f"validation/loss_exit_{e['layers']:02d}": e["loss"] for e in exits}
+            self._boards.add(losses, step)
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
@@ -108,7 +112,7 @@ class MetricsLog:
             self._progress.stop()
         if self._writes:
             self._file.close()
-            self._board.close()
+            self._boards.close()
 
     def _record(self, step: int) -> None:
         window, self._window = self._window, []
@@ -151,15 +155,11 @@ class MetricsLog:
             record["mfu"] = record["flops_per_second"] / self._peak_flops
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            if name == "exit_loss":
-                for exit_layers, loss in value.items():
-                    self._board.add_scalar(f"train/loss_exit_{int(exit_layers):02d}", loss, step)
-            elif name == "lost":
-                for cause, lost in value.items():
-                    self._board.add_scalar(f"train/lost_{cause}", lost, step)
-            elif name not in ("step", "batches"):
-                self._board.add_scalar(f"train/{name}", value, step)
+        hidden = ("step", "batches", "exit_loss", "lost")
+        curves = {f"train/{name}": v for name, v in record.items() if name not in hidden}
+        curves |= {f"train/loss_exit_{int(e):02d}": v for e, v in record["exit_loss"].items()}
+        curves |= {f"train/lost_{cause}": v for cause, v in record["lost"].items()}
+        self._boards.add(curves, step)
         exits = list(record["exit_loss"].items())
         shown = [exits[0], exits[-1]] if len(exits) > 1 else exits
         text = f"loss {record['loss']:.3f}  " + "  ".join(f"exit {e} {v:.3f}" for e, v in shown)

@@ -14,7 +14,7 @@ from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
 from layerskip_jax.parallel.hosts import BatchPlacement
 from layerskip_jax.parallel.mesh import batch_shards, make_mesh
-from layerskip_jax.parallel.sharding import check_batch, parameter_shardings
+from layerskip_jax.parallel.sharding import check_batch, least_accumulation, parameter_shardings
 from layerskip_jax.training.optimizer import make_optimizer
 from layerskip_jax.training.state import ModelDefinition, Parameters
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
@@ -27,7 +27,7 @@ class TrainSetup:
     """What `train` and the tests need beside the data.
 
     Attributes:
-      config: the run.
+      config: the run, its accumulation resolved for these devices.
       mesh: the devices; set it with `jax.set_mesh` around every call below.
       definition: the model's structure.
       optimizer: the optax transformation.
@@ -108,6 +108,12 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     """
     rules, training = config.mesh.rules, config.training
     mesh = make_mesh(config.mesh.shape, devices)
+    if training.accumulation == 0:
+        count = least_accumulation(
+            training.batch_size, training.rows_per_device, batch_shards(mesh, rules.batch)
+        )
+        training = dataclasses.replace(training, accumulation=count, rows_per_device=0)
+        config = dataclasses.replace(config, training=training)
     shards = check_batch(training.batch_size, training.accumulation, mesh, rules)
     layer_dropout.check_groups(
         config.layer_dropout,

@@ -24,6 +24,7 @@ from layerskip_jax.parallel.hosts import (
 )
 from layerskip_jax.runs import RunFolder, read_json_lines, write_json
 from layerskip_jax.schema import ConfigError, UserError
+from layerskip_jax.training.boards import check_wandb
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.cost import MFU_DEFINITION, CostModel, peak_flops
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
@@ -101,6 +102,8 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         skips=RunFolder(Path(workdir)).skips(),
     )
 
+    check_wandb(config.training.wandb)
+
     # All processes mean the same run
     require_agreement(
         {
@@ -133,6 +136,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
             every_steps=config.checkpoint.every_steps,
             keep=config.checkpoint.keep,
             keep_every_steps=config.checkpoint.keep_every_steps,
+            keep_every_hours=config.checkpoint.keep_every_hours,
             on_failure=config.checkpoint.on_failure,
             about={"config": config.to_dict(), "data": manifest.fingerprint},
         )
@@ -372,10 +376,11 @@ def _log_decisions(
     """Says what was chosen, so that nothing is chosen silently."""
     config = setup.config
     logger.info(
-        "%d device(s) %s as mesh %s; %.1fM parameters; %d windows of %d tokens, %d a step",
+        "%d device(s) %s as mesh %s; %.1fM parameters; %d windows of %d tokens, %d a step in %d "
+        "microbatch(es)",
         setup.mesh.size, setup.mesh.devices.flat[0].platform, dict(setup.mesh.shape),
         setup.definition.num_parameters / 1e6, source.num_windows, source.sequence_length,
-        config.training.batch_size,
+        config.training.batch_size, config.training.accumulation,
     )  # fmt: skip
     dropout, exits = config.layer_dropout, config.early_exit
     logger.info(

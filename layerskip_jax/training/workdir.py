@@ -16,10 +16,12 @@ FREE_TO_CHANGE = (
     "config.guards.",
     "config.mesh.",
     "config.training.accumulation",
+    "config.training.rows_per_device",
     "config.training.log_every",
     "config.training.evaluate_",
     "config.training.peak_tflops",
     "config.training.profile_step",
+    "config.training.wandb",
     "config.model.remat",
 )
 

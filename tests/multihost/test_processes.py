@@ -19,7 +19,13 @@ from tests.training.test_train import RECIPE, REPOSITORY
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 300
-SETTINGS = ["--config.layer_dropout.execution=gather", "--config.mesh.shape.data=1"]
+SETTINGS = [
+    "--config.layer_dropout.execution=gather",
+    "--config.mesh.shape.data=1",
+    # Four devices take the batch of 24 at once, two in two microbatches, one in four.
+    "--config.training.accumulation=0",
+    "--config.training.rows_per_device=6",
+]
 FSDP = ["--config.mesh.shape.fsdp=-1"]
 SAME = ("step", "layers_run", "tokens", "batches")
 
@@ -95,17 +101,17 @@ def test_two_processes_train_as_one_does(whole, train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "processes, devices, mesh",
+    "processes, devices, mesh, microbatches",
     [
-        (1, 4, FSDP),
-        (4, 1, FSDP),
-        (1, 1, FSDP),
-        (2, 2, ["--config.mesh.shape.fsdp=2", "--config.mesh.shape.tensor=2"]),
+        (1, 4, FSDP, 1),
+        (4, 1, FSDP, 1),
+        (1, 1, FSDP, 4),
+        (2, 2, ["--config.mesh.shape.fsdp=2", "--config.mesh.shape.tensor=2"], 2),
     ],
     ids=["1x4", "4x1", "1x1", "tensor"],
 )
 def test_saved_by_two_processes_and_gone_on_with_elsewhere(
-    whole, train, tmp_path, processes, devices, mesh
+    whole, train, tmp_path, processes, devices, mesh, microbatches
 ):
     """Begun by 2x2, gone on with from its step 5: equal state when restored, equal batches."""
     workdir = shutil.copytree(whole, tmp_path / "run")
@@ -118,6 +124,7 @@ def test_saved_by_two_processes_and_gone_on_with_elsewhere(
     # Restoring compares the checksum of every array with those of the processes that saved it.
     assert "going on from the checkpoint of step 5" in done.stderr
     assert "damaged" not in done.stderr
+    assert f"24 a step in {microbatches} microbatch(es)" in done.stderr
     assert records(workdir) == records(whole)
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 import zlib
 
 import jax
@@ -22,6 +23,7 @@ from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
 from layerskip_jax.schema import UserError
+from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.checksum import checksum, tree_checksums
 from layerskip_jax.training.guards import Guards
 from layerskip_jax.training.setup import TrainSetup, make_setup
@@ -171,6 +173,19 @@ def test_checkpoints_of_an_interval_are_kept_for_good(arguments, tmp_path):
     assert main(["train", f"--workdir={tmp_path / 'run'}", *arguments, *flags]) == 0
     saved = RunFolder(tmp_path / "run").checkpoints
     assert sorted(int(p.name) for p in saved.iterdir()) == [4, 8, 12]
+
+
+def test_checkpoints_of_a_time_interval_are_kept_for_good(tmp_path):
+    """One second apart; of two saved in quick succession the later one goes."""
+    second = 1 / 3600
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, keep_every_hours=second)
+    for step in range(1, 6):
+        if step % 2:
+            time.sleep(1.1)
+        checkpoints.save(step, {"a": jnp.ones(3)}, {"b": jnp.zeros(2)})
+    checkpoints.close()
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [1, 3, 5]
 
 
 # Steps that are not finite

@@ -1,5 +1,6 @@
 """Whole runs: stopped and resumed, evaluated, refused. Real processes where one is stopped."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from layerskip_jax.cli import main
 from layerskip_jax.commands.evaluate import evaluate
+from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
 from layerskip_jax.schema import UserError
@@ -42,7 +44,7 @@ def get_config(variant=""):
     config.early_exit.interval = 2
     config.optimizer.learning_rate = 3e-3
     config.training.steps = 12
-    config.training.batch_size = 8
+    config.training.batch_size = 24
     config.training.log_every = 1
     config.checkpoint.every_steps = 5
     return as_variant(config, variant)
@@ -89,10 +91,17 @@ def _parameters(workdir):
     return load_run(workdir).parameters
 
 
+def _record(workdir, step=12):
+    file = RunFolder(workdir).checkpoints / str(step) / "record" / "metadata"
+    return json.loads(file.read_text())
+
+
 def _assert_equal_runs(a, b):
     jax.tree.map(np.testing.assert_array_equal, _parameters(a), _parameters(b))
+    # Of every array, the optimizer's too.
+    assert _record(a)["checksums"] == _record(b)["checksums"]
     first, second = (read_json_lines(RunFolder(run).metrics_file) for run in (a, b))
-    keys = ("step", "loss", "exit_loss", "gradient_norm", "layers_run", "tokens")
+    keys = ("step", "loss", "exit_loss", "gradient_norm", "layers_run", "tokens", "batches")
     assert [[r[k] for k in keys] for r in first] == [[r[k] for k in keys] for r in second]
 
 
@@ -184,14 +193,16 @@ def test_the_same_command_again_does_nothing(finished, arguments):
 
 @pytest.mark.parametrize(
     "number, at",
-    [(signal.SIGTERM, "step 7/12"), (signal.SIGKILL, "step 10/12  saving")],
+    [(signal.SIGTERM, "step 6/12"), (signal.SIGKILL, "step 10/12  saving")],
     ids=["SIGTERM", "SIGKILL-in-a-save"],
 )
 @pytest.mark.slow
 def test_a_stopped_run_ends_with_the_very_same_parameters(
-    finished, arguments, tmp_path, number, at
+    finished, arguments, prepared, tmp_path, number, at
 ):
-    """Across the checkpoint of step 5, an epoch's end, and inside both schedules."""
+    """In front of an epoch's end and inside both schedules, with saves and reads under way."""
+    epoch = BatchSource(prepared, "train", batch_size=24, seed=0).num_windows / 24
+    assert 8 < epoch < 10 and epoch % 1, "the stops are meant to lie in front of the epoch's end"
     workdir = tmp_path / "run"
     command = _command(workdir, arguments)
     with subprocess.Popen(
@@ -323,6 +334,70 @@ def test_with_a_full_disk_a_run_goes_on_where_that_is_asked_for(arguments, tmp_p
     assert [r["step"] for r in read_json_lines(RunFolder(workdir).metrics_file)][-1] == 12
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+def test_a_folder_that_has_become_read_only_is_said_so(finished, arguments, tmp_path, on_failure):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    saved = RunFolder(workdir).checkpoints
+    for step in (10, 12):
+        shutil.rmtree(saved / str(step))
+    command = _command(workdir, arguments, f"--config.checkpoint.on_failure={on_failure}")
+    RunFolder(workdir).metrics_file.unlink()
+    # Root writes to read-only folders too, unless it gives that up.
+    as_others = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    saved.chmod(0o555)
+    refused = subprocess.run(
+        [*as_others, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=240
+    )
+    saved.chmod(0o755)
+    assert refused.returncode == 2, refused.stderr
+    assert f"a checkpoint could not be written to {saved}" in refused.stderr
+    assert "Permission denied" in refused.stderr
+    assert [p.name for p in saved.iterdir()] == ["5"]
+    last = read_json_lines(RunFolder(workdir).metrics_file)[-1]["step"]
+    assert last == (12 if on_failure == "continue" else 9)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step 5" in done.stderr
+    assert _record(workdir)["checksums"] == _record(finished[0])["checksums"]
+
+
+@pytest.mark.slow
+def test_the_curves_go_to_weights_and_biases_too(finished, arguments, tmp_path):
+    """The real package, offline: what it would send lies in a file for each start of the run."""
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    command = _command(workdir, arguments, "--config.training.wandb=trial")
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    for _ in range(2):
+        for step in (10, 12):
+            shutil.rmtree(RunFolder(workdir).checkpoints / str(step))
+        RunFolder(workdir).evaluations_file.unlink()
+        done = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    files = list(workdir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    for file in files:
+        assert file.stem == f"run-{RunFolder(workdir).wandb_file.read_text()}"
+        sent = file.read_bytes()
+        for name in (b"trial", b"train/loss", b"train/lost_checkpoint", b"validation/loss_exit_04"):
+            assert name in sent
+
+
+def test_weights_and_biases_is_missed_before_anything_is_written(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name == "wandb" else find(name, *a)
+    )
+    flags = ["--config.training.wandb=trial"]
+    assert main(["train", f"--workdir={tmp_path / 'run'}", *arguments, *flags]) == 2
+    assert "`pip install wandb`" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_that_is_not_the_datas_is_refused(prepared, arguments, tmp_path, capsys):
