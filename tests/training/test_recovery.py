@@ -289,7 +289,7 @@ def test_a_run_rolls_back_and_leaves_the_bad_batches_out(arguments, tmp_path, ca
         return run
 
     data = next(a.split("=")[1] for a in arguments if a.startswith("--config.data.path"))
-    order = BatchSource(data, "train", batch_size=8, seed=0)
+    order = BatchSource(data, "train", batch_size=24, seed=0)
     for step in (6, 7, 8):
         poisoned[zlib.crc32(np.asarray(order.batch(step).tokens).tobytes())] = step
     monkeypatch.setattr(TrainSetup, "compile_step", compile_poisoned)
