@@ -12,6 +12,7 @@ the head of one exit costs as much as several layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from layerskip_jax.ops.linear_cross_entropy import NO_NORM, HeadInputs, linear_cross_entropy
+from layerskip_jax.ops.linear_cross_entropy import (
+    NO_NORM,
+    ONE_DEVICE,
+    HeadInputs,
+    Layout,
+    linear_cross_entropy,
+)
 from layerskip_jax.schema import require, require_choice
 
 CURRICULA = ("last", "all", "rotational", "gradual")
@@ -175,18 +182,29 @@ def scored_positions(config: EarlyExitConfig, length: int) -> int:
     return max(round(config.exit_token_fraction * length), 1)
 
 
+MAX_STRATA = 64  # parts of a window that sampled positions are drawn from alike
+
+
 def sample_positions(
     key: PRNGKeyArray, config: EarlyExitConfig, length: int
-) -> Int[Array, "M"] | None:
-    """Draws the positions that early exits are scored on; None takes all of them.
+) -> Int[Array, "G m"] | None:
+    """Draws the positions that early exits are scored on, ascending; None takes all of them.
 
-    Every position is drawn with the same probability M / S. Rows and exits share the draw,
-    so that taking it is a slice of the sequence for the whole batch.
+    Every position is drawn with the same probability M / S. Rows and exits share the draw, so
+    that taking it is a slice of the sequence for the whole batch. The window is cut into G equal
+    strata with M / G positions drawn in each, so that devices which share the window among them
+    have as many of their own: G is the largest divisor of both M and S up to `MAX_STRATA`.
     """
     count = scored_positions(config, length)
     if count == length:
         return None
-    return jnp.sort(jax.random.permutation(key, length)[:count])
+    common = math.gcd(count, length)
+    strata = max(n for n in range(1, MAX_STRATA + 1) if common % n == 0)
+    size = length // strata
+    keys = jax.random.split(key, strata)
+    order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
+    chosen = jnp.sort(order[:, : count // strata], axis=1)
+    return chosen + size * jnp.arange(strata)[:, None]
 
 
 def early_exit_loss(
@@ -201,10 +219,9 @@ def early_exit_loss(
     positions: Int[Array, "M"] | None = None,
     norm: Callable[[Array], Array] = NO_NORM,
     chunk: int,
-    batch_shards: int = 1,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
-    constrain_head: Callable[[Array], Array] | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, ""], Float[Array, "A"]]:
     """Scores the active exits with the shared norm and head.
 
@@ -221,10 +238,9 @@ def early_exit_loss(
         over them counts S / M times, so that value and gradient are right on average.
       norm: applied to the states before the head; a pytree.
       chunk: positions of the sequence scored at once.
-      batch_shards: parts that B is split into over the devices.
       z_loss: see `linear_cross_entropy`.
       vocab_size: see `linear_cross_entropy`.
-      constrain_head: see `linear_cross_entropy`.
+      layout: see `linear_cross_entropy`.
 
     Returns:
       J, in nats, and each slot's mean cross-entropy before weighting (0 if not computed);
@@ -246,10 +262,9 @@ def early_exit_loss(
         head,
         norm=norm,
         chunk=chunk,
-        batch_shards=batch_shards,
         z_loss=z_loss,
         vocab_size=vocab_size,
-        constrain_head=constrain_head,
+        layout=layout,
     )
     means = [*(part * early_per_token for part in sums[:-1]), sums[-1] * per_token]
     return loss, jnp.concatenate(means)

@@ -139,15 +139,21 @@ def test_depth_weights_at_four_layers_by_hand(name, expected):
     np.testing.assert_allclose(ee.depth_weights(4, 0.5, name), expected, rtol=1e-6)
 
 
-def test_sampled_positions_are_drawn_evenly():
-    config = ee.EarlyExitConfig("all", exit_token_fraction=0.25)
-    draw = jax.vmap(lambda key: ee.sample_positions(key, config, 16))
+@pytest.mark.parametrize(
+    "length, share, shape", [(16, 0.25, (4, 1)), (18, 1 / 3, (6, 1)), (15, 0.4, (3, 2))]
+)
+def test_sampled_positions_are_drawn_evenly(length, share, shape):
+    config = ee.EarlyExitConfig("all", exit_token_fraction=share)
+    draw = jax.vmap(lambda key: ee.sample_positions(key, config, length))
     positions = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000)))
-    assert positions.shape == (20_000, 4)
-    assert (np.diff(positions, axis=1) > 0).all()
-    counts = np.bincount(positions.ravel(), minlength=16)
-    # a position is in a draw with probability 1/4, at most once
-    assert (np.abs(counts - 5000) < 5 * np.sqrt(20_000 * 0.25 * 0.75)).all()
+    assert positions.shape == (20_000, *shape)
+    # as many in each part of the window as in any other
+    assert (positions // (length // shape[0]) == np.arange(shape[0])[:, None]).all()
+    assert (np.diff(positions.reshape(20_000, -1), axis=1) > 0).all()
+    counts = np.bincount(positions.ravel(), minlength=length)
+    # a position is in a draw with probability `share`, at most once
+    bound = 5 * np.sqrt(20_000 * share * (1 - share))
+    assert (np.abs(counts - 20_000 * share) < bound).all()
     assert ee.sample_positions(jax.random.key(0), ee.EarlyExitConfig("all"), 16) is None
 
 

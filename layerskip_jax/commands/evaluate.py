@@ -68,7 +68,9 @@ def evaluate(
         step = checkpoints.require_step(step)
         parameters = checkpoints.restore_parameters(step, setup.abstract_state().parameters)
         checkpoints.close()
-        scorer = make_exit_scorer(setup.definition, chunk=config.training.loss_chunk)
+        scorer = make_exit_scorer(
+            setup.definition, chunk=config.training.loss_chunk, layout=setup.layout
+        )
         exits = evaluate_exits(scorer, parameters, validation_batches(config, setup, limit))
     return {"step": step, "exits": exits}
 

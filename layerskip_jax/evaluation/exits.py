@@ -9,15 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from layerskip_jax.ops.linear_cross_entropy import HeadInputs, linear_cross_entropy
+from layerskip_jax.ops.linear_cross_entropy import (
+    ONE_DEVICE,
+    HeadInputs,
+    Layout,
+    linear_cross_entropy,
+)
 
 
-def make_exit_scorer(definition: Any, *, chunk: int) -> Callable:
+def make_exit_scorer(definition: Any, *, chunk: int, layout: Layout = ONE_DEVICE) -> Callable:
     """Returns a jitted `score(parameters, batch) -> (nll [L], tokens)`.
 
     `definition` is a `ModelDefinition`, `batch` holds `[N, B, S]` arrays as the train step
     takes them. `nll` is the summed cross-entropy in nats of the head on each layer's output,
-    over the valid targets, which `tokens` counts. No layer is dropped.
+    over the valid targets, which `tokens` counts. No layer is dropped. `layout` tells how the
+    batch lies over the devices.
     """
 
     @jax.jit
@@ -30,7 +36,7 @@ def make_exit_scorer(definition: Any, *, chunk: int) -> Callable:
                 inputs = HeadInputs(x[None], batch.targets, batch.valid, one)
                 nll, _ = linear_cross_entropy(
                     (inputs,), head, norm=model.final_norm, chunk=chunk,
-                    vocab_size=model.config.vocab_size,
+                    vocab_size=model.config.vocab_size, layout=layout,
                 )  # fmt: skip
                 return carry, nll
 

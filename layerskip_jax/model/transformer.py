@@ -22,6 +22,11 @@ from layerskip_jax.ops.attention import packed_attention
 Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
 
 
+def no_constraint(x: Array, *logical_axes: str) -> Array:
+    """Returns x, leaving its sharding to the compiler."""
+    return x
+
+
 def _matrix(key, shape, logical_axes, fan_in, scale=1.0, padding=None):
     """A truncated-normal parameter of standard deviation scale / sqrt(fan_in).
 
@@ -120,8 +125,14 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+    def __init__(
+        self,
+        config: ModelConfig,
+        key: PRNGKeyArray,
+        constrain: Callable[..., Array] = no_constraint,
+    ):
         self.kernel = config.attention
+        self.constrain = constrain
         attention_key, mlp_key = jax.random.split(key)
         self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
         self.attention = Attention(config, attention_key)
@@ -130,7 +141,8 @@ class Block(nnx.Module):
 
     def project(self, x: Float[Array, "B S D"], cos: Array, sin: Array):
         """Returns q, k, v of the normed input; a cache goes between this and `finish`."""
-        return self.attention.project(self.attention_norm(x), cos, sin)
+        normed = self.constrain(self.attention_norm(x), "batch", "sequence", "activation")
+        return self.attention.project(normed, cos, sin)
 
     def finish(
         self,
@@ -142,9 +154,11 @@ class Block(nnx.Module):
 
         `residual_scale` multiplies what the whole layer adds; None stands for 1.
         """
-        attention = self.attention.output(attended)
+        residual = ("batch", "residual", "activation")
+        attention = self.constrain(self.attention.output(attended), *residual)
         middle = x + attention
-        mlp = self.mlp(self.mlp_norm(middle))
+        normed = self.constrain(self.mlp_norm(middle), "batch", "sequence", "activation")
+        mlp = self.constrain(self.mlp(normed), *residual)
         if residual_scale is None:
             return middle + mlp
         # A constant of the schedule. Asking for its gradient would have the backward pass
@@ -162,8 +176,37 @@ class Block(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Runs the layer over whole packed windows."""
         q, k, v = self.project(x, cos, sin)
+        q = self.constrain(q, "batch", "sequence", "heads", "head_dim")
+        k = self.constrain(k, "batch", "key_sequence", "kv_heads", "head_dim")
+        v = self.constrain(v, "batch", "key_sequence", "kv_heads", "head_dim")
         attended = packed_attention(q, k, v, segment_ids, kernel=self.kernel)
         return self.finish(x, attended, residual_scale)
+
+
+def _strata(x: Array, count: int) -> Array:
+    return x.reshape(x.shape[0], count, -1, x.shape[-1])
+
+
+def _take_positions(x: Float[Array, "B S D"], positions: Int[Array, "G m"]) -> Array:
+    """Returns x at `positions`, of which stratum g of the window has the g-th row.
+
+    Within each stratum on its own, so that no device needs the positions of another.
+    """
+    parts = _strata(x, len(positions))
+    inside = positions - parts.shape[2] * jnp.arange(len(positions))[:, None]
+    kept = jax.vmap(lambda part, index: part[:, index], (1, 0), 1)(parts, inside)
+    return kept.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _add_at_positions(x: Array, positions: Int[Array, "G m"], kept: Array) -> Array:
+    """Adds to x what `_take_positions` took from it."""
+    parts, kept = _strata(x, len(positions)), _strata(kept, len(positions))
+    inside = positions - parts.shape[2] * jnp.arange(len(positions))[:, None]
+
+    def add(part, index, kept):
+        return part.at[:, index].add(kept, indices_are_sorted=True, unique_indices=True)
+
+    return jax.vmap(add, (1, 0, 1), 1)(parts, inside, kept).reshape(x.shape)
 
 
 @jax.custom_vjp
@@ -171,7 +214,7 @@ def _keep_exit(
     x: Float[Array, "B S D"],
     buffer: Float[Array, "slots B M D"],
     slot: Int[Array, ""],
-    positions: Int[Array, "M"] | None,
+    positions: Int[Array, "G m"] | None,
 ) -> tuple[Float[Array, "B S D"], Float[Array, "slots B M D"]]:
     """Returns x, and the buffer with x at `positions` in `slot`, which may be past its end.
 
@@ -180,7 +223,7 @@ def _keep_exit(
     """
 
     def fill(buffer):
-        kept = x if positions is None else jnp.take(x, positions, axis=1)
+        kept = x if positions is None else _take_positions(x, positions)
         return jax.lax.dynamic_update_index_in_dim(buffer, kept, slot, axis=0)
 
     return x, jax.lax.cond(slot < buffer.shape[0], fill, lambda buffer: buffer, buffer)
@@ -198,18 +241,13 @@ def _keep_exit_backward(saved, gradients):
         d_kept = jax.lax.dynamic_index_in_dim(d_buffer, slot, axis=0, keepdims=False)
         if positions is None:
             return d_x + d_kept
-        return d_x.at[:, positions].add(d_kept, indices_are_sorted=True, unique_indices=True)
+        return _add_at_positions(d_x, positions, d_kept)
 
     is_kept = slot < d_buffer.shape[0]
     return jax.lax.cond(is_kept, add, lambda d_x, _: d_x, d_x, d_buffer), d_buffer, None, None
 
 
 _keep_exit.defvjp(_keep_exit_forward, _keep_exit_backward)
-
-
-def no_constraint(x: Array, *logical_axes: str) -> Array:
-    """Returns x, leaving its sharding to the compiler."""
-    return x
 
 
 class Transformer(nnx.Module):
@@ -238,7 +276,7 @@ class Transformer(nnx.Module):
             embed_key, shape, ("vocab", "embed"), config.model_dim, padding=padding
         )
         layer_keys = jax.random.split(layer_key, config.num_layers)
-        self.layers = jax.vmap(lambda k: Block(config, k))(layer_keys)
+        self.layers = jax.vmap(lambda k: Block(config, k, constrain))(layer_keys)
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.head = _matrix(
@@ -256,7 +294,7 @@ class Transformer(nnx.Module):
         # Gathered whole along D, as any layer's weights are: looking tokens up in rows cut
         # along D would leave each device with a piece of every token.
         x = self.constrain(table, "vocab", "activation")[tokens]
-        return self.constrain(x, "batch", "sequence", "activation")
+        return self.constrain(x, "batch", "residual", "activation")
 
     def rows(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> Rows:
         """Returns what the blocks read of each row beside the residual stream."""
@@ -298,7 +336,7 @@ class Transformer(nnx.Module):
                 x = rematerialised(run_block, remat)(block, x, rows, None)
             else:
                 x = execution.run(block, x, rows, layer_plan, remat)
-            x = self.constrain(x, "batch", "sequence", "activation")
+            x = self.constrain(x, "batch", "residual", "activation")
             carry, output = visit(carry, item, x)
             return (x, carry), output
 
@@ -312,7 +350,7 @@ class Transformer(nnx.Module):
         slot_of_layer: Int[Array, "L"],
         slots: int,
         *,
-        positions: Int[Array, "M"] | None = None,
+        positions: Int[Array, "G m"] | None = None,
         plan: KeepPlan | None = None,
         execution: Execution | None = None,
     ) -> tuple[Float[Array, "slots B M D"], Float[Array, "B S D"]]:
@@ -327,9 +365,9 @@ class Transformer(nnx.Module):
           plan: see `scan_layers`.
           execution: see `scan_layers`.
         """
-        kept = x.shape[1] if positions is None else positions.shape[0]
+        kept = x.shape[1] if positions is None else positions.size
         buffer = jnp.zeros((slots, x.shape[0], kept, x.shape[2]), x.dtype)
-        buffer = self.constrain(buffer, "exits", "batch", "sequence", "activation")
+        buffer = self.constrain(buffer, "exits", "batch", "residual", "activation")
 
         def visit(carry, slot, x):
             _, buffer = carry

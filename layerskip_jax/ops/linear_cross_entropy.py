@@ -37,12 +37,33 @@ class HeadInputs(NamedTuple):
     weights: Float[Array, "A"]
 
 
+class Layout(NamedTuple):
+    """How states and head lie over the devices, so that no device needs the tokens of another.
+
+    Attributes:
+      rows: parts that B is split into.
+      positions: parts that the positions are split into.
+      inner: parts that each of those is split into besides, in the states alone. A chunk takes
+        some positions of each, brought together only while it is scored.
+      constrain: pins the sharding of a chunk `[rows x positions, B / rows, chunk, ...]`.
+      constrain_head: pins the sharding of the head in the products.
+    """
+
+    rows: int = 1
+    positions: int = 1
+    inner: int = 1
+    constrain: Callable[[Array], Array] = lambda chunk: chunk
+    constrain_head: Callable[[Array], Array] = lambda head: head
+
+
+ONE_DEVICE = Layout()
+
+
 class _Settings(NamedTuple):
     chunk: int
-    batch_shards: int
     z_loss: float
     vocab_size: int | None
-    constrain_head: Callable[[Array], Array] | None
+    layout: Layout
 
 
 NO_NORM = jax.tree_util.Partial(lambda x: x)
@@ -54,10 +75,9 @@ def linear_cross_entropy(
     *,
     norm: Callable[[Array], Array] = NO_NORM,
     chunk: int,
-    batch_shards: int = 1,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
-    constrain_head: Callable[[Array], Array] | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "A"], ...]]:
     """Returns the weighted sum of the NLL of all slots, and each slot's own NLL.
 
@@ -70,18 +90,16 @@ def linear_cross_entropy(
         sums and the head's gradient are float32.
       norm: a pytree called on the states before the head, such as an RMSNorm module.
       chunk: positions scored at once; need not divide M.
-      batch_shards: parts that B is split into over the devices. Sums over the batch are kept
-        apart by part until all chunks are done, so that devices add them up once, not with
-        every chunk.
       z_loss: adds this times the squared log-partition to each token's NLL in the first
         result, which keeps logits from drifting (PaLM, section 5).
       vocab_size: columns of the head that are tokens; the others have probability 0. None
         stands for all.
-      constrain_head: pins the sharding of the head in the products.
+      layout: how all this lies over the devices. Sums over tokens are kept apart by part until
+        all chunks are done, so that devices add them up once, not with every chunk.
 
     Only the first result is differentiable, with respect to states, norm and head.
     """
-    settings = _Settings(chunk, batch_shards, z_loss, vocab_size, constrain_head)
+    settings = _Settings(chunk, z_loss, vocab_size, layout)
     loss, sums = _weighted_nll(settings, parts, head, norm)
     return loss, jax.lax.stop_gradient(sums)
 
@@ -112,11 +130,10 @@ _weighted_nll.defvjp(_forward, _backward)
 
 
 def _score(settings, parts, head, norm, *, with_gradients):
-    """Scores every part in turn; n counts the shards of the batch, b the rows of one."""
-    shards = settings.batch_shards
-    product_head = head.astype(parts[0].states.dtype)
-    if settings.constrain_head:
-        product_head = settings.constrain_head(product_head)
+    """Scores every part in turn; n counts the parts of the tokens, b the rows of one."""
+    layout = settings.layout
+    shards = layout.rows * layout.positions
+    product_head = layout.constrain_head(head.astype(parts[0].states.dtype))
     # One copy of the norm a shard, so that its gradient stays apart by shard as well.
     norms = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (shards, *leaf.shape)), norm)
     totals = None
@@ -140,29 +157,42 @@ def _score_part(settings, part, head, norms, totals):
 
     The gradient is written over the states it came from, chunk by chunk.
     """
-    states, targets, valid, weights = part
-    slots, batch, length, width = states.shape
-    shards, z_loss = settings.batch_shards, settings.z_loss
-    chunks = -(-length // settings.chunk)
-    chunk = -(-length // chunks)  # of even size, so that little or nothing is padded
-    padding = chunks * chunk - length
-    if padding:
-        states = jnp.pad(states, ((0, 0), (0, 0), (0, padding), (0, 0)))
-        targets, valid = (jnp.pad(array, ((0, 0), (0, padding))) for array in (targets, valid))
+    layout, z_loss = settings.layout, settings.z_loss
+    slots, batch, length, width = part.states.shape
+    # Rows and positions, each by the parts that devices hold: [rows, b, positions, inner, s].
+    grid = (layout.rows, batch // layout.rows, layout.positions, layout.inner)
+    local = length // (layout.positions * layout.inner)
+    chunks = -(-local // max(settings.chunk // layout.inner, 1))
+    chunk = -(-local // chunks)  # of even size, so that little or nothing is padded
+    padding = chunks * chunk - local
+
+    def spread(array, first):
+        """Splits rows and positions, which follow the axes `first`, and pads each part."""
+        array = array.reshape(*array.shape[:first], *grid, local, *array.shape[first + 2 :])
+        if not padding:
+            return array
+        widths = [(0, padding if axis == first + 4 else 0) for axis in range(array.ndim)]
+        return jnp.pad(array, widths)
+
+    states = spread(part.states, 1)
+    targets, valid = spread(part.targets, 0), spread(part.valid, 0)
     # Slots of weight 0 go last and the loop ends before them.
+    weights = part.weights
     used = weights != 0
     order = jnp.argsort(~used, stable=True)
+    shards = layout.rows * layout.positions
 
     def cut(array, start):
-        """One chunk of the sequence, which is not sharded, with the shards of B in front."""
-        array = jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1)
-        return array.reshape(shards, batch // shards, chunk, *array.shape[2:])
+        """One chunk, with the parts of rows and positions in front."""
+        array = jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=4)
+        array = jnp.moveaxis(array, 2, 1)
+        return array.reshape(shards, grid[1], layout.inner * chunk, *array.shape[5:])
 
     def step(index, carry):
         states, sums, z_sums, totals = carry
         slot, start = order[index // chunks], index % chunks * chunk
         x = cut(jax.lax.dynamic_index_in_dim(states, slot, keepdims=False), start)
-        y, mask = cut(targets, start), cut(valid, start)
+        x, y, mask = map(layout.constrain, (x, cut(targets, start), cut(valid, start)))
         normed, pull_back = jax.vjp(jax.vmap(lambda norm, x: norm(x)), norms, x)
         logits = jnp.einsum("nbsd,dv->nbsv", normed, head, preferred_element_type=jnp.float32)
         token = jnp.arange(head.shape[1])
@@ -185,13 +215,15 @@ def _score_part(settings, part, head, norms, totals):
         d_head += jnp.einsum("nbsd,nbsv->ndv", normed, d_logits, preferred_element_type=jnp.float32)
         d_norm_here, d_x = pull_back(d_x.astype(x.dtype))
         d_norm = jax.tree.map(jnp.add, d_norm, d_norm_here)
-        d_x = d_x.reshape(1, batch, chunk, width)
-        states = jax.lax.dynamic_update_slice(states, d_x, (slot, 0, start, 0))
+        rows, b, positions, inner = grid
+        d_x = jnp.moveaxis(d_x.reshape(1, rows, positions, b, inner, chunk, width), 2, 3)
+        states = jax.lax.dynamic_update_slice(states, d_x, (slot, 0, 0, 0, 0, start, 0))
         return states, sums, z_sums, (d_head, d_norm)
 
     zeros = jnp.zeros((slots, shards))
     carry = (states, zeros, zeros, totals)
     d_states, sums, z_sums, totals = jax.lax.fori_loop(0, used.sum() * chunks, step, carry)
     if totals is not None:
-        d_states = jnp.where(used[:, None, None, None], d_states[:, :, :length], 0)
+        d_states = d_states[..., :local, :].reshape(part.states.shape)
+        d_states = jnp.where(used[:, None, None, None], d_states, 0)
     return sums.sum(axis=1), z_sums.sum(axis=1), d_states, totals

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerskip_jax.parallel.mesh import parts
 from layerskip_jax.schema import UserError
 
 BatchT = TypeVar("BatchT", bound=tuple)
@@ -181,13 +182,22 @@ class BatchPlacement:
       rows: the global row numbers this process has to read, ascending.
     """
 
-    def __init__(self, mesh: Mesh, batch_axes: tuple[str, ...], batch_size: int, accumulation: int):
-        self.sharding = NamedSharding(mesh, PartitionSpec(None, batch_axes or None))
+    def __init__(
+        self,
+        mesh: Mesh,
+        batch_axes: tuple[str, ...],
+        sequence_axes: tuple[str, ...],
+        batch_size: int,
+        accumulation: int,
+    ):
+        spec = PartitionSpec(None, batch_axes or None, sequence_axes or None)
+        self.sharding = NamedSharding(mesh, spec)
         self._shape = (accumulation, batch_size // accumulation)
         numbers = np.arange(batch_size).reshape(self._shape)
-        wanted = [
-            numbers[i] for i in self.sharding.addressable_devices_indices_map(self._shape).values()
-        ]
+        devices = self.sharding.addressable_devices_indices_map(
+            (*self._shape, parts(mesh, sequence_axes))
+        )
+        wanted = [numbers[index[:2]] for index in devices.values()]
         self.rows: Sequence[int] = np.unique(np.concatenate([w.ravel() for w in wanted])).tolist()
         self._local = np.full(batch_size, -1)
         self._local[self.rows] = np.arange(len(self.rows))
@@ -198,7 +208,8 @@ class BatchPlacement:
 
         def one(array: np.ndarray) -> jax.Array:
             def shard(index):
-                return array[self._local[self._numbers[index[:2]]]]
+                rows = self._local[self._numbers[index[:2]]]
+                return array[(rows, *index[2:])]
 
             shape = (*self._shape, *array.shape[1:])
             return jax.make_array_from_callback(shape, self.sharding, shard)

@@ -1,29 +1,47 @@
-"""The device mesh: `data` replicates, `fsdp` shards parameters, `tensor` splits layers."""
+"""The device mesh, five axes from the slowest network to the fastest.
+
+`slice` replicates over slices or islands that a slower network joins, `data` replicates within
+one, `fsdp` shards parameters, `context` splits sequences, and `tensor` splits layers.
+"""
 
 import dataclasses
 import math
+from collections import defaultdict
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from layerskip_jax.schema import ConfigError, require
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; one of them may be -1, for all that are left."""
+    """Devices along each mesh axis; one of them may be -1, for all that are left.
+
+    Attributes:
+      data: copies of the parameters within a slice, each with its rows of the batch.
+      fsdp: parts of the parameters and of the optimizer's state, each with its rows.
+      tensor: parts of each layer's heads and hidden units, and of the vocabulary.
+      context: parts of each sequence.
+      slice: TPU slices, or groups of GPUs with a faster network inside; each has all parameters.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
+    slice: int = 1
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
-        for axis, size in zip(AXES, sizes, strict=True):
+        for axis in AXES:
+            size = getattr(self, axis)
             require(size == -1 or size >= 1, f"{axis}={size} must be -1 or at least 1")
-        require(sizes.count(-1) <= 1, f"only one of {AXES} may be -1, not {sizes}")
+        sizes = [getattr(self, axis) for axis in AXES]
+        require(sizes.count(-1) <= 1, f"only one of {AXES} may be -1, not {tuple(sizes)}")
 
     def resolve(self, num_devices: int) -> tuple[int, ...]:
         """Returns the sizes of `AXES` for this many devices.
@@ -31,7 +49,7 @@ class MeshShape:
         Raises:
           ConfigError: the sizes do not multiply to `num_devices`.
         """
-        sizes = dataclasses.astuple(self)
+        sizes = [getattr(self, axis) for axis in AXES]
         fixed = math.prod(size for size in sizes if size != -1)
         left = num_devices // fixed
         if fixed * (left if -1 in sizes else 1) != num_devices:
@@ -44,12 +62,42 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: list | None = None) -> Mesh:
-    """Lays `devices` (default: all) out as a mesh with the axes `AXES`."""
+    """Lays `devices` (default: all) out as a mesh with the axes `AXES`.
+
+    Within a slice `mesh_utils` puts the axes along the physical network.
+
+    Raises:
+      ConfigError: the sizes do not fit the devices, or `slice` does not fit the slices they are in.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = shape.resolve(len(devices))
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    slices, *inner = shape.resolve(len(devices))
+    grids = [
+        mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
+        for part in _slices(devices, slices)
+    ]
+    return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_shards(mesh: Mesh, batch_axes: tuple[str, ...]) -> int:
-    """Returns the number of parts the batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in batch_axes)
+def _slices(devices: list, count: int) -> list[list]:
+    """Returns the devices by slice.
+
+    TPUs know the slice they are in. Other devices are split in the order of their processes, so
+    that each part holds whole processes wherever `count` divides their number.
+    """
+    if devices[0].platform != "tpu":
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return [list(part) for part in np.array(ordered, object).reshape(count, -1)]
+    by_slice = defaultdict(list)
+    for device in devices:
+        by_slice[device.slice_index].append(device)
+    if len(by_slice) != count:
+        raise ConfigError(
+            f"config.mesh.shape.slice={count}, but the {len(devices)} devices are in "
+            f"{len(by_slice)} slice(s); set --config.mesh.shape.slice={len(by_slice)}"
+        )
+    return [by_slice[index] for index in sorted(by_slice)]
+
+
+def parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    """Returns the number of parts that an array's dimension is split into over these axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)

@@ -5,13 +5,12 @@ says on which mesh axes each name lies, and everything else follows from that ta
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from layerskip_jax.parallel.mesh import AXES, batch_shards
+from layerskip_jax.parallel.mesh import AXES, parts
 from layerskip_jax.schema import ConfigError, require
 
 BATCH = "batch"
@@ -23,7 +22,10 @@ class ShardingRules:
 
     Attributes:
       batch: rows of the batch.
-      sequence: positions.
+      sequence: positions, inside attention and MLP.
+      residual: positions of the residual stream outside them, where norms and sums are alone and
+        `tensor` would otherwise hold copies (sequence parallelism).
+      key_sequence: positions of keys and values; every device attends to all of them.
       activation: the width of the residual stream.
       exits: slots of the early-exit buffer.
       layers: the stacked layers.
@@ -36,8 +38,10 @@ class ShardingRules:
       norm: scales of the norms.
     """
 
-    batch: tuple[str, ...] = ("data", "fsdp")
-    sequence: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ("slice", "data", "fsdp")
+    sequence: tuple[str, ...] = ("context",)
+    residual: tuple[str, ...] = ("context", "tensor")
+    key_sequence: tuple[str, ...] = ()
     activation: tuple[str, ...] = ()
     exits: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
@@ -53,6 +57,12 @@ class ShardingRules:
         for field in dataclasses.fields(self):
             for axis in getattr(self, field.name):
                 require(axis in AXES, f"{field.name}: {axis!r} is no mesh axis; use {AXES}")
+        split = self.residual[: len(self.sequence)]
+        require(
+            split == self.sequence,
+            f"residual={self.residual} must begin with sequence={self.sequence}: the residual "
+            "stream is split further, not otherwise",
+        )
 
     def spec(self, logical_axes: tuple[str, ...]) -> PartitionSpec:
         """Returns the partition of an array whose dimensions bear these names."""
@@ -87,13 +97,13 @@ def parameter_shardings(
                 f"config.mesh.rules: parameter {name} {names} would use a mesh axis twice: {used}"
             )
         for size, logical in zip(leaf.shape, names, strict=True):
-            parts = math.prod(mesh.shape[axis] for axis in getattr(rules, logical))
-            if size % parts:
+            count = parts(mesh, getattr(rules, logical))
+            if size % count:
                 # Of all axes only the vocabulary can be padded without changing the model.
-                pad = f"pad it with config.model.vocab_multiple={parts}, or "
+                pad = f"pad it with config.model.vocab_multiple={count}, or "
                 raise ConfigError(
                     f"parameter {name}: its axis {logical!r} of size {size} is not divisible "
-                    f"by the {parts} devices of mesh axes {getattr(rules, logical)}; "
+                    f"by the {count} devices of mesh axes {getattr(rules, logical)}; "
                     f"{pad if logical == 'vocab' else ''}change config.mesh, config.model, or "
                     f"config.mesh.rules.{logical}"
                 )
@@ -119,7 +129,7 @@ def least_accumulation(batch_size: int, rows: int, shards: int) -> int:
 
 def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh, rules) -> int:
     """Returns the number of batch shards, or raises unless it divides each microbatch."""
-    shards = batch_shards(mesh, rules.batch)
+    shards = parts(mesh, rules.batch)
     require(
         batch_size % accumulation == 0,
         f"config.training.accumulation={accumulation} must divide "
@@ -132,3 +142,27 @@ def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh, rul
         f"make it a multiple of {accumulation * shards}",
     )
     return shards
+
+
+def check_sequence(length: int, scored: int, mesh: jax.sharding.Mesh, rules: ShardingRules) -> None:
+    """Raises `ConfigError` unless the devices can share the positions.
+
+    Args:
+      length: of the windows.
+      scored: positions of a window that early exits are scored on.
+      mesh: the device mesh.
+      rules: from names to mesh axes.
+    """
+    count = parts(mesh, rules.residual)
+    require(
+        length % count == 0,
+        f"windows of {length} tokens are not divisible by the {count} devices of mesh axes "
+        f"{rules.residual}; prepare windows of a multiple of {count}, or change config.mesh.shape "
+        "or config.mesh.rules.residual",
+    )
+    require(
+        scored % count == 0,
+        f"config.early_exit.exit_token_fraction scores {scored} of {length} positions, which is "
+        f"not divisible by the {count} devices of mesh axes {rules.residual}; choose "
+        f"{max(scored // count, 1) * count / length:g}",
+    )

@@ -12,9 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
+from layerskip_jax.early_exit_loss import scored_positions
+from layerskip_jax.ops.linear_cross_entropy import Layout
 from layerskip_jax.parallel.hosts import BatchPlacement
-from layerskip_jax.parallel.mesh import batch_shards, make_mesh
-from layerskip_jax.parallel.sharding import check_batch, least_accumulation, parameter_shardings
+from layerskip_jax.parallel.mesh import make_mesh, parts
+from layerskip_jax.parallel.sharding import (
+    ShardingRules,
+    check_batch,
+    check_sequence,
+    least_accumulation,
+    parameter_shardings,
+)
 from layerskip_jax.training.optimizer import make_optimizer
 from layerskip_jax.training.state import ModelDefinition, Parameters
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
@@ -41,6 +49,16 @@ class TrainSetup:
     optimizer: optax.GradientTransformation
     shardings: TrainState
     placement: BatchPlacement
+
+    @property
+    def layout(self) -> Layout:
+        """How the states of exits lie over the devices."""
+        return scoring_layout(self.mesh, self.config.mesh.rules)
+
+    def check_sequence(self, length: int) -> None:
+        """Raises `ConfigError` unless the devices can share windows of this length."""
+        scored = scored_positions(self.config.early_exit, length)
+        check_sequence(length, scored, self.mesh, self.config.mesh.rules)
 
     def init(self) -> TrainState:
         """Draws the first state, each device making its own shard; any mesh gives the same."""
@@ -89,8 +107,10 @@ class TrainSetup:
         def pin(gradients):
             return jax.lax.with_sharding_constraint(gradients, self.shardings.parameters)
 
-        shards = batch_shards(self.mesh, self.config.mesh.rules.batch)
-        step = make_train_step(self.definition, self.config, self.optimizer, pin, shards, guarded)
+        self.check_sequence(sequence_length)
+        step = make_train_step(
+            self.definition, self.config, self.optimizer, pin, self.layout, guarded
+        )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         start = time.monotonic()
         compiled = jitted.lower(
@@ -110,7 +130,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     mesh = make_mesh(config.mesh.shape, devices)
     if training.accumulation == 0:
         count = least_accumulation(
-            training.batch_size, training.rows_per_device, batch_shards(mesh, rules.batch)
+            training.batch_size, training.rows_per_device, parts(mesh, rules.batch)
         )
         training = dataclasses.replace(training, accumulation=count, rows_per_device=0)
         config = dataclasses.replace(config, training=training)
@@ -140,5 +160,20 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         definition=definition,
         optimizer=optimizer,
         shardings=TrainState(everywhere, parameters, optimizer_state),
-        placement=BatchPlacement(mesh, rules.batch, training.batch_size, training.accumulation),
+        placement=BatchPlacement(
+            mesh, rules.batch, rules.sequence, training.batch_size, training.accumulation
+        ),
+    )
+
+
+def scoring_layout(mesh: Mesh, rules: ShardingRules) -> Layout:
+    """Returns how the states of exits lie on the mesh, as the head's loss wants to know it."""
+    tokens = PartitionSpec((*rules.batch, *rules.sequence) or None)
+    return Layout(
+        rows=parts(mesh, rules.batch),
+        positions=parts(mesh, rules.sequence),
+        inner=parts(mesh, rules.residual[len(rules.sequence) :]),
+        constrain=lambda chunk: jax.lax.with_sharding_constraint(chunk, tokens),
+        # Gathered along D once a step, not with every part that is scored.
+        constrain_head=lambda head: rules.constrain(head, "activation", "vocab"),
     )

@@ -16,6 +16,7 @@ from layerskip_jax.early_exit_loss import (
     sample_positions,
     select_exits,
 )
+from layerskip_jax.ops.linear_cross_entropy import ONE_DEVICE, Layout
 from layerskip_jax.training.checksum import checksum
 from layerskip_jax.training.optimizer import learning_rate_schedule
 from layerskip_jax.training.state import ModelDefinition, Parameters
@@ -78,7 +79,7 @@ def make_train_step(
     config: RunConfig,
     optimizer: optax.GradientTransformation,
     pin_gradients: Callable[[Parameters], Parameters] = lambda gradients: gradients,
-    batch_shards: int = 1,
+    layout: Layout = ONE_DEVICE,
     guarded: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the function of one optimizer step, to be jitted.
@@ -91,7 +92,7 @@ def make_train_step(
       config: the run; every schedule is evaluated from it and the step.
       optimizer: the optax transformation.
       pin_gradients: constrains the gradients to the shardings of the parameters.
-      batch_shards: parts that a microbatch is split into over the devices.
+      layout: how a microbatch lies over the devices.
       guarded: False leaves out the check for what is not finite and the checksum of the batch,
         to measure what they cost.
     """
@@ -105,7 +106,7 @@ def make_train_step(
         dropout.execution,
         max(dropout.groups // accumulation, 1),
         menu,
-        lambda x: constrain(x, "batch", "sequence", "activation"),
+        lambda x: constrain(x, "batch", "residual", "activation"),
     )
     slots = max_active_exits(config.early_exit, num_layers) - 1
     learning_rate = learning_rate_schedule(config.optimizer, total_steps)
@@ -129,14 +130,12 @@ def make_train_step(
             batch.valid,
             exits.weights,
             valid_tokens,
-            positions=positions,
+            positions=None if positions is None else positions.reshape(-1),
             norm=model.final_norm,
             chunk=config.training.loss_chunk,
-            batch_shards=batch_shards,
             z_loss=config.early_exit.z_loss,
             vocab_size=model.config.vocab_size,
-            # Gathered along D once a step, not with every part that is scored.
-            constrain_head=lambda head: constrain(head, "activation", "vocab"),
+            layout=layout,
         )
 
     def batch_gradient(parameters, batch, plan, *rest):

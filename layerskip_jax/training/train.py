@@ -118,6 +118,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
 
     # Mesh, model, shardings
     setup = make_setup(config)
+    setup.check_sequence(source.sequence_length)
     folder = RunFolder(Path(workdir))
     check_workdir(folder, config, dataclasses.asdict(manifest))
     wait_for_all("the folder is checked")
@@ -147,7 +148,9 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         step_function = None
         if first_step < total_steps:
             step_function = setup.compile_step(source.sequence_length)
-        scorer = make_exit_scorer(setup.definition, chunk=config.training.loss_chunk)
+        scorer = make_exit_scorer(
+            setup.definition, chunk=config.training.loss_chunk, layout=setup.layout
+        )
 
         # Loop
         metrics_log = MetricsLog(

@@ -66,24 +66,24 @@ def test_exit_states_are_the_outputs_of_their_layers(remat):
     rows = model.rows(*_whole(6, 2))
     x = model.embed(tokens)
     early, last = model.exit_states(x, rows, jnp.array([2, 0, 1, 2]), 2)
-    picked = jnp.array([1, 4])
+    picked = jnp.array([[1], [4]])
     some, _ = model.exit_states(x, rows, jnp.array([2, 0, 1, 2]), 2, positions=picked)
     outputs = []
     for layer in range(4):
         x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)
         outputs.append(x)
     np.testing.assert_allclose(early, jnp.stack(outputs[1:3]), atol=1e-5)
-    np.testing.assert_array_equal(some, early[:, :, picked])
+    np.testing.assert_array_equal(some, early[:, :, picked[:, 0]])
     np.testing.assert_allclose(last, outputs[3], atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", [None, jnp.array([0, 3])])
+@pytest.mark.parametrize("positions", [None, jnp.array([[0], [3]]), jnp.array([[0, 3]])])
 def test_gradients_of_exits_reach_the_layers_below_them(positions):
     """Against a loop that differentiates each exit by itself."""
     model = Transformer(small_model(), jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 64)
     weights = jax.random.normal(jax.random.key(2), (2, 2, 6, 32))
-    positions_ = jnp.arange(6) if positions is None else positions
+    positions_ = jnp.arange(6) if positions is None else positions.reshape(-1)
 
     def kept(model):
         rows = model.rows(*_whole(6, 2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from layerskip_jax.ops.linear_cross_entropy import HeadInputs
+from layerskip_jax.ops.linear_cross_entropy import HeadInputs, Layout
 from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy as score_parts
 from layerskip_jax.parallel.mesh import MeshShape, make_mesh
 
@@ -59,14 +59,27 @@ def test_padded_columns_of_the_head_have_no_probability_and_no_gradient():
     assert not d_head_padded[:, 23:].any()
 
 
-@pytest.mark.parametrize("chunk, shards", [(1, 1), (3, 2), (5, 1), (10, 2), (64, 1)])
-def test_loss_and_gradients_equal_the_float64_reference(chunk, shards):
+LAYOUTS = [
+    (1, Layout()),
+    (3, Layout(rows=2)),
+    (5, Layout()),
+    (10, Layout(rows=2)),
+    (64, Layout()),
+    (3, Layout(positions=5)),
+    (4, Layout(rows=2, positions=5, inner=2)),
+    (3, Layout(inner=2)),
+    (1, Layout(inner=5)),
+]
+
+
+@pytest.mark.parametrize("chunk, layout", LAYOUTS)
+def test_loss_and_gradients_equal_the_float64_reference(chunk, layout):
     states, head, targets, valid, weights = _case()
     loss, sums, d_states, d_head = _reference(states, head, targets, valid, weights)
 
     def function(states, head):
         return linear_cross_entropy(
-            states, head, targets, valid, weights, chunk=chunk, batch_shards=shards
+            states, head, targets, valid, weights, chunk=chunk, layout=layout
         )
 
     (value, by_slot), gradients = jax.jit(
@@ -102,7 +115,9 @@ def test_parts_norm_and_z_loss_against_plain_differentiation_in_float64(chunk, s
         parts = tuple(
             part._replace(states=s) for part, s in zip((short, long), states, strict=True)
         )
-        return score_parts(parts, head, norm=norm, chunk=chunk, batch_shards=shards, z_loss=z_loss)
+        return score_parts(
+            parts, head, norm=norm, chunk=chunk, layout=Layout(rows=shards), z_loss=z_loss
+        )
 
     def naive(states, head, norm):
         total = 0.0
@@ -168,13 +183,13 @@ def test_the_logits_of_all_tokens_are_never_held():
 
 def test_devices_add_the_heads_gradient_up_once():
     """No collective inside the loop over chunks: they are all in the entry computation."""
-    mesh = make_mesh(MeshShape(8, 1, 1))
+    mesh = make_mesh(MeshShape(data=8))
     batch = NamedSharding(mesh, PartitionSpec(None, "data"))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
     function = jax.grad(
         lambda states, head, targets, valid: linear_cross_entropy(
-            states, head, targets, valid, jnp.ones(2), chunk=4, batch_shards=8
+            states, head, targets, valid, jnp.ones(2), chunk=4, layout=Layout(rows=8)
         )[0],
         argnums=(0, 1),
     )

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.parallel.hosts import BatchPlacement
 from layerskip_jax.parallel.mesh import MeshShape, make_mesh
 from layerskip_jax.parallel.sharding import ShardingRules
@@ -21,9 +22,10 @@ def _on_mesh(config, shape, rules=None):
 @pytest.mark.parametrize(
     "shape, expected",
     [
-        (MeshShape(), (8, 1, 1)),
-        (MeshShape(1, -1, 2), (1, 4, 2)),
-        (MeshShape(2, 2, 2), (2, 2, 2)),
+        (MeshShape(), (1, 8, 1, 1, 1)),
+        (MeshShape(1, -1, 2), (1, 1, 4, 1, 2)),
+        (MeshShape(2, 2, 2), (1, 2, 2, 1, 2)),
+        (MeshShape(1, -1, context=2, slice=2), (2, 1, 2, 2, 1)),
     ],
 )
 def test_one_axis_may_be_left_open(shape, expected):
@@ -79,7 +81,7 @@ def test_any_mesh_starts_from_the_same_parameters(shape):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_placement_keeps_microbatches_of_consecutive_rows(accumulation):
     mesh = make_mesh(MeshShape(4, 2, 1))
-    placement = BatchPlacement(mesh, ("data", "fsdp"), 16, accumulation)
+    placement = BatchPlacement(mesh, ("data", "fsdp"), (), 16, accumulation)
     assert placement.rows == list(range(16))
     batch = random_batch(3)
     placed = placement.place(batch)
@@ -89,6 +91,45 @@ def test_placement_keeps_microbatches_of_consecutive_rows(accumulation):
     )
     assert len(placed.tokens.addressable_shards) == 8
     assert placed.tokens.addressable_shards[0].data.shape == (accumulation, 2 // accumulation, 12)
+
+
+def test_placement_splits_rows_over_slices_and_positions_over_context():
+    mesh = make_mesh(MeshShape(data=1, fsdp=2, context=2, slice=2))
+    placement = BatchPlacement(mesh, ("slice", "data", "fsdp"), ("context",), 16, 1)
+    batch = random_batch(3)
+    placed = placement.place(batch)
+    np.testing.assert_array_equal(placed.tokens[0], batch.tokens)
+    shard = placed.tokens.addressable_shards[-1]
+    assert shard.index == (slice(None), slice(12, 16), slice(6, 12))
+    np.testing.assert_array_equal(shard.data[0], batch.tokens[12:, 6:])
+
+
+def test_slices_hold_neighbouring_devices():
+    """Where devices know no slices, as here, whole processes in their order make one."""
+    mesh = make_mesh(MeshShape(data=1, fsdp=-1, slice=2))
+    numbers = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(numbers.reshape(2, 4), [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+def test_a_sequence_that_the_devices_cannot_share_is_refused():
+    setup = make_setup(_on_mesh(small_run(), MeshShape(1, -1, 2, context=4)))
+    setup.check_sequence(24)
+    with pytest.raises(ConfigError, match="windows of 12 tokens are not divisible by the 8 dev"):
+        setup.check_sequence(12)
+    partly = EarlyExitConfig("rotational", interval=2, exit_token_fraction=0.5)
+    setup = make_setup(_on_mesh(small_run(early_exit=partly), MeshShape(1, -1, 2, context=4)))
+    setup.check_sequence(32)
+    with pytest.raises(ConfigError, match="scores 12 of 24 positions, .* 8 devices .*choose 0.33"):
+        setup.check_sequence(24)
+    with pytest.raises(ConfigError, match="residual=.* must begin with sequence="):
+        ShardingRules(residual=("tensor",))
+
+
+def test_rows_per_device_says_what_does_not_fit():
+    with pytest.raises(ConfigError, match="batch_size=12 .* 8 batch shards .* multiple of 8"):
+        make_setup(with_training(small_run(), batch_size=12, accumulation=0, rows_per_device=1))
+    with pytest.raises(ConfigError, match="accumulation=2 and rows_per_device=1 do not go"):
+        with_training(small_run(), accumulation=2, rows_per_device=1)
 
 
 def test_moments_are_sharded_like_their_parameters():

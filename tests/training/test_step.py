@@ -19,6 +19,7 @@ from tests.helpers import (
     with_training,
 )
 
+STEPS = 20
 NO_DROPOUT = LayerDropoutConfig()
 GOLDEN = [4.512221, 4.626373, 4.520033]
 
@@ -37,23 +38,48 @@ def one_device():
     return jax.device_get(state.parameters), history
 
 
-@pytest.mark.parametrize(
-    "shape", [MeshShape(8, 1, 1), MeshShape(1, 8, 1), MeshShape(2, 2, 2)], ids=str
-)
-def test_eight_devices_give_the_losses_of_one(one_device, shape):
-    parameters, history = one_device
+@pytest.fixture(scope="module")
+def one_device_throughout():
+    _, state, history = run_steps(small_run(), STEPS)
+    return jax.device_get(state.parameters), history
+
+
+MESHES = [
+    MeshShape(data=8),
+    MeshShape(data=1, fsdp=8),
+    MeshShape(data=1, fsdp=4, tensor=2),
+    MeshShape(data=2, fsdp=2, tensor=2),
+    MeshShape(data=1, fsdp=4, context=2),
+    MeshShape(data=1, fsdp=2, context=2, tensor=2),
+    MeshShape(data=1, fsdp=4, slice=2),
+]
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_eight_devices_give_the_losses_of_one(one_device_throughout, shape):
+    parameters, history = one_device_throughout
     config = small_run()
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, shape=shape))
-    setup, state, sharded = run_steps(config, 8, devices=8)
+    setup, state, sharded = run_steps(config, STEPS, devices=8)
     np.testing.assert_allclose(_losses(sharded), _losses(history), rtol=1e-5)
     for a, b in zip(history, sharded, strict=True):
         np.testing.assert_allclose(a.exit_losses, b.exit_losses, rtol=1e-5)
         np.testing.assert_array_equal(a.exit_layers, b.exit_layers)
         assert a.layers_run == b.layers_run < 1
     assert _largest_difference(parameters, jax.device_get(state.parameters)) < 1e-4
-    # parameters really are spread: fsdp and tensor hold parts, data holds copies
+    # parameters really are spread: fsdp and tensor hold parts, the other axes hold copies
     gate = state.parameters["layers"]["mlp"]["gate"]
     assert gate.addressable_shards[0].data.size * shape.fsdp * shape.tensor == gate.size
+
+
+@pytest.mark.parametrize("shape", [MESHES[4], MESHES[5]], ids=str)
+def test_sampled_exit_positions_do_not_depend_on_the_mesh(shape):
+    exits = EarlyExitConfig("rotational", interval=2, exit_token_fraction=2 / 3)
+    config = small_run(early_exit=exits)
+    _, _, alone = run_steps(config, 4)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, shape=shape))
+    _, _, sharded = run_steps(config, 4, devices=8)
+    np.testing.assert_allclose(_losses(sharded), _losses(alone), rtol=1e-5)
 
 
 def test_a_padded_vocabulary_trains_the_same_model():
