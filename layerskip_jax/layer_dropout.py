@@ -271,11 +271,16 @@ def rematerialised(function: Callable, policy: str) -> Callable:
 
     Args:
       function: of arrays.
-      policy: `none`, `dots` (all but the matrix products) or `full`.
+      policy: `none`, `dots` (all but the matrix products), `save_attention` (all but what bears
+        the name `attention`) or `full`.
     """
     if policy == "none":
         return function
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+        "full": None,
+    }[policy]
     return jax.checkpoint(function, policy=saved)
 
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from layerskip_jax.ops.attention import KERNELS
 from layerskip_jax.schema import require, require_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMAT_POLICIES = ("none", "dots", "full")
-ATTENTION_KERNELS = ("xla",)
+REMAT_POLICIES = ("none", "dots", "save_attention", "full", "offload")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -66,9 +66,14 @@ class ModelConfig:
       norm_eps: epsilon of RMSNorm.
       tie_embeddings: whether the head is the transposed embedding.
       dtype: dtype of activations and matrix products; parameters stay float32.
-      remat: what the backward pass computes again: `none`, `dots` (all but the matrix
-        products) or `full` (everything inside a block).
-      attention: attention kernel; `xla` runs everywhere.
+      remat: what the backward pass computes again: `none`; `dots` (all but the matrix products);
+        `save_attention` (everything inside a block but attention, which the kernel `splash` then
+        does not run again); `full` (everything inside a block); or `offload` (the same, and what
+        enters each block waits in the host's memory).
+      attention: attention kernel: `splash` on TPU, `triton` or `cudnn` on GPU, `xla` everywhere;
+        `auto` takes the fastest that can do what is asked, and says which.
+      packing_mask: keeps documents that share a window apart; False lets a token see the earlier
+        ones too, which `cudnn` needs.
     """
 
     vocab_size: int = 0
@@ -87,7 +92,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
     remat: str = "dots"
-    attention: str = "xla"
+    attention: str = "auto"
+    packing_mask: bool = True
 
     def __post_init__(self):
         sizes = (
@@ -115,7 +121,7 @@ class ModelConfig:
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("remat", self.remat, REMAT_POLICIES)
-        require_choice("attention", self.attention, ATTENTION_KERNELS)
+        require_choice("attention", self.attention, KERNELS)
 
     @property
     def vocab_rows(self) -> int:

@@ -5,18 +5,20 @@ keys. Each parameter carries `logical_axes`, one name a dimension, which `parall
 the axes of a mesh. Parameters are float32; they are cast where they are used.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from layerskip_jax.layer_dropout import Execution, KeepPlan, rematerialised, run_block
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.rope import apply_rope, rope_tables
-from layerskip_jax.ops.attention import packed_attention
+from layerskip_jax.ops.attention import PLAIN_ATTENTION, PackedAttention
 
 # Cosines, sines and segment ids: what a block reads of each row beside the residual stream.
 Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
@@ -130,8 +132,9 @@ class Block(nnx.Module):
         config: ModelConfig,
         key: PRNGKeyArray,
         constrain: Callable[..., Array] = no_constraint,
+        attend: PackedAttention = PLAIN_ATTENTION,
     ):
-        self.kernel = config.attention
+        self.attend = attend
         self.constrain = constrain
         attention_key, mlp_key = jax.random.split(key)
         self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
@@ -179,8 +182,7 @@ class Block(nnx.Module):
         q = self.constrain(q, "batch", "sequence", "heads", "head_dim")
         k = self.constrain(k, "batch", "key_sequence", "kv_heads", "head_dim")
         v = self.constrain(v, "batch", "key_sequence", "kv_heads", "head_dim")
-        attended = packed_attention(q, k, v, segment_ids, kernel=self.kernel)
-        return self.finish(x, attended, residual_scale)
+        return self.finish(x, self.attend(q, k, v, segment_ids), residual_scale)
 
 
 def _strata(x: Array, count: int) -> Array:
@@ -250,6 +252,24 @@ def _keep_exit_backward(saved, gradients):
 _keep_exit.defvjp(_keep_exit_forward, _keep_exit_backward)
 
 
+# What enters a layer goes to the host's memory and comes back for the backward pass. All of the
+# layer is computed again from it, the choice of rows included.
+LAYER_INPUT = "layer_input"
+OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
+
+
+def _run_layer(execution, remat, block, x, rows, plan):
+    x = checkpoint_name(x, LAYER_INPUT)
+    if plan is None:
+        return rematerialised(run_block, remat)(block, x, rows, None)
+    return execution.run(block, x, rows, plan, remat)
+
+
 class Transformer(nnx.Module):
     """Embedding, scanned blocks, final norm, and the one head that every exit shares."""
 
@@ -258,6 +278,7 @@ class Transformer(nnx.Module):
         config: ModelConfig,
         key: PRNGKeyArray,
         constrain: Callable[..., Array] = no_constraint,
+        attend: PackedAttention = PLAIN_ATTENTION,
     ):
         """Draws the parameters.
 
@@ -265,6 +286,7 @@ class Transformer(nnx.Module):
           config: shapes; `vocab_size` must be known.
           key: for the parameters.
           constrain: `constrain(x, *logical_axes)` pins the sharding of an activation.
+          attend: attention over packed windows.
         """
         self.config = config
         self.constrain = constrain
@@ -276,7 +298,7 @@ class Transformer(nnx.Module):
             embed_key, shape, ("vocab", "embed"), config.model_dim, padding=padding
         )
         layer_keys = jax.random.split(layer_key, config.num_layers)
-        self.layers = jax.vmap(lambda k: Block(config, k, constrain))(layer_keys)
+        self.layers = jax.vmap(lambda k: Block(config, k, constrain, attend))(layer_keys)
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.head = _matrix(
@@ -328,14 +350,16 @@ class Transformer(nnx.Module):
           The last carry, and the outputs stacked over the layers.
         """
         remat = self.config.remat
+        if remat == "offload":
+            run = functools.partial(_run_layer, execution, "none")
+            run = jax.checkpoint(run, policy=OFFLOAD)
+        else:
+            run = functools.partial(_run_layer, execution, remat)
 
         def layer(state, inputs):
             x, carry = state
             block, layer_plan, item = inputs
-            if layer_plan is None:
-                x = rematerialised(run_block, remat)(block, x, rows, None)
-            else:
-                x = execution.run(block, x, rows, layer_plan, remat)
+            x = run(block, x, rows, layer_plan)
             x = self.constrain(x, "batch", "residual", "activation")
             carry, output = visit(carry, item, x)
             return (x, carry), output

@@ -1,37 +1,224 @@
 """Attention over packed sequences and over a cache, by named kernel."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from layerskip_jax.schema import ConfigError, require_choice
+
+# What may be asked for, and the kind of device that has it.
+KERNELS = {"auto": "", "xla": "", "splash": "tpu", "cudnn": "gpu", "triton": "gpu"}
+# The name of what a checkpoint policy may save of attention: its result, and with `splash` the
+# normaliser as well, so that the backward pass need not run the kernel again.
+RESIDUAL = "attention"
 
 # Slots of a cache that a step may read. A token reads at most twice what it needs, four times
 # where that is much already, and few sizes are compiled.
 CACHE_SIZES = (64, 128, 256, 512, 1024, 4096, 16384, 65536)
 
+LANES = 128  # what a kernel's sequence is padded to a multiple of
+MAX_BLOCK = 512  # rows and columns of the logits that a TPU core works on at a time
 
-def packed_attention(
-    q: Float[Array, "B S H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
-    segment_ids: Int[Array, "B S"],
-    *,
-    kernel: str,
-) -> Float[Array, "B S H h"]:
-    """Causal attention in which no token sees another document of its window.
+
+def choose_kernel(name: str, platform: str, *, packing_mask: bool, context: int) -> str:
+    """Returns the kernel to use on these devices; `auto` takes the fastest that can do it.
 
     Args:
-      q: queries; query head i reads key/value head i // (H / K).
-      k: keys.
-      v: values.
-      segment_ids: document of each token within its row.
-      kernel: `xla`. Nothing is substituted silently: an unknown kernel raises.
+      name: one of `KERNELS`.
+      platform: `cpu`, `gpu` or `tpu`.
+      packing_mask: whether documents that share a window are kept apart.
+      context: parts that each sequence is split into.
+
+    Raises:
+      ConfigError: the kernel cannot do that here; with what can.
     """
-    if kernel != "xla":
-        raise ValueError(f"attention kernel {kernel!r} does not exist; use 'xla'")
-    length = q.shape[1]
+    require_choice("attention", name, KERNELS)
+    if name == "auto":
+        if platform == "tpu":
+            return "splash"
+        if platform == "gpu" and context == 1:
+            return "triton" if packing_mask else "cudnn"
+        return "xla"
+    needed = KERNELS[name]
+    if needed not in ("", platform):
+        raise ConfigError(
+            f"config.model.attention={name!r} needs a {needed.upper()}, and the devices here are "
+            f"of platform {platform!r}; set 'auto', or 'xla', which runs everywhere"
+        )
+    if name == "cudnn" and packing_mask:
+        raise ConfigError(
+            "config.model.attention='cudnn' cannot keep documents of a window apart; set 'triton', "
+            "or config.model.packing_mask=False to let tokens see earlier documents"
+        )
+    if needed == "gpu" and context > 1:
+        raise ConfigError(
+            f"config.model.attention={name!r} cannot split sequences, and "
+            f"config.mesh.shape.context={context}; set 'xla', or context=1"
+        )
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedAttention:
+    """Causal attention in which no token sees another document of its window.
+
+    Attributes:
+      kernel: `xla`, plain operations that run everywhere; `splash` (TPU); `triton` (GPU); or
+        `cudnn` (GPU, without packing mask). Nothing is substituted silently.
+      packing_mask: False lets a token see the earlier documents of its window too.
+      rows: mesh axes that the batch is split over, for the kernels: the compiler splits what is
+        made of plain operations, but not a kernel.
+      positions: mesh axes that queries are split over; each device reads all keys and values.
+      heads: mesh axes that query heads and key/value heads are split over.
+      interpret: runs a kernel's mathematics without its hardware, slowly.
+    """
+
+    kernel: str = "xla"
+    packing_mask: bool = True
+    rows: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    interpret: bool = False
+
+    def __call__(
+        self,
+        q: Float[Array, "B S H h"],
+        k: Float[Array, "B S K h"],
+        v: Float[Array, "B S K h"],
+        segment_ids: Int[Array, "B S"],
+    ) -> Float[Array, "B S H h"]:
+        """Attends.
+
+        Args:
+          q: queries; query head i reads key/value head i // (H / K).
+          k: keys.
+          v: values.
+          segment_ids: document of each token within its row, from 0 on.
+        """
+        if not self.packing_mask:
+            segment_ids = jnp.zeros_like(segment_ids)
+        attend = {
+            "xla": _plain,
+            "splash": self._splash,
+            "triton": self._on_gpu,
+            "cudnn": self._on_gpu,
+        }[self.kernel]
+        attended = attend(q, k, v, segment_ids)
+        # `splash` names its result itself, and naming it twice would save it twice.
+        return attended if self.kernel == "splash" else checkpoint_name(attended, RESIDUAL)
+
+    def _sharded(self, function, *sizes):
+        """Wraps a kernel's call so that each device runs it on its own rows and heads."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return function
+        rows, positions, heads = (axes or None for axes in (self.rows, self.positions, self.heads))
+        q = PartitionSpec(rows, positions, heads)
+        kv = PartitionSpec(rows, None, heads)
+        segments = (PartitionSpec(rows, positions), PartitionSpec(rows))
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=(q, kv, kv, *segments, *sizes), out_specs=q,
+            check_vma=False,
+        )  # fmt: skip
+
+    def _splash(self, q, k, v, segment_ids):
+        # Imported here: who trains on a CPU need not wait for it.
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+        length, heads = q.shape[1:3]
+        mesh = jax.sharding.get_abstract_mesh()
+        # Without a mesh every axis has one device.
+        size = functools.partial(_size, {} if mesh.empty else mesh.shape)
+        shards = size(self.positions)
+        padded = -(-length // (LANES * shards)) * LANES * shards
+        q, k, v = (_pad_positions(x, padded) for x in (q * q.shape[-1] ** -0.5, k, v))
+        # What is padded is a document of its own, behind all others.
+        segment_ids = _pad_positions(segment_ids, padded, -1)
+        block = next(b for b in (MAX_BLOCK, 256, LANES) if padded // shards % b == 0)
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([splash.CausalMask((padded, padded), shard_count=shards)] * heads),
+            block_sizes=splash.BlockSizes(
+                **dict.fromkeys(
+                    (
+                        "block_q", "block_kv", "block_kv_compute",
+                        "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
+                        "block_q_dq", "block_kv_dq",
+                    ),
+                    block,
+                )
+            ),
+            head_shards=size(self.heads),
+            q_seq_shards=shards,
+            residual_checkpoint_name=RESIDUAL,
+            interpret=self.interpret,
+        )  # fmt: skip
+
+        def attend(q, k, v, q_segments, kv_segments, kernel):
+            def row(q, k, v, q_segments, kv_segments):
+                return kernel(q, k, v, splash.SegmentIds(q_segments, kv_segments))
+
+            q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+            return jax.vmap(row)(q, k, v, q_segments, kv_segments).swapaxes(1, 2)
+
+        specs = ()
+        if not mesh.empty:
+            spec = PartitionSpec(self.heads or None, self.positions or None)
+            specs = (kernel.manual_sharding_spec(NamedSharding(mesh, spec)),)
+        sharded = self._sharded(attend, *specs)
+        return sharded(q, k, v, segment_ids, segment_ids, kernel)[:, :length]
+
+    def _on_gpu(self, q, k, v, segment_ids):
+        length, scale = q.shape[1], q.shape[-1] ** -0.5
+        if self.kernel == "cudnn":
+
+            def attend(q, k, v, *_):
+                return jax.nn.dot_product_attention(
+                    q, k, v, is_causal=True, scale=scale, implementation="cudnn"
+                )
+
+            return self._sharded(attend)(q, k, v, segment_ids, segment_ids)
+
+        from jax.experimental.pallas.ops.gpu import attention as triton
+
+        padded = -(-length // LANES) * LANES
+        groups = q.shape[2] // k.shape[2]
+
+        def attend(q, k, v, segment_ids, _):
+            # This kernel wants a key and a value for each query head.
+            k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+            return triton.mha(
+                q, k, v, segment_ids, sm_scale=scale, causal=True, interpret=self.interpret
+            )
+
+        q, k, v = (_pad_positions(x, padded) for x in (q, k, v))
+        segment_ids = _pad_positions(segment_ids, padded, -1)
+        return self._sharded(attend)(q, k, v, segment_ids, segment_ids)[:, :length]
+
+
+PLAIN_ATTENTION = PackedAttention()
+
+
+def _size(mesh_shape, axes: tuple[str, ...]) -> int:
+    size = 1
+    for axis in axes:
+        size *= mesh_shape.get(axis, 1)
+    return size
+
+
+def _pad_positions(x: Array, length: int, value: int = 0) -> Array:
+    widths = [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _plain(q, k, v, segment_ids):
+    batch, length, heads, width = q.shape
     causal = jnp.tril(jnp.ones((length, length), bool))
     same_document = segment_ids[:, :, None] == segment_ids[:, None, :]
-    batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
     attended = _attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), same_document & causal)

@@ -89,7 +89,7 @@ def _slices(devices: list, count: int) -> list[list]:
         return [list(part) for part in np.array(ordered, object).reshape(count, -1)]
     by_slice = defaultdict(list)
     for device in devices:
-        by_slice[device.slice_index].append(device)
+        by_slice[getattr(device, "slice_index", 0)].append(device)
     if len(by_slice) != count:
         raise ConfigError(
             f"config.mesh.shape.slice={count}, but the {len(devices)} devices are in "

@@ -98,12 +98,17 @@ class CostModel:
         all_layers = rows * model.num_layers
         run = all_layers * layers_run
         matrices, down, attention = _layer_forward(model, length)
-        square = attention * (length - 1) / (length + 1)  # what lies above the diagonal
+        # What lies above the diagonal; kernels skip it, a block at a time.
+        square = attention * (length - 1) / (length + 1) * (model.attention in ("auto", "xla"))
         # The last product of a layer feeds no other one, so it is not computed again.
+        kernel_again = 0.0 if model.attention == "splash" else attention + square
         again = {
             "none": 0.0,
             "dots": attention + square,
+            # Attention's result is saved, but only `splash` saves what its backward pass needs.
+            "save_attention": matrices - down + kernel_again,
             "full": matrices - down + attention + square,
+            "offload": matrices + attention + square,
         }[model.remat]
         masked = run * 3 * square
         if self.config.layer_dropout.execution == "mask":

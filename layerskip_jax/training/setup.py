@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
 from layerskip_jax.early_exit_loss import scored_positions
+from layerskip_jax.ops.attention import PackedAttention, choose_kernel
 from layerskip_jax.ops.linear_cross_entropy import Layout
 from layerskip_jax.parallel.hosts import BatchPlacement
 from layerskip_jax.parallel.mesh import make_mesh, parts
@@ -35,7 +36,7 @@ class TrainSetup:
     """What `train` and the tests need beside the data.
 
     Attributes:
-      config: the run, its accumulation resolved for these devices.
+      config: the run, its accumulation and its attention kernel resolved for these devices.
       mesh: the devices; set it with `jax.set_mesh` around every call below.
       definition: the model's structure.
       optimizer: the optax transformation.
@@ -103,6 +104,13 @@ class TrainSetup:
         The result takes and donates a `TrainState`, and refuses any other shape or sharding
         instead of compiling again. See `make_train_step` for `guarded`.
         """
+        start = time.monotonic()
+        compiled = self.lower_step(sequence_length, guarded).compile()
+        logger.info("compiled the train step in %.1f s", time.monotonic() - start)
+        return compiled
+
+    def lower_step(self, sequence_length: int, guarded: bool = True) -> jax.stages.Lowered:
+        """Returns the step as `compile_step` compiles it, before the compiler has seen it."""
 
         def pin(gradients):
             return jax.lax.with_sharding_constraint(gradients, self.shardings.parameters)
@@ -112,12 +120,7 @@ class TrainSetup:
             self.definition, self.config, self.optimizer, pin, self.layout, guarded
         )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
-        start = time.monotonic()
-        compiled = jitted.lower(
-            self.abstract_state(), self.abstract_batch(sequence_length)
-        ).compile()
-        logger.info("compiled the train step in %.1f s", time.monotonic() - start)
-        return compiled
+        return jitted.lower(self.abstract_state(), self.abstract_batch(sequence_length))
 
 
 def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
@@ -142,7 +145,18 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         accumulation=training.accumulation,
     )
     layer_dropout.check_layers(config.layer_dropout, config.model.num_layers)
-    definition = ModelDefinition(config.model, rules.constrain)
+    context = parts(mesh, rules.sequence)
+    kernel = choose_kernel(
+        config.model.attention,
+        mesh.devices.flat[0].platform,
+        packing_mask=config.model.packing_mask,
+        context=context,
+    )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
+    attend = PackedAttention(
+        kernel, config.model.packing_mask, rules.batch, rules.sequence, rules.heads
+    )
+    definition = ModelDefinition(config.model, rules.constrain, attend)
     optimizer = make_optimizer(config.optimizer, training.steps)
     parameters = parameter_shardings(definition.shapes, definition.logical_axes, mesh, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,8 @@ import jax.numpy as jnp
 from layerskip_jax import __version__
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
-from layerskip_jax.data.manifest import Manifest, read_manifest
+from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
-from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.parallel.hosts import (
     RESTART_EXIT_CODE,
     require_agreement,
@@ -23,46 +21,20 @@ from layerskip_jax.parallel.hosts import (
     wait_for_all,
 )
 from layerskip_jax.runs import RunFolder, read_json_lines, write_json
-from layerskip_jax.schema import ConfigError, UserError
+from layerskip_jax.schema import UserError
 from layerskip_jax.training.boards import check_wandb
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.cost import MFU_DEFINITION, CostModel, peak_flops
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
+from layerskip_jax.training.resolve import Initial, resolve, shaped_like
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.state import Parameters
 from layerskip_jax.training.step import Batch, TrainState
 from layerskip_jax.training.workdir import check_workdir, claim_workdir
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Initial(Protocol):
-    """A model to start from, its parameters not yet read.
-
-    Attributes:
-      config: its shape.
-      files: see `RunFolder.published`.
-    """
-
-    config: ModelConfig
-    files: dict[str, bytes]
-
-    def check_tokenizer(self, file: Path) -> None:
-        """Raises `UserError` unless the tokenizer in `file` is the model's."""
-
-    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
-        """Reads the parameters, each device its own part.
-
-        Args:
-          config: the shape to read them in: that of the model, the vocabulary padded otherwise.
-          shardings: nested like the parameters.
-
-        Raises:
-          UserError: they cannot be had in that shape.
-        """
 
 
 def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None) -> int:
@@ -126,7 +98,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         published = initial.files if initial is not None else {}
         claim_workdir(folder, config, dataclasses.asdict(manifest), tokenizer_file, published)
     wait_for_all("the folder is claimed")
-    cost = CostModel(config, source.sequence_length)
+    cost = CostModel(setup.config, source.sequence_length)
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
     clock = Clock()
     with jax.set_mesh(setup.mesh), process_log(folder):
@@ -252,48 +224,6 @@ def _roll_back(folder: RunFolder, checkpoints: Checkpoints, bad: RollBack) -> in
         )  # fmt: skip
     wait_for_all("rolled back")
     return RESTART_EXIT_CODE
-
-
-def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
-    """Fills in what the data decides, and checks that model and data fit each other.
-
-    Raises:
-      ConfigError: naming the setting.
-    """
-    model = config.model
-    vocab_size = model.vocab_size or manifest.vocab_size
-    if vocab_size < manifest.vocab_size:
-        raise ConfigError(
-            f"config.model.vocab_size={vocab_size} is smaller than the tokenizer's "
-            f"{manifest.vocab_size}; set 0 to take it from the data"
-        )
-    if manifest.sequence_length > model.max_sequence_length:
-        raise ConfigError(
-            f"config.model.max_sequence_length={model.max_sequence_length} is shorter than the "
-            f"windows of {manifest.sequence_length} tokens in {config.data.path}; raise it, or "
-            "prepare shorter windows"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size))
-
-
-def shaped_like(model: ModelConfig, source: ModelConfig) -> ModelConfig:
-    """Returns `source` with what `model` says of how to compute, not of the shape.
-
-    Raises:
-      ConfigError: a setting of the shape was changed, to something else than the source's.
-    """
-    free, default = ["dtype", "remat", "attention"], ModelConfig()
-    for name in ("max_sequence_length", "vocab_multiple"):
-        if getattr(model, name) != getattr(default, name):
-            free.append(name)
-    for field in dataclasses.fields(ModelConfig):
-        ours, theirs = getattr(model, field.name), getattr(source, field.name)
-        if field.name not in free and ours not in (theirs, getattr(default, field.name)):
-            raise ConfigError(
-                f"config.model.{field.name}={ours} contradicts config.init_from, whose model has "
-                f"{theirs}; leave it out"
-            )
-    return dataclasses.replace(source, **{name: getattr(model, name) for name in free})
 
 
 def _restore_or_init(

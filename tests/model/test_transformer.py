@@ -133,7 +133,7 @@ def test_first_losses_are_near_ln_v():
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"dtype": "float8"}, "dtype='float8' is not one of float32, bfloat16"),
         ({"remat": "dot"}, "remat='dot' is not one of .* Did you mean 'dots'"),
-        ({"attention": "flash"}, "attention='flash' is not one of xla"),
+        ({"attention": "flash"}, "attention='flash' is not one of auto, xla, splash"),
         ({"rope_theta": 0.5}, "rope_theta=0.5"),
     ],
 )

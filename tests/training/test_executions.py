@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.model.config import REMAT_POLICIES
 from layerskip_jax.parallel.mesh import MeshShape
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
@@ -72,7 +73,7 @@ def _assert_equal(results, expected):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * largest)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_gather_gives_the_losses_and_gradients_of_mask_on_one_device(masked, remat):
     _assert_equal(_loss_and_gradients("gather", MeshShape(1, 1, 1), 1, remat=remat), masked)
 

@@ -1,0 +1,124 @@
+"""Every kernel against the definition in float64; kernels without their hardware interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layerskip_jax.ops.attention import PackedAttention, choose_kernel
+from layerskip_jax.parallel.mesh import MeshShape, make_mesh
+from layerskip_jax.schema import ConfigError
+
+KERNELS = ("xla", "splash", "triton")
+
+
+def _case(length, heads=4, kv_heads=2, width=16, rows=2, documents=3):
+    random = np.random.default_rng(length)
+    q, w = (random.normal(size=(rows, length, heads, width)) for _ in range(2))
+    k, v = (random.normal(size=(rows, length, kv_heads, width)) for _ in range(2))
+    segments = np.sort(random.integers(0, documents, (rows, length)), axis=1)
+    return tuple(np.asarray(x, np.float32) for x in (q, k, v, w)) + (segments.astype(np.int32),)
+
+
+def _reference(q, k, v, segments):
+    """The definition, one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, s, n in np.ndindex(*q.shape[:3]):
+        seen = [t for t in range(s + 1) if segments[b, t] == segments[b, s]]
+        group = n // (q.shape[2] // k.shape[2])
+        scores = k[b, seen, group] @ q[b, s, n] * q.shape[-1] ** -0.5
+        weights = np.exp(scores - scores.max())
+        out[b, s, n] = weights @ v[b, seen, group] / weights.sum()
+    return out
+
+
+def _value_and_gradients(attend, q, k, v, w, segments):
+    def weighted(q, k, v):
+        return jnp.sum(attend(q, k, v, jnp.asarray(segments)) * w)
+
+    gradients = jax.jit(jax.grad(weighted, (0, 1, 2)))(q, k, v)
+    return jax.jit(attend)(q, k, v, jnp.asarray(segments)), gradients
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("length", [24, 128, 131])
+def test_a_kernel_equals_the_definition(kernel, length):
+    """With packed documents and grouped heads, at lengths that no block divides."""
+    q, k, v, w, segments = _case(length)
+    attend = PackedAttention(kernel, interpret=True)
+    value, gradients = _value_and_gradients(attend, q, k, v, w, segments)
+    np.testing.assert_allclose(value, _reference(q, k, v, segments), atol=2e-6)
+    _, expected = _value_and_gradients(PackedAttention("xla"), q, k, v, w, segments)
+    for a, b in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_packed_documents_equal_documents_alone(kernel):
+    q, k, v, _, _ = _case(96, rows=1)
+    segments = jnp.asarray(np.repeat([[0, 1, 2]], [17, 48, 31], axis=1), jnp.int32)
+    attend = PackedAttention(kernel, interpret=True)
+    packed = jax.jit(attend)(q, k, v, segments)
+    for start, end in ((0, 17), (17, 65), (65, 96)):
+        one = slice(start, end)
+        alone = jax.jit(attend)(q[:, one], k[:, one], v[:, one], segments[:, one])
+        np.testing.assert_allclose(packed[:, one], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_packing_mask_documents_see_earlier_ones(kernel):
+    q, k, v, _, segments = _case(40)
+    seen = PackedAttention(kernel, packing_mask=False, interpret=True)
+    expected = _reference(q, k, v, np.zeros_like(segments))
+    np.testing.assert_allclose(jax.jit(seen)(q, k, v, segments), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "kernel, shape",
+    [
+        ("xla", MeshShape(data=2, context=2, tensor=2)),
+        ("splash", MeshShape(data=2, context=2, tensor=2)),
+        ("splash", MeshShape(data=2, context=4)),
+        ("triton", MeshShape(data=2, fsdp=2, tensor=2)),
+    ],
+    ids=str,
+)
+def test_devices_share_rows_positions_and_heads(kernel, shape):
+    q, k, v, w, segments = _case(264, rows=4)
+    axes = ("data", "fsdp"), ("context",), ("tensor",)
+    expected, wanted = _value_and_gradients(PackedAttention("xla"), q, k, v, w, segments)
+    with jax.set_mesh(make_mesh(shape)):
+        attend = PackedAttention(kernel, True, *axes, interpret=True)
+        value, gradients = _value_and_gradients(attend, q, k, v, w, segments)
+    np.testing.assert_allclose(value, expected, atol=2e-6)
+    for a, b in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def _choose(name, platform, packing_mask=True, context=1):
+    return choose_kernel(name, platform, packing_mask=packing_mask, context=context)
+
+
+def test_auto_takes_what_the_machine_has():
+    assert _choose("auto", "cpu") == "xla"
+    assert _choose("auto", "tpu") == _choose("auto", "tpu", context=4) == "splash"
+    assert _choose("auto", "gpu") == "triton"
+    assert _choose("auto", "gpu", packing_mask=False) == "cudnn"
+    assert _choose("auto", "gpu", context=2) == "xla"
+    assert _choose("xla", "tpu") == "xla"
+
+
+@pytest.mark.parametrize(
+    "name, platform, context, message",
+    [
+        ("splash", "cpu", 1, "'splash' needs a TPU, .* platform 'cpu'; set 'auto', or 'xla'"),
+        ("triton", "tpu", 1, "'triton' needs a GPU, .* platform 'tpu'"),
+        ("cudnn", "gpu", 1, "'cudnn' cannot keep documents .* set 'triton', or .*packing_mask"),
+        ("triton", "gpu", 2, "'triton' cannot split sequences, and .*context=2; set 'xla'"),
+        ("flash", "gpu", 1, "attention='flash' is not one of .* Did you mean 'splash'"),
+    ],
+)
+def test_a_kernel_that_the_machine_lacks_is_refused(name, platform, context, message):
+    with pytest.raises(ConfigError, match=message):
+        _choose(name, platform, context=context)
