@@ -9,6 +9,7 @@ from layerskip_jax.schema import ConfigError, UserError, nearest
 VERBS = {
     "prepare": "turn text into packed windows to train on",
     "import": "make a run of a Hugging Face folder or a GGUF file",
+    "plan": "memory, traffic and time of a run on devices that are not here",
     "train": "pretrain a model, or go on where a run was stopped",
     "evaluate": "loss and perplexity at every exit",
     "generate": "decode: plain, early-exit or self-speculative",

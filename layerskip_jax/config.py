@@ -7,7 +7,9 @@ ConfigDict. The dataclasses below hold the defaults and the ranges; nothing else
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -55,10 +57,28 @@ class MeshConfig:
     Attributes:
       shape: devices along each mesh axis.
       rules: mesh axes of each logical axis.
+      topology: the devices that the recipe is laid out for, such as `v5p:4x4x8` (one of
+        `shape.slice` TPU slices) or `h100:64`; what `layerskip plan` compiles or calculates for.
     """
 
     shape: MeshShape = MeshShape()
     rules: ShardingRules = ShardingRules()
+    topology: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerConfig:
+    """How programs are compiled.
+
+    Attributes:
+      options: `xla_NAME=VALUE` adds to the compiler's settings for the chip, or replaces one;
+        `xla_NAME=` takes one out (see `parallel/compiler.py`).
+      cache: folder of compiled programs, which a restarted run need not compile again; `auto` is
+        one in the run's folder for TPUs and GPUs, and none for CPUs. Empty keeps none.
+    """
+
+    options: tuple[str, ...] = ()
+    cache: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +211,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
     mesh: MeshConfig = MeshConfig()
+    compiler: CompilerConfig = CompilerConfig()
 
     def to_dict(self) -> dict:
         """Returns nested plain values, as `from_dict` and JSON take them."""
@@ -210,19 +231,37 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def as_variant(config: ConfigDict, variant: str) -> ConfigDict:
+def as_variant(
+    config: ConfigDict, variant: str, targets: Mapping[str, Mapping[str, Any]] | None = None
+) -> ConfigDict:
     """Applies what follows the colon in `--config=FILE:VARIANT`.
 
-    Every recipe takes `plain`: the same model trained without layer dropout and early exits.
+    Every recipe takes `plain`: the same model trained without layer dropout and early exits. A
+    recipe with targets takes the name of one too, and both with a hyphen: `plain-v5p`.
+
+    Args:
+      config: the recipe.
+      variant: its variant.
+      targets: by name, the settings that lay the recipe out for some devices.
 
     Raises:
       ConfigError: unknown variant.
     """
-    if variant not in ("", "plain"):
-        raise ConfigError(f"--config: there is no variant {variant!r}; the only one is 'plain'")
-    if variant == "plain":
+    targets = targets or {}
+    chosen = set(variant.split("-")) - {""}
+    known = {"plain", *targets}
+    if unknown := sorted(chosen - known):
+        raise ConfigError(
+            f"--config: there is no variant {unknown[0]!r}; there is {', '.join(sorted(known))}, "
+            "and one with another, as in plain-v5p"
+        )
+    if len(chosen - {"plain"}) > 1:
+        raise ConfigError(f"--config: {variant!r} names more than one target; name one")
+    if "plain" in chosen:
         config.layer_dropout.p_max = 0.0
         config.early_exit.curriculum = "last"
+    for target in chosen - {"plain"}:
+        config.update_from_flattened_dict(targets[target])
     return config
 
 

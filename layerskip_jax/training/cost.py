@@ -25,19 +25,6 @@ from layerskip_jax.layer_dropout import drop_probabilities
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.training.step import StepMetrics
 
-# Published dense bfloat16 peak of one device in FLOP/s, by `Device.device_kind`.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 MFU_DEFINITION = (
     "MFU: matrix-product FLOPs that the step needs, over time and the devices' bfloat16 peak; "
     "causal attention counted once, what is computed again for the backward pass not counted, "
@@ -153,17 +140,6 @@ class CostModel:
         return self.step(
             float(layers_run[first:last].mean(dtype=np.float64)), float(early[first:last].mean())
         )
-
-
-def peak_flops(devices: list, tflops: float = 0.0) -> float | None:
-    """Returns the peak of all devices together in FLOP/s; None where it is not known.
-
-    Args:
-      devices: `jax.Device`s.
-      tflops: peak of one device in TFLOP/s; 0 takes the published one.
-    """
-    one = tflops * 1e12 or PEAK_FLOPS.get(devices[0].device_kind)
-    return one * len(devices) if one else None
 
 
 def _layer_forward(model: ModelConfig, length: int) -> tuple[float, float, float]:

@@ -15,6 +15,8 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.early_exit_loss import scored_positions
 from layerskip_jax.ops.attention import PackedAttention, choose_kernel
 from layerskip_jax.ops.linear_cross_entropy import Layout
+from layerskip_jax.parallel.chips import chip_of
+from layerskip_jax.parallel.compiler import Value, compiler_options
 from layerskip_jax.parallel.hosts import BatchPlacement
 from layerskip_jax.parallel.mesh import make_mesh, parts
 from layerskip_jax.parallel.sharding import (
@@ -55,6 +57,12 @@ class TrainSetup:
     def layout(self) -> Layout:
         """How the states of exits lie over the devices."""
         return scoring_layout(self.mesh, self.config.mesh.rules)
+
+    @property
+    def compiler_options(self) -> dict[str, Value]:
+        """What the step is compiled with on these devices."""
+        chip = chip_of(self.mesh.devices.flat[0])
+        return compiler_options(chip, self.mesh.shape["slice"], self.config.compiler.options)
 
     def check_sequence(self, length: int) -> None:
         """Raises `ConfigError` unless the devices can share windows of this length."""
@@ -105,7 +113,7 @@ class TrainSetup:
         instead of compiling again. See `make_train_step` for `guarded`.
         """
         start = time.monotonic()
-        compiled = self.lower_step(sequence_length, guarded).compile()
+        compiled = self.lower_step(sequence_length, guarded).compile(self.compiler_options)
         logger.info("compiled the train step in %.1f s", time.monotonic() - start)
         return compiled
 

@@ -14,6 +14,7 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
+from layerskip_jax.parallel.chips import peak_flops
 from layerskip_jax.parallel.hosts import (
     RESTART_EXIT_CODE,
     require_agreement,
@@ -24,7 +25,7 @@ from layerskip_jax.runs import RunFolder, read_json_lines, write_json
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.boards import check_wandb
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.cost import MFU_DEFINITION, CostModel, peak_flops
+from layerskip_jax.training.cost import MFU_DEFINITION, CostModel
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log

@@ -15,6 +15,7 @@ FREE_TO_CHANGE = (
     "config.checkpoint.",
     "config.guards.",
     "config.mesh.",
+    "config.compiler.",
     "config.training.accumulation",
     "config.training.rows_per_device",
     "config.training.log_every",
@@ -23,6 +24,7 @@ FREE_TO_CHANGE = (
     "config.training.profile_step",
     "config.training.wandb",
     "config.model.remat",
+    "config.model.attention",
 )
 
 

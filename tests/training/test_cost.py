@@ -8,7 +8,8 @@ from jax.extend.core import jaxprs_in_params
 from layerskip_jax.config import RunConfig, TrainingConfig
 from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
-from layerskip_jax.training.cost import CostModel, peak_flops
+from layerskip_jax.parallel.chips import peak_flops
+from layerskip_jax.training.cost import CostModel
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
 from tests.helpers import SEQUENCE, run_steps, small_model, small_run

@@ -10,11 +10,11 @@ import pytest
 
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.config import REMAT_POLICIES
+from layerskip_jax.parallel.hlo import Program
 from layerskip_jax.parallel.mesh import MeshShape
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
 from tests.helpers import SEQUENCE, random_batch, small_model, small_run
-from tests.hlo import Program
 
 DROPOUT = LayerDropoutConfig(0.6, "linear", residual_scale="inverse_keep", groups=8)
 MESHES = [MeshShape(8, 1, 1), MeshShape(1, 8, 1), MeshShape(2, 2, 2)]
@@ -94,12 +94,12 @@ def test_gather_adds_no_collective_to_any_branch(shape):
     mask, gather = programs["mask"], programs["gather"]
     assert not mask.branches()
     # the loops over layers have most collectives: the backward one more than the forward one
-    bodies = sorted((mask.collectives(body) for body in mask.loops()), key=Counter.total)
+    bodies = sorted((mask.counts(body) for body in mask.loops()), key=Counter.total)
     forward, backward = bodies[-2:]
     assert forward.total() > 0 or shape.data == 8
     switches = [names for names in gather.branches() if len(names) == len(DROPOUT.menu(8))]
     assert len(switches) == 2, "one in the forward loop, one in the backward loop"
-    most = [max((gather.collectives(n) for n in names), key=Counter.total) for names in switches]
+    most = [max((gather.counts(n) for n in names), key=Counter.total) for names in switches]
     for names, allowed in zip(
         (
             names
@@ -109,5 +109,5 @@ def test_gather_adds_no_collective_to_any_branch(shape):
         strict=True,
     ):
         for name in names:
-            assert gather.collectives(name) <= allowed
-    assert gather.collectives(gather.entry) <= mask.collectives(mask.entry)
+            assert gather.counts(name) <= allowed
+    assert gather.counts(gather.entry) <= mask.counts(mask.entry)

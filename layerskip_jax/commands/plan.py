@@ -1,0 +1,246 @@
+"""layerskip plan: memory, traffic and time of a training step on devices that are not here.
+
+usage: layerskip plan --config=configs/NAME.py[:VARIANT] [--topology=v5p:4x4x8] [--slices=2]
+                      [--config.a.b=value ...] [--search[=TRIES]]
+       layerskip plan --all [--only=v5e] [--json=FILE]
+
+For a TPU topology the train step itself is compiled, by the TPU's compiler, without a TPU. GPUs
+(h100:64, h200:8, a100:16) are calculated by arithmetic, and labelled so. Without --topology it is
+the recipe's own, config.mesh.topology. --search tries other meshes, remat and accumulation for the
+same batch. --all takes every target of every recipe, with LayerSkip and plain.
+The exit code is 0 where the step fits, 1 where it does not.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from layerskip_jax.commands.arguments import split_config_arguments
+from layerskip_jax.config import RunConfig, load_config
+from layerskip_jax.parallel.chips import GIB
+from layerskip_jax.parallel.compiler import compiler_table
+from layerskip_jax.parallel.topology import Topology, parse_topology
+from layerskip_jax.schema import ConfigError
+from layerskip_jax.training.plan import Plan, fits_text, plan_step
+from layerskip_jax.training.plan_search import nearest_that_fits, search
+
+logger = logging.getLogger(__name__)
+TRIES = 6  # layouts that a search compiles
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser, config_arguments, arguments = split_config_arguments("plan", __doc__, argv)
+    parser.add_argument("--topology", default="", help="the devices, such as v5p:4x4x8 or h100:64")
+    parser.add_argument("--slices", type=int, help="TPU slices of that shape")
+    parser.add_argument("--sequence-length", type=int, default=0, help="tokens of a window")
+    parser.add_argument(
+        "--search", type=int, nargs="?", const=TRIES, default=0, metavar="TRIES",
+        help="also try other layouts, so many of them",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="every target of every recipe")
+    parser.add_argument("--only", default="", help="with --all: targets whose name has this in it")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="with --all: where")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+    # Nothing runs here, and on a TPU machine the TPU is left to whoever uses it.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if options.all:
+        return _plan_all(options)
+    config, topology = _read(config_arguments, options)
+    length = options.sequence_length or config.model.max_sequence_length
+    plan = plan_step(config, topology, length)
+    _print(plan)
+    result = _figures(plan)
+    if options.search:
+        found = search(config, topology, length, options.search, logger.info)
+        _print_layouts([(c.changes, p) for c, p in found])
+        result["search"] = [{"changes": list(c.changes), **_figures(p)} for c, p in found]
+    elif not plan.fits:
+        nearest = nearest_that_fits(config, topology, length, say=logger.info)
+        if nearest is None:
+            print("No other mesh, remat or accumulation that was tried fits; take more devices.")
+        else:
+            changes, other = nearest[0].changes, nearest[1]
+            print(f"Nearest that {fits_text(other)}, with\n    {' '.join(changes)}")
+            result["nearest"] = {"changes": list(changes), **_figures(other)}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if plan.fits else 1
+
+
+def _read(config_arguments: list[str], options: argparse.Namespace) -> tuple[RunConfig, Topology]:
+    if options.slices is not None:
+        config_arguments = [*config_arguments, f"--config.mesh.shape.slice={options.slices}"]
+    config = load_config(config_arguments)
+    name = options.topology or config.mesh.topology
+    if not name:
+        raise ConfigError(
+            "no devices are named: add --topology=v5p:4x4x8, or a recipe's target, as in "
+            "--config=configs/llama2_7b_scratch.py:v5p"
+        )
+    if config.model.vocab_size == 0:
+        raise ConfigError(
+            "config.model.vocab_size=0 is read from the data, of which a plan knows nothing; "
+            "set --config.model.vocab_size"
+        )
+    slices = max(config.mesh.shape.slice, 1)
+    return config, parse_topology(name, slices)
+
+
+def _plan_all(options: argparse.Namespace) -> int:
+    """Plans every target of every recipe, LayerSkip and plain, and prints one table."""
+    recipes = []
+    for file in sorted(options.configs.glob("*.py")):
+        targets = runpy.run_path(str(file)).get("TARGETS", {})
+        recipes += [(file, target) for target in targets if options.only in target]
+    if not recipes:
+        raise ConfigError(
+            f"--configs={options.configs} has no recipe with a target named "
+            f"{options.only or 'anything'}"
+        )
+    rows, results = [], []
+    for file, target in recipes:
+        plans = []
+        for variant in (target, f"plain-{target}"):
+            config = load_config([f"--config={file}:{variant}"])
+            topology = parse_topology(config.mesh.topology, config.mesh.shape.slice)
+            plan = plan_step(config, topology)
+            plans.append(plan)
+            results.append({"recipe": file.stem, "variant": variant, **_figures(plan)})
+            logger.info("%s:%s on %s: %s", file.stem, variant, topology, fits_text(plan))
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+        rows.append((file.stem, *plans))
+    _print_all(rows)
+    return 0 if all(plan.fits for _, *plans in rows for plan in plans) else 1
+
+
+def _figures(plan: Plan) -> dict:
+    """Returns the plan's figures, flat and named."""
+    memory = {
+        f"{field.name}_bytes": getattr(plan.memory, field.name)
+        for field in dataclasses.fields(plan.memory)
+        if field.name != "message"
+    }
+    return {
+        "topology": str(plan.topology),
+        "devices": plan.topology.num_devices,
+        "by": "compiler" if plan.compiled else "arithmetic",
+        "fits": plan.fits,
+        "message": plan.memory.message,
+        **memory,
+        "flops_needed": plan.flops_needed,
+        "flops_computed": plan.flops_computed,
+        "compute_seconds": plan.compute_seconds,
+        "traffic_seconds": plan.traffic_seconds,
+        "update_seconds": plan.update_seconds,
+        "step_seconds_at_least": plan.step_seconds,
+        "mfu_at_most": plan.mfu,
+        "compile_seconds": plan.compile_seconds,
+        "traffic": [dataclasses.asdict(line) for line in plan.traffic],
+    }
+
+
+def _print(plan: Plan) -> None:
+    """Prints what a person wants to know of one plan."""
+    console, config, topology = Console(), plan.config, plan.topology
+    shape = dataclasses.asdict(config.mesh.shape)
+    how = "compiled" if plan.compiled else "by arithmetic only"
+    console.print(
+        f"{topology.num_devices} devices, {topology}, {how}; mesh "
+        f"{', '.join(f'{axis} {size}' for axis, size in shape.items() if size != 1)}; "
+        f"{config.training.batch_size} windows in {config.training.accumulation} microbatch(es); "
+        f"remat {config.model.remat}; attention {config.model.attention}"
+    )
+    memory = plan.memory
+    table = Table("GiB a device", "", title="Memory", title_justify="left", show_header=False)
+    rows = [("parameters, float32", memory.parameters), ("optimizer", memory.optimizer)]
+    if memory.total is not None:
+        rows += [
+            ("activations that the layers save", memory.activations),
+            ("other temporaries", memory.temporaries),
+        ]
+    for name, value in rows:
+        table.add_row(name, f"{value / GIB:.2f}")
+    total = "more" if memory.total is None else f"{memory.total / GIB:.2f}"
+    table.add_row("in all" + (", the program included" if plan.compiled else ""), total)
+    table.add_row("there is", f"{memory.limit / GIB:.2f}")
+    console.print(table)
+    if plan.traffic:
+        _print_traffic(console, plan)
+    if memory.total is not None:
+        _print_time(console, plan)
+    for option in compiler_table(topology.chip, topology.slices) if plan.compiled else ():
+        logger.info("compiler: %s=%s: %s", option.name, option.value, option.reason)
+    console.print(fits_text(plan), style="bold", soft_wrap=True)
+
+
+def _print_traffic(console: Console, plan: Plan) -> None:
+    table = Table(title="Collectives of a step, on one device", title_justify="left")
+    for heading in ("", "written as", "devices", "over", "times", "GB", "ms at full bandwidth"):
+        table.add_column(heading, justify="left" if heading in ("", "written as") else "right")
+    for line in plan.traffic:
+        if line.size >= 1e6:
+            written = "" if line.written == line.kind else line.written
+            table.add_row(
+                line.kind, written, str(line.devices), line.over, f"{line.turns:,.0f}",
+                f"{line.size / 1e9:,.2f}", f"{line.seconds * 1e3:,.1f}",
+            )  # fmt: skip
+    console.print(table)
+    rest = sum(line.size for line in plan.traffic if line.size < 1e6)
+    if rest:
+        console.print(f"and sums of {rest / 1e3:,.0f} kB in all")
+
+
+def _print_time(console: Console, plan: Plan) -> None:
+    chip, count = plan.topology.chip, plan.topology.num_devices
+    console.print(
+        f"compute  {plan.compute_seconds * 1e3:,.1f} ms = {plan.flops_computed:.4g} FLOPs / "
+        f"({count} x {chip.flops:.4g} FLOP/s)\n"
+        f"traffic  {plan.traffic_seconds * 1e3:,.1f} ms, links {chip.links / 1e9:.0f} GB/s, "
+        f"network {chip.network / 1e9:.4g} GB/s a device\n"
+        f"update   {plan.update_seconds * 1e3:,.1f} ms = 28 bytes x "
+        f"{plan.memory.parameters / 4:.4g} parameters / {chip.memory_bandwidth:.4g} byte/s\n"
+        f"step     at least {plan.step_seconds * 1e3:,.1f} ms = max(compute, traffic) + update; "
+        f"MFU at most {plan.mfu:.1%} = {plan.flops_needed:.4g} FLOPs needed / (step x peak)",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _print_layouts(found: list) -> None:
+    table = Table(title="Layouts that fit, fastest first", title_justify="left")
+    for heading in ("GiB a device", "step at least", "MFU at most", "changes"):
+        table.add_column(heading, justify="left" if heading == "changes" else "right")
+    for changes, plan in found:
+        table.add_row(
+            f"{plan.memory.total / GIB:.2f}", f"{plan.step_seconds * 1e3:,.0f} ms",
+            f"{plan.mfu:.1%}", "\n".join(changes) or "none",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _print_all(rows: list) -> None:
+    table = Table(title="GiB of memory a device", title_justify="left")
+    for heading in ("recipe", "devices", "LayerSkip", "plain", "ratio", "of", "step, MFU at best"):
+        table.add_column(heading, justify="left" if heading in ("recipe", "devices") else "right")
+    for name, ours, plain in rows:
+        a, b = ours.memory.total, plain.memory.total
+        table.add_row(
+            name,
+            f"{ours.topology}" + ("" if ours.compiled else " (arithmetic)"),
+            "no" if a is None else f"{a / GIB:.2f}",
+            "no" if b is None else f"{b / GIB:.2f}",
+            "" if a is None or b is None else f"{a / b:.3f}",
+            f"{ours.memory.limit / GIB:.2f}",
+            f"{ours.step_seconds:.2f} s, {ours.mfu:.0%}",
+        )
+    Console(file=sys.stdout).print(table)
