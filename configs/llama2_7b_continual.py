@@ -12,10 +12,24 @@ The paper starts from the published weights. Add
 `--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
 
 `--config=configs/llama2_7b_continual.py:plain` is the plain
-twin: the same without layer dropout and early exits.
+twin: the same without layer dropout and early exits. `:v5e` and `:h100` lay the
+recipe out for the devices in TARGETS below, `:plain-v5e` its twin.
 """
 
 from layerskip_jax.config import as_variant, default_config
+
+# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+TARGETS = {
+    "v5e": {
+        "mesh.topology": "v5e:8x16",
+        "model.remat": "full",
+        "layer_dropout.groups": 128,
+    },
+    "h100": {
+        "mesh.topology": "h100:64",
+        "model.remat": "full",
+    },
+}
 
 
 def get_config(variant=""):
@@ -45,4 +59,4 @@ def get_config(variant=""):
     config.checkpoint.every_steps = 1000
     config.mesh.shape.data = 1
     config.mesh.shape.fsdp = -1
-    return as_variant(config, variant)
+    return as_variant(config, variant, TARGETS)

@@ -11,10 +11,32 @@ dropout the paper doubles the learning rate, to 8e-4; the plain twin goes back t
 Self-speculative decoding of the result ran at 2.16 times plain decoding there (CNN/DM, E = 8).
 
 `--config=configs/llama2_7b_scratch.py:plain` is the plain
-twin: the same without layer dropout and early exits.
+twin: the same without layer dropout and early exits. `:v5e`, `:v5p`, `:v6e` and `:h100` lay the
+recipe out for the devices in TARGETS below, `:plain-v5e` its twin.
 """
 
 from layerskip_jax.config import as_variant, default_config
+
+# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+TARGETS = {
+    "v5e": {
+        "mesh.topology": "v5e:8x8",
+        "model.remat": "full",
+    },
+    "v5p": {
+        "mesh.topology": "v5p:4x4x4",
+        "mesh.shape.data": 4,
+        "mesh.shape.fsdp": 16,
+    },
+    "v6e": {
+        "mesh.topology": "v6e:8x8",
+        "model.remat": "full",
+    },
+    "h100": {
+        "mesh.topology": "h100:32",
+        "model.remat": "full",
+    },
+}
 
 
 def get_config(variant=""):
@@ -35,7 +57,7 @@ def get_config(variant=""):
     config.early_exit.interval = 31
     config.early_exit.scale = 0.2
 
-    config.optimizer.learning_rate = 8e-4 if variant != "plain" else 4e-4
+    config.optimizer.learning_rate = 8e-4 if "plain" not in variant else 4e-4
     config.optimizer.warmup_steps = 2000
 
     config.training.steps = 50000
@@ -45,4 +67,4 @@ def get_config(variant=""):
     config.checkpoint.every_steps = 1000
     config.mesh.shape.data = 1
     config.mesh.shape.fsdp = -1
-    return as_variant(config, variant)
+    return as_variant(config, variant, TARGETS)

@@ -13,10 +13,23 @@ The paper starts from the published weights. Add
 `--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
 
 `--config=configs/llama3_8b_continual.py:plain` is the plain
-twin: the same without layer dropout and early exits.
+twin: the same without layer dropout and early exits. `:v6e` and `:h100` lay the
+recipe out for the devices in TARGETS below, `:plain-v6e` its twin.
 """
 
 from layerskip_jax.config import as_variant, default_config
+
+# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+TARGETS = {
+    "v6e": {
+        "mesh.topology": "v6e:8x8",
+        "model.remat": "full",
+    },
+    "h100": {
+        "mesh.topology": "h100:64",
+        "model.remat": "full",
+    },
+}
 
 
 def get_config(variant=""):
@@ -48,4 +61,4 @@ def get_config(variant=""):
     config.checkpoint.every_steps = 1000
     config.mesh.shape.data = 1
     config.mesh.shape.fsdp = -1
-    return as_variant(config, variant)
+    return as_variant(config, variant, TARGETS)

@@ -11,10 +11,23 @@ rotating exits with R = 23 (one early exit a step), e_scale .2; 32 GPUs with 4 s
 back to 4e-4.
 
 `--config=configs/scratch_1_5b.py:plain` is the plain
-twin: the same without layer dropout and early exits.
+twin: the same without layer dropout and early exits. `:v5e` and `:h100` lay the
+recipe out for the devices in TARGETS below, `:plain-v5e` its twin.
 """
 
 from layerskip_jax.config import as_variant, default_config
+
+# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+TARGETS = {
+    "v5e": {
+        "mesh.topology": "v5e:4x8",
+        "model.remat": "full",
+    },
+    "h100": {
+        "mesh.topology": "h100:32",
+        "model.remat": "full",
+    },
+}
 
 
 def get_config(variant=""):
@@ -35,7 +48,7 @@ def get_config(variant=""):
     config.early_exit.interval = 23
     config.early_exit.scale = 0.2
 
-    config.optimizer.learning_rate = 8e-4 if variant != "plain" else 4e-4
+    config.optimizer.learning_rate = 8e-4 if "plain" not in variant else 4e-4
     config.optimizer.warmup_steps = 2000
 
     config.training.steps = 50000
@@ -45,4 +58,4 @@ def get_config(variant=""):
     config.checkpoint.every_steps = 1000
     config.mesh.shape.data = 1
     config.mesh.shape.fsdp = -1
-    return as_variant(config, variant)
+    return as_variant(config, variant, TARGETS)

@@ -12,10 +12,25 @@ The paper starts from its own 1.5B model. Add
 `--config.init_from=RUN`, the folder of such a run: without it the weights are random.
 
 `--config=configs/topv2_1_5b_finetune.py:plain` is the plain
-twin: the same without layer dropout and early exits.
+twin: the same without layer dropout and early exits. `:v6e` and `:h100` lay the
+recipe out for the devices in TARGETS below, `:plain-v6e` its twin.
 """
 
 from layerskip_jax.config import as_variant, default_config
+
+# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+TARGETS = {
+    "v6e": {
+        "mesh.topology": "v6e:4x4",
+        "model.remat": "full",
+        "training.accumulation": 2,
+    },
+    "h100": {
+        "mesh.topology": "h100:8",
+        "model.remat": "full",
+        "training.accumulation": 8,
+    },
+}
 
 
 def get_config(variant=""):
@@ -44,4 +59,4 @@ def get_config(variant=""):
     config.checkpoint.every_steps = 116
     config.mesh.shape.data = 1
     config.mesh.shape.fsdp = -1
-    return as_variant(config, variant)
+    return as_variant(config, variant, TARGETS)

@@ -27,6 +27,7 @@ from layerskip_jax.commands.arguments import split_config_arguments
 from layerskip_jax.config import RunConfig, load_config
 from layerskip_jax.parallel.chips import GIB
 from layerskip_jax.parallel.compiler import compiler_table
+from layerskip_jax.parallel.mesh import AXES
 from layerskip_jax.parallel.topology import Topology, parse_topology
 from layerskip_jax.schema import ConfigError
 from layerskip_jax.training.plan import Plan, fits_text, plan_step
@@ -150,14 +151,19 @@ def _figures(plan: Plan) -> dict:
     }
 
 
+def _console() -> Console:
+    """Returns a console that is wide enough for the tables, in a file as well."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
 def _print(plan: Plan) -> None:
     """Prints what a person wants to know of one plan."""
-    console, config, topology = Console(), plan.config, plan.topology
-    shape = dataclasses.asdict(config.mesh.shape)
+    console, config, topology = _console(), plan.config, plan.topology
+    sizes = zip(AXES, config.mesh.shape.resolve(topology.num_devices), strict=True)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1) or "one device"
     how = "compiled" if plan.compiled else "by arithmetic only"
     console.print(
-        f"{topology.num_devices} devices, {topology}, {how}; mesh "
-        f"{', '.join(f'{axis} {size}' for axis, size in shape.items() if size != 1)}; "
+        f"{topology.num_devices} devices, {topology}, {how}; mesh {mesh}; "
         f"{config.training.batch_size} windows in {config.training.accumulation} microbatch(es); "
         f"remat {config.model.remat}; attention {config.model.attention}"
     )
@@ -225,7 +231,7 @@ def _print_layouts(found: list) -> None:
             f"{plan.memory.total / GIB:.2f}", f"{plan.step_seconds * 1e3:,.0f} ms",
             f"{plan.mfu:.1%}", "\n".join(changes) or "none",
         )  # fmt: skip
-    Console().print(table)
+    _console().print(table)
 
 
 def _print_all(rows: list) -> None:
@@ -243,4 +249,4 @@ def _print_all(rows: list) -> None:
             f"{ours.memory.limit / GIB:.2f}",
             f"{ours.step_seconds:.2f} s, {ours.mfu:.0%}",
         )
-    Console(file=sys.stdout).print(table)
+    _console().print(table)

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.early_exit_loss import exit_weights, scored_positions
-from layerskip_jax.layer_dropout import drop_probabilities
+from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights, scored_positions
+from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.training.step import StepMetrics
 
@@ -119,20 +119,14 @@ class CostModel:
         """Returns the cost of a step that drops nothing and scores the last layer only."""
         return self.step(1.0, 0)
 
-    @functools.cached_property
+    @property
     def schedule(self) -> tuple[Float[np.ndarray, "T"], Int[np.ndarray, "T"]]:
         """The mean share of layers run, and the early exits scored, at every step of the run."""
-        config, num_layers = self.config, self.config.model.num_layers
+        config = self.config
+        # How rows are grouped is not in the schedule: one evaluation serves every layout.
+        dropout = dataclasses.replace(config.layer_dropout, groups=1)
         total = config.training.steps
-
-        def at(step):
-            p = drop_probabilities(config.layer_dropout, num_layers, step, total)
-            weights = exit_weights(config.early_exit, num_layers, step, total)
-            return 1 - p.mean(), (weights[:-1] > 0).sum()
-
-        every = jax.jit(lambda steps: jax.lax.map(at, steps, batch_size=4096))
-        layers_run, early = jax.device_get(every(np.arange(total)))
-        return layers_run, early
+        return _schedule(dropout, config.early_exit, config.model.num_layers, total)
 
     def planned(self, first: int, last: int) -> StepFlops:
         """Returns the mean cost of the steps first..last-1 by the schedules, over the draws."""
@@ -149,3 +143,17 @@ def _layer_forward(model: ModelConfig, length: int) -> tuple[float, float, float
     matrices = 2.0 * length * model.model_dim * width + 3 * down
     attention = 2.0 * length * (length + 1) * model.num_heads * model.head_dim
     return matrices, down, attention
+
+
+@functools.lru_cache(maxsize=8)
+def _schedule(
+    dropout: LayerDropoutConfig, early_exit: EarlyExitConfig, num_layers: int, total: int
+) -> tuple[np.ndarray, np.ndarray]:
+    def at(step):
+        p = drop_probabilities(dropout, num_layers, step, total)
+        weights = exit_weights(early_exit, num_layers, step, total)
+        return 1 - p.mean(), (weights[:-1] > 0).sum()
+
+    every = jax.jit(lambda steps: jax.lax.map(at, steps, batch_size=4096))
+    layers_run, early = jax.device_get(every(np.arange(total)))
+    return layers_run, early

@@ -50,8 +50,13 @@ def candidates(config: RunConfig, topology: Topology, length: int) -> list[Candi
             continue
         if estimate.memory.total <= MOST_OF_MEMORY * estimate.memory.limit:
             found.append(Candidate(changed, _changes(config, changed), estimate))
-    # Of two that are equally fast, the one with more room.
-    return sorted(found, key=lambda c: (round(c.estimate.step_seconds, 3), c.estimate.memory.total))
+    # Of two that are about equally fast, the one that changes less, then the one with more room.
+    return sorted(
+        found,
+        key=lambda one: (
+            round(math.log(one.estimate.step_seconds), 2), len(one.changes), -_room(one)
+        ),
+    )  # fmt: skip
 
 
 def search(
