@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test ablation bench bench-gpu lint format clean
+.PHONY: quickstart test ablation bench bench-gpu plan-all lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m layerskip_jax quickstart --workdir=$(RUN)
@@ -21,9 +21,14 @@ ablation: $(VENV)/.installed
 bench: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/train_step.py --json=train_step.json
 
-# Both benchmarks on the device that jax finds; the tests' environment has torch to compare with.
+# Every target of every recipe, compiled for its TPUs without one, LayerSkip and plain.
+plan-all: $(VENV)/.installed-test
+	$(BIN)/python -m layerskip_jax plan --all --json=plans.json
+
+# The benchmarks on the device that jax finds; the tests' environment has torch to compare with.
 bench-gpu: $(VENV)/.installed-test
 	PYTHONPATH=. $(BIN)/python benchmarks/train_step.py --json=train_step.json
+	PYTHONPATH=. $(BIN)/python benchmarks/train_mfu.py --json=train_mfu.json
 	PYTHONPATH=. $(BIN)/python benchmarks/decode.py --json=decode.json
 
 lint: $(VENV)/.installed-test

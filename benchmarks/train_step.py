@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -176,7 +177,9 @@ def compile_variant(setting: Setting, name: str, changes: dict) -> Measured:
     return Measured(name, setup, step, CostModel(config, setting.sequence_length), seconds)
 
 
-def measure(setting: Setting, only: str, rounds: int) -> list[Measured]:
+def measure(
+    setting: Setting, only: str, rounds: int, make_batch: Callable[..., Batch] = random_batch
+) -> list[Measured]:
     """Compiles the plain step and the variants, and runs `rounds` steps of each in turns."""
     chosen = {"plain": {}} | {k: v for k, v in setting.variants.items() if only in k}
     compile_variant(setting, "plain", {})  # the first compilation pays for more than itself
@@ -195,9 +198,9 @@ def measure(setting: Setting, only: str, rounds: int) -> list[Measured]:
             return time.perf_counter() - start, variant.cost.done(jax.device_get(metrics)).computed
 
         for variant in variants:  # warm up
-            run(variant, 0, random_batch(setting, plain.setup, 0))
+            run(variant, 0, make_batch(setting, plain.setup, 0))
         for round_ in range(rounds):
-            batch = random_batch(setting, plain.setup, round_)
+            batch = make_batch(setting, plain.setup, round_)
             at = int((round_ + 0.5) * TOTAL_STEPS / rounds)
             before, flops = run(plain, at, batch)
             for start in range(0, len(rest), 3):

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation  # noqa: E402
 import decode  # noqa: E402
 import guards  # noqa: E402
+import train_mfu  # noqa: E402
 import train_step  # noqa: E402
 
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
@@ -177,3 +178,27 @@ def test_the_benchmark_of_the_guards_writes_its_figures(tiny, tmp_path, monkeypa
     assert figures["step_seconds"] > 0 and figures["host_seconds_per_step"] > 0
     parts = figures["guarded_over_bare_step"] - 1 + figures["host_over_step"]
     assert figures["cost_of_guards_and_metrics"] == pytest.approx(parts)
+
+
+def test_the_mfu_benchmark_compares_with_transformers(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "figures.json"
+    arguments = ["train_mfu.py", "--rounds=2", "--peak-tflops=1", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert train_mfu.main() == 0
+    figures = json.loads(file.read_text())
+    assert figures["attention"] == "xla"
+    for name in ("layerskip_over_plain", "plain_over_transformers_speed", "plain/mfu"):
+        assert figures[name] > 0
+    assert "transformers" in capsys.readouterr().out
+
+
+def test_packed_windows_hold_several_documents():
+    setting = train_mfu.setting(gpu=False)
+    plain = train_step.compile_variant(setting, "plain", {})
+    with jax.set_mesh(plain.setup.mesh):
+        batch = jax.device_get(train_mfu.packed_batch(setting, plain.setup, 0))
+    segments, positions = batch.segment_ids[0], batch.positions[0]
+    starts = np.diff(segments, axis=1, prepend=0) != 0
+    assert (starts.sum(axis=1) == train_mfu.DOCUMENTS).all()
+    assert (positions[starts] == 0).all() and positions.max() < setting.sequence_length
+    assert not batch.valid[0][np.diff(segments, axis=1, append=0) != 0].any()

@@ -70,7 +70,7 @@ class Instruction:
 class Program:
     """The computations of a compiled program, by name."""
 
-    def __init__(self, text: str, unknown_turns: float = 1):
+    def __init__(self, text: str, unknown_turns: float = 1.0):
         """Splits `Compiled.as_text()` into its computations.
 
         Args:

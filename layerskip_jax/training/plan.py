@@ -263,8 +263,9 @@ def _traffic(collectives: list[Collective], devices: list, chip: Chip) -> tuple[
     """Adds up the collectives by kind and group."""
     lines: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for one in collectives:
-        count = max(len(one.group), 1)
-        bandwidth, over = _bandwidth([devices[i] for i in one.group], chip)
+        group = [devices[i] for i in one.group] or devices  # none is named: all of them
+        count = len(group)
+        bandwidth, over = _bandwidth(group, chip)
         factor = 2 if one.written == "all-reduce" else 1
         share = (count - 1) / count if one.kind != "collective-permute" else 1
         entry = lines[one.kind, one.written, count, over]

@@ -1,0 +1,133 @@
+"""Train steps compiled for TPU topologies, by the TPU's compiler, on this machine."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from layerskip_jax.commands import plan as command
+from layerskip_jax.config import load_config
+from layerskip_jax.parallel.hlo import Program
+from layerskip_jax.parallel.mesh import MeshShape
+from layerskip_jax.parallel.topology import parse_topology, tpu_devices
+from layerskip_jax.training.plan import plan_step
+from layerskip_jax.training.setup import make_setup
+
+pytestmark = [
+    pytest.mark.slow,
+    # The TPU's compiler leaves a file of its own open.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Without it the compiler splits gathers into steps that it runs beside the product they feed; one
+# gather is then many permutations, and cannot be counted.
+WHOLE = "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+
+
+def _config(recipe, variant="", *changes):
+    return load_config([f"--config={CONFIGS / recipe}.py:{variant}", *changes])
+
+
+def _target(config):
+    return parse_topology(config.mesh.topology, config.mesh.shape.slice)
+
+
+@pytest.mark.parametrize(
+    "recipe, target", [("scratch_1_5b", "v5e"), ("llama32_1b_continual", "v6e")]
+)
+def test_a_recipe_fits_its_devices_at_the_memory_of_its_plain_twin(recipe, target):
+    plans = [
+        plan_step(c, _target(c))
+        for c in (_config(recipe, target), _config(recipe, f"plain-{target}"))
+    ]
+    assert all(plan.fits and plan.compiled for plan in plans)
+    ours, plain = (plan.memory.total for plan in plans)
+    assert ours / plain <= 1.05
+    for plan in plans:
+        # the parts are parts of the whole, and the arithmetic is the devices'
+        memory = plan.memory
+        assert memory.parameters + memory.optimizer + memory.activations < memory.total
+        assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-3)
+        assert 0 < plan.mfu < 1
+
+
+def test_two_slices_of_256_chips():
+    """Llama 2 70B: parameters stay within a slice, gradients alone cross the network."""
+    config = _config("llama2_70b_continual", "v5e")
+    topology = _target(config)
+    assert topology.num_devices == 512
+    plan = plan_step(config, topology)
+    assert plan.fits
+    crossing = {line.kind for line in plan.traffic if line.over == "network" and line.size > 1e7}
+    assert crossing <= {"all-reduce", "reduce-scatter"}
+    assert crossing
+
+
+def _program(config, topology):
+    setup = make_setup(config, tpu_devices(topology))
+    with jax.set_mesh(setup.mesh):
+        lowered = setup.lower_step(config.model.max_sequence_length)
+        compiled = lowered.compile(setup.compiler_options)
+    return Program(compiled.as_text())
+
+
+def _per_layer(program, layers):
+    """Counts what each layer does, by kind, small sums apart."""
+    found = {}
+    for one in program.collectives():
+        if one.turns == layers and one.size > 1e5:
+            found[one.kind] = found.get(one.kind, 0) + 1
+    return found
+
+
+def test_fsdp_gathers_and_scatters_weights_and_nothing_else():
+    """7B on v5p: seven matrices gathered forward and backward, their gradients scattered."""
+    topology = parse_topology("v5p:2x4x4")
+    counts = []
+    for variant in ("", "plain"):
+        config = _config(
+            "llama2_7b_scratch", variant, "--config.model.remat=full",
+            f"--config.compiler.options=('{WHOLE}',)",
+        )  # fmt: skip
+        counts.append(_per_layer(_program(config, topology), 32))
+    ours, plain = counts
+    assert plain == {"all-gather": 14, "reduce-scatter": 7}
+    assert ours == plain, "layer dropout and exits add none"
+
+
+def test_a_vocabulary_shared_over_tensor_gathers_no_logits():
+    config = _config(
+        "llama2_7b_scratch", "", "--config.model.remat=full", "--config.model.num_layers=2",
+        "--config.early_exit.interval=1", "--config.training.batch_size=16",
+        "--config.layer_dropout.groups=4", f"--config.compiler.options=('{WHOLE}',)",
+        "--config.training.steps=100",
+    )  # fmt: skip
+    shape = MeshShape(data=1, fsdp=4, tensor=4)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, shape=shape))
+    program = _program(config, parse_topology("v5e:4x4"))
+    # a chunk's logits, of one position alone still more than any state that is gathered
+    vocabulary = config.model.vocab_size
+    shapes = {one.size for one in program.collectives() if one.kind == "all-gather"}
+    weights = {2 * config.model.model_dim * vocabulary // n for n in (1, 4)}
+    logits = 2 * 4 * config.training.loss_chunk * vocabulary // 4
+    assert weights & shapes, "the head itself is gathered over fsdp"
+    assert all(size < logits for size in shapes - weights)
+
+
+def test_what_does_not_fit_says_so_with_the_compilers_figure_and_what_does(capsys, tmp_path):
+    arguments = [
+        f"--config={CONFIGS / 'scratch_1_5b'}.py", "--topology=v5e:2x2",
+        "--config.model.num_layers=4", "--config.early_exit.interval=3",
+        "--config.training.batch_size=64", "--config.layer_dropout.groups=16",
+        "--config.training.steps=100", f"--json={tmp_path / 'plan.json'}",
+    ]  # fmt: skip
+    assert command.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "does not fit: " in printed and "of 15.75G hbm" in printed
+    assert "Nearest that fits: " in printed and "--config." in printed
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert result["total_bytes"] is None and not result["fits"]
+    assert result["nearest"]["fits"]
+    assert result["nearest"]["total_bytes"] < result["limit_bytes"]
