@@ -76,7 +76,7 @@ parse_arguments() {
           unknown "$_option"
         fi
         ;;
-      *) refuse "'$_word' is no option; the layerskip command comes behind --, as in -- train ..." ;;
+      *) refuse "'$_word' is no option; the layerskip command comes behind --: -- train ..." ;;
     esac
   done
   if ((${#COMMAND[@]} == 0)); then

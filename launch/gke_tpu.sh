@@ -31,7 +31,8 @@
 #   --tpu-type=TYPE    of one slice, as v6e-16
 #   --project=NAME --zone=NAME      (default: those of gcloud)
 #
-# The workdir must be one folder for all pods: gs://..., s3://..., or under the path of --pvc.
+# --config is a file of the image, or of the volume. The workdir must be one folder for all pods:
+# gs://..., s3://..., or under the path of --pvc.
 # Exit code 75 of the run, and evictions, restart the JobSet always; 2 (bad input) fails it;
 # anything else restarts it --restarts times. `kubectl delete jobset NAME` saves, then ends.
 # xpk counts every restart alike, so with it a run that is preempted --restarts times fails.
@@ -59,8 +60,8 @@ pairs node-selector ${node_selector[@]+"${node_selector[@]}"}
 
 if [[ -n $xpk ]]; then
   need cluster tpu-type
-  exclusive "not of xpk, but of a JobSet without --xpk" accelerator topology chips spot reservation \
-    namespace account queue pvc secret node-selector
+  exclusive "not of xpk, but of a JobSet without --xpk" accelerator topology chips spot \
+    reservation namespace account queue pvc secret node-selector
   restarts=${restarts:-100}
   check_kubernetes
   # A shell of xpk's reads it; exec, so that its SIGTERM reaches the process and no shell between.
@@ -97,7 +98,8 @@ restarts=${restarts:-3}
 whole 1 chips
 matching topology '^[1-9][0-9]*(x[1-9][0-9]*){1,2}$' "like 4x4 or 2x2x4"
 check_kubernetes
-[[ -z $spot || -z $reservation ]] || refuse "--spot and --reservation=$reservation exclude each other"
+[[ -z $spot || -z $reservation ]] ||
+  refuse "--spot and --reservation=$reservation exclude each other"
 total=$((${topology//x/*}))
 ((total % chips == 0)) ||
   refuse "--topology=$topology has $total chips, which hosts with --chips=$chips do not divide"

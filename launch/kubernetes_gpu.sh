@@ -21,7 +21,8 @@
 #   --grace=SECONDS    from SIGTERM to SIGKILL, to save in (default: 600)
 #   --dry-run          print the manifest, run nothing: kubectl create -f takes it as it is
 #
-# The workdir must be one folder for all pods: gs://..., s3://..., or under the path of --pvc.
+# --config is a file of the image, or of the volume. The workdir must be one folder for all pods:
+# gs://..., s3://..., or under the path of --pvc.
 # Exit code 75 of the run, and evictions, restart the JobSet always; 2 (bad input) fails it;
 # anything else restarts it --restarts times. `kubectl delete jobset NAME` saves, then ends.
 set -euo pipefail

@@ -36,7 +36,8 @@ need nodes gpus name python log
 whole 1 nodes gpus
 whole 0 restarts
 whole 30 grace
-matching time '^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$' "minutes, hours:minutes:seconds or days-hours, as of sbatch"
+matching time '^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$' \
+  "minutes, hours:minutes:seconds or days-hours, as of sbatch"
 ((grace <= 65535)) || refuse "--grace=$grace must be at most 65535, the longest notice SLURM gives"
 
 submit=(
@@ -66,5 +67,6 @@ if [[ -n $dry_run ]]; then
   echo
   exit 0
 fi
-command -v sbatch > /dev/null || refuse "there is no sbatch here; run it on a login node of the cluster"
+command -v sbatch > /dev/null ||
+  refuse "there is no sbatch here; run it on a login node of the cluster"
 exec "${submit[@]}"

@@ -26,6 +26,7 @@
 # The commit checked out here is what runs there. The workdir must be gs://..., s3://... or an
 # absolute path that --setup mounts: workers share no disk, and theirs go with the resource.
 # Exit code 75 of the run restarts it always; 2 (bad input) never; anything else --restarts times.
+# Several workers at once need the key in ssh's agent: ssh-add ~/.ssh/google_compute_engine.
 # A resource that was preempted is deleted and requested again, as often as it takes. Control-C
 # leaves it as it is, and the same command goes on.
 set -euo pipefail
@@ -33,11 +34,15 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$here/common.sh"
 
-OPTIONS="name zone project type runtime slices network subnetwork account setup python restarts poll"
+OPTIONS="name zone project type runtime slices network subnetwork account setup python"
+OPTIONS+=" restarts poll"
 LISTS="env"
 FLAGS="spot reserved internal keep dry-run"
 name='' zone='' project='' type='' runtime='' slices=1 network='' subnetwork='' account=''
-setup='python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv && python3 -m uv pip install --quiet --python=.venv/bin/python . "jax[tpu]"'
+# uv, as the system's Python is older than what this package runs on.
+setup='python3 -m pip install --quiet --user uv && '
+setup+='python3 -m uv venv --quiet --python=3.12 .venv && '
+setup+='python3 -m uv pip install --quiet --python=.venv/bin/python . "jax[tpu]"'
 python=.venv/bin/python restarts=3 poll=30 spot='' reserved='' internal='' keep='' dry_run='' env=()
 parse_arguments "$@"
 need name zone type runtime setup python
@@ -56,7 +61,8 @@ fi
 tpus=(gcloud compute tpus queued-resources)
 where=("--zone=$zone" ${project:+"--project=$project"})
 # All at once: in batches, the first would wait for processes of the next for ever.
-everywhere=("${where[@]}" --node=all --worker=all --batch-size=all
+# --quiet: no questions, as about a first key for ssh.
+everywhere=("${where[@]}" --node=all --worker=all --batch-size=all --quiet
   ${internal:+--tunnel-through-iap})
 if ((slices > 1)); then
   nodes=("--node-count=$slices" "--node-prefix=$name")
@@ -70,12 +76,18 @@ create=("${tpus[@]}" create "$name" "${where[@]}" "--accelerator-type=$type"
 describe=("${tpus[@]}" describe "$name" "${where[@]}" "--format=value(state.state)")
 # --force: with its nodes.
 delete=("${tpus[@]}" delete "$name" "${where[@]}" --quiet --force)
-archive=layerskip.tar.gz
-pack=(git -C "$here/.." archive --format=tar.gz "--output=$archive" HEAD)
-copy=("${tpus[@]}" scp "$archive" "$name:$archive" "${everywhere[@]}")
-# A marker, since it is ssh's own exit code that gcloud gives, and of the first worker that failed.
+archive=layerskip.tar.gz scratch=''
+if [[ -z $dry_run ]]; then
+  command -v gcloud > /dev/null || refuse "there is no gcloud here; install the Google Cloud CLI"
+  scratch=$(mktemp -d)/
+  trap 'rm -rf "$scratch"' EXIT
+fi
+pack=(git -C "${here%/*}" archive --format=tar.gz "--output=$scratch$archive" HEAD)
+copy=("${tpus[@]}" scp "$scratch$archive" "$name:$archive" "${everywhere[@]}")
+# A marker, since gcloud returns the code of one worker only, and one of its own for lost ones.
 marker=layerskip-exit-code
-install="rm -rf layerskip && mkdir layerskip && tar -xzf $archive -C layerskip && cd layerskip && $setup"
+install="rm -rf layerskip && mkdir layerskip && tar -xzf $archive -C layerskip"
+install+=" && cd layerskip && $setup"
 # The lock waits for a process of before whose connection was lost: it would hold the chips.
 run="cd layerskip && $(quoted flock --timeout=600 ../layerskip.lock env ${env[@]+"${env[@]}"} \
   "$python" -m layerskip_jax "${COMMAND[@]}"); code=\$?; echo $marker \$code; exit \$code"
@@ -92,12 +104,18 @@ if [[ -n $dry_run ]]; then
   [[ -n $keep ]] || { quoted "${delete[@]}" && echo; }
   exit 0
 fi
-command -v gcloud > /dev/null || refuse "there is no gcloud here; install the Google Cloud CLI"
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-trap 'say "interrupted; $name is left as it is, and the same command goes on with it"; exit 75' INT TERM
+interrupted() {
+  say "interrupted; $name is left as it is, and the same command goes on with it"
+  exit "$RESTART"
+}
+trap interrupted INT TERM
 
-state() { "${describe[@]}" 2> /dev/null || echo ABSENT; }
+# ABSENT is a resource that does not exist; UNKNOWN, that gcloud could not tell.
+state() {
+  if ! "${describe[@]}" 2> "${scratch}error"; then
+    if grep --quiet NOT_FOUND "${scratch}error"; then echo ABSENT; else echo UNKNOWN; fi
+  fi
+}
 
 # Returns once the resource is there; requests it if it is not.
 obtain() {
@@ -106,6 +124,7 @@ obtain() {
     now=$(state)
     [[ $now == "$last" ]] || say "$name is $now"
     last=$now
+    [[ $now == UNKNOWN ]] || seen=1
     case $now in
       ACTIVE) return ;;
       ABSENT)
@@ -114,6 +133,11 @@ obtain() {
         fresh=1
         ;;
       SUSPENDED) "${delete[@]}" ;;
+      UNKNOWN)
+        cat "${scratch}error" >&2
+        [[ -n $seen ]] || refuse "gcloud does not tell of $name in zone $zone, as it says above"
+        sleep "$poll"
+        ;;
       FAILED)
         "${tpus[@]}" describe "$name" "${where[@]}" >&2 || true
         finish 1 "the request failed, as said above"
@@ -128,32 +152,29 @@ finish() {
   if [[ -n $keep ]]; then
     say "$name is kept; to delete it: $(quoted "${delete[@]}")"
   elif [[ $(state) != ABSENT ]]; then
-    "${delete[@]}" || say "$name was not deleted and costs on; to delete it: $(quoted "${delete[@]}")"
+    "${delete[@]}" ||
+      say "$name was not deleted and costs on; to delete it: $(quoted "${delete[@]}")"
   fi
   exit "$1"
 }
 
-install_all() {
-  pack[5]=--output=$scratch/$archive copy[5]=$scratch/$archive
-  "${pack[@]}" && "${copy[@]}" && on_all "$install"
-}
-
-fresh=1 crashes=0
+fresh=1 seen='' crashes=0
 while true; do
   obtain
-  code=1 codes=''
-  if [[ -z $fresh ]] || install_all; then
+  codes=''
+  if [[ -z $fresh ]] || { "${pack[@]}" && "${copy[@]}" && on_all "$install"; }; then
     fresh=''
-    on_all "$run" 2>&1 | tee "$scratch/log" || true
-    codes=$(sed -n "s/^.*$marker \([0-9][0-9]*\)[[:space:]]*$/\1/p" "$scratch/log" | sort -u | xargs)
+    on_all "$run" 2>&1 | tee "${scratch}log" || true
+    codes=$(sed -n "s/^.*$marker \([0-9][0-9]*\)[[:space:]]*$/\1/p" "${scratch}log" |
+      sort -nu | xargs)
   fi
-  for code in "$BAD_INPUT" "$RESTART" ${codes:-1}; do
-    is_in "$code" "${codes:-1}" && [[ $code != 0 || $codes == 0 ]] && break
-  done
-  case $code in
-    0) finish 0 "the run is done" ;;
-    "$BAD_INPUT") finish "$BAD_INPUT" "bad input: not tried again" ;;
-    "$RESTART") say "exit code $RESTART: the run goes on" && continue ;;
+  case " $codes " in
+    " 0 ") finish 0 "the run is done" ;;
+    *" $BAD_INPUT "*) finish "$BAD_INPUT" "bad input: not tried again" ;;
+    *" $RESTART "*)
+      say "exit code $RESTART: the run goes on"
+      continue
+      ;;
   esac
   # Workers that are taken away look like a crash until the state tells.
   sleep "$poll"
@@ -163,6 +184,7 @@ while true; do
     continue
   fi
   crashes=$((crashes + 1))
-  ((crashes <= restarts)) || finish 1 "crash $crashes (exit codes: ${codes:-none}), and --restarts=$restarts: giving up"
+  ((crashes <= restarts)) ||
+    finish 1 "crash $crashes (exit codes: ${codes:-none}), and --restarts=$restarts: giving up"
   say "crashed (exit codes: ${codes:-none}): restarting, $crashes of $restarts"
 done

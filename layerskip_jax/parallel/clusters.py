@@ -72,10 +72,10 @@ def _arguments(coordinator: str, count: int, number: int) -> dict:
 
 
 def _whole(environment: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environment[name])
-    except ValueError:
-        raise UserError(f"{name}={environment[name]!r} must be a whole number") from None
+    # Not int() alone, which takes the 12_3 of a task of a job array for 123.
+    if not re.fullmatch(r"[0-9]+", environment[name]):
+        raise UserError(f"{name}={environment[name]!r} must be a whole number")
+    return int(environment[name])
 
 
 def _place(number_name: str, number: int, count_name: str, count: int) -> None:
@@ -135,10 +135,10 @@ def _slurm(environment: Mapping[str, str]) -> tuple[str, dict] | None:
 
 def first_host(nodes: str) -> str:
     """Returns the first name of a SLURM node list such as `a[03-05,9]-ib,b1`: `a03-ib`."""
-    whole = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    if not whole or "[" in (name := re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", whole[0])):
+    first = re.match(r"((?:[^,\[\]]|\[\d[\d,-]*\])+)(?:,|$)", nodes)
+    if not first:
         raise UserError(f"{_STEP_NODES}={nodes!r} is no list of nodes")
-    return name
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[1])
 
 
 def _gke_tpu(environment: Mapping[str, str]) -> tuple[str, dict] | None:
