@@ -4,7 +4,8 @@ usage: layerskip train --workdir=RUN --config=configs/NAME.py [--config.a.b=valu
 
 The same command goes on from the newest checkpoint in RUN, with the batches the run would
 have seen. It exits with 75 when a signal stopped it before the last step.
-`launch/local.py` starts several processes of it on one machine, and restarts them.
+The scripts of `launch/` start several processes of it, on one machine or a cluster, and restart
+them.
 """
 
 from layerskip_jax.commands.arguments import split_config_arguments

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layerskip_jax.parallel.clusters import VARIABLES, distributed_arguments
 from layerskip_jax.parallel.mesh import parts
 from layerskip_jax.schema import UserError
 
@@ -22,41 +23,35 @@ logger = logging.getLogger(__name__)
 
 # EX_TEMPFAIL: the run ended before its last step, and the same command goes on with it.
 RESTART_EXIT_CODE = 75
-COORDINATOR, NUM_PROCESSES, PROCESS_ID = VARIABLES = (
-    "LAYERSKIP_COORDINATOR",
-    "LAYERSKIP_NUM_PROCESSES",
-    "LAYERSKIP_PROCESS_ID",
-)
 _AGREEMENT_SECONDS = 300
 
 
 def start_processes(environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes of the run, where the launcher has named them.
+    """Joins the other processes of the run, where the launcher or the engine names them.
 
-    `LAYERSKIP_COORDINATOR` is `host:port` of process 0, `LAYERSKIP_NUM_PROCESSES` how many
-    there are, `LAYERSKIP_PROCESS_ID` which one this is. Call it before any use of a device.
+    `clusters.distributed_arguments` says where it looks. Call it before any use of a device.
 
     Raises:
-      UserError: only some of the three are set, or one is no number in range.
+      UserError: the variables are incomplete, or one cannot work.
     """
-    given = {name: environment[name] for name in VARIABLES if name in environment}
-    if not given:
+    arguments = distributed_arguments(environment)
+    if arguments is None:
         return
-    if missing := [name for name in VARIABLES if name not in given]:
-        raise UserError(
-            f"{', '.join(given)} is set and {', '.join(missing)} is not; set all three for a run "
-            "of several processes, none for one process"
-        )
-    try:
-        count, number = int(given[NUM_PROCESSES]), int(given[PROCESS_ID])
-    except ValueError as error:
-        raise UserError(
-            f"{NUM_PROCESSES} and {PROCESS_ID} must be whole numbers: {error}"
-        ) from None
-    if not 0 <= number < count:
-        raise UserError(f"{PROCESS_ID}={number} must be from 0 to {NUM_PROCESSES}={count} less 1")
+    # What CPU devices exchange arrays with; GPUs and TPUs have their own and do not ask.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(given[COORDINATOR], count, number)
+    jax.distributed.initialize(**arguments)
+
+
+def _client():
+    """Returns the client of the coordinator, which knows all processes of the run."""
+    from jax._src.distributed import global_state
+
+    if global_state.client is None:
+        raise UserError(
+            f"the devices belong to {jax.process_count()} processes that no engine has named to "
+            f"each other; start them by a script of launch/, or set {', '.join(VARIABLES)}"
+        )
+    return global_state.client
 
 
 def require_agreement(facts: Mapping[str, object]) -> None:
@@ -71,9 +66,7 @@ def require_agreement(facts: Mapping[str, object]) -> None:
     if jax.process_count() == 1:
         return
     # Through the coordinator, not by a collective: what differs may be the devices themselves.
-    from jax._src.distributed import global_state
-
-    client, name = global_state.client, "layerskip/facts/{}"
+    client, name = _client(), "layerskip/facts/{}"
     client.key_value_set(name.format(jax.process_index()), json.dumps(_flat(facts)))
     stated = [
         json.loads(client.blocking_key_value_get(name.format(i), _AGREEMENT_SECONDS * 1000))
@@ -105,9 +98,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 def wait_for_all(what: str) -> None:
     """Returns once every process has come here with the same words."""
     if jax.process_count() > 1:
-        from jax._src.distributed import global_state
-
-        global_state.client.wait_at_barrier(f"layerskip/{what}", _AGREEMENT_SECONDS * 1000)
+        _client().wait_at_barrier(f"layerskip/{what}", _AGREEMENT_SECONDS * 1000)
 
 
 def end_for_restart(why: str) -> NoReturn:

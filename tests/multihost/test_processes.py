@@ -156,6 +156,27 @@ def test_a_process_killed_takes_the_run_to_its_last_checkpoint(whole, train, tmp
     assert checksums(workdir) == checksums(whole)
 
 
+def test_four_processes_restart_when_one_is_killed(whole, train, tmp_path):
+    """Four of one device each, started again by the launcher, end where two of two devices do."""
+    workdir = tmp_path / "run"
+    command = launch(4, 1, [*train, *FSDP, f"--workdir={workdir}"], "--restarts=1")
+    code, errors = interrupt(command, "step 7/12", lambda pids: os.kill(pids[3], signal.SIGKILL))
+    assert code == 0, errors
+    assert "process 3 ended with -9" in errors
+    assert errors.count("restarting all processes") == 1
+    # Each says so, once it is started again.
+    assert errors.count("going on from the checkpoint of step 5") == 4
+    for number in range(4):
+        named = f"processes as named by LAYERSKIP_*: {number} of 4, coordinator localhost:"
+        assert errors.count(named) == 2
+    assert records(workdir) == records(whole)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        load_run(workdir).parameters,
+        load_run(whole).parameters,
+    )
+
+
 def test_a_damaged_checkpoint_is_left_by_all_processes_together(whole, train, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     folder = RunFolder(workdir)
