@@ -1,6 +1,7 @@
 """Object stores on this machine, which answer as Amazon's and Google's do."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from unittest import mock
@@ -24,6 +25,7 @@ def s3_store() -> Iterator[str]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it has a line for every request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
