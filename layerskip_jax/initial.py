@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 
 from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.interop.pretrained import Pretrained, open_pretrained
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.runs import RunFolder, is_run, open_run
+from layerskip_jax.runs import RunFolder, is_run, open_run, run_folder
 from layerskip_jax.schema import UserError
+from layerskip_jax.storage import AnyPath, as_path
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.state import ModelDefinition, Parameters
 
@@ -48,13 +49,13 @@ class _OfRun:
         return self.folder.published_files()
 
     def check_tokenizer(self, file: Path) -> None:
-        _require_same_tokens(load_tokenizer(self.folder.tokenizer_file), file, self.folder.path)
+        _require_same_tokens(load_tokenizer(self.folder.tokenizer_file), file, self.folder.home)
 
     def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
         if config.vocab_rows != self.config.vocab_rows:
             raise UserError(
                 f"config.model.vocab_multiple={config.vocab_multiple} differs from that of the run "
-                f"in {self.folder.path}, {self.config.vocab_multiple}; leave it out, or start from "
+                f"in {self.folder.home}, {self.config.vocab_multiple}; leave it out, or start from "
                 "an export of that run"
             )
         shapes = ModelDefinition(self.config).shapes
@@ -86,23 +87,24 @@ class _Begun:
         raise UserError("the run has no checkpoint any more and its init_from was not opened")
 
 
-def open_initial(source: str, workdir: str | Path) -> _Published | _OfRun | _Begun:
+def open_initial(source: str, workdir: str | PurePath) -> _Published | _OfRun | _Begun:
     """Opens what `config.init_from` names, for the run in `workdir`.
 
     Raises:
       UserError: see `open_pretrained`.
     """
-    folder = RunFolder(Path(workdir))
+    folder = run_folder(workdir)
     if is_run(folder.path) and folder.checkpoints.is_dir():
         begun = json.loads(folder.config_file.read_text())
         if begun.get("init_from") == source and Checkpoints(folder.checkpoints).latest_step:
             return _Begun(open_run(workdir)[1].model)
-    if is_run(Path(source)):
-        return _OfRun(RunFolder(Path(source)), open_run(source)[1].model)
+    if is_run(as_path(source)):
+        of_run, config = open_run(source)
+        return _OfRun(of_run, config.model)
     return _Published(open_pretrained(source))
 
 
-def _require_same_tokens(tokenizer, file: Path, source: Path) -> None:
+def _require_same_tokens(tokenizer, file: Path, source: AnyPath) -> None:
     if load_tokenizer(file).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"the data was prepared with another tokenizer ({file}) than the model in {source} "

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -16,6 +16,7 @@ from layerskip_jax.interop.pretrained import end_token_ids, open_pretrained
 from layerskip_jax.request import Generation
 from layerskip_jax.runs import is_run, load_run
 from layerskip_jax.schema import ConfigError, require
+from layerskip_jax.storage import as_path
 from layerskip_jax.training.state import ModelDefinition
 
 # How to draft: not at all, as the sweep found best, as the model finds out, or (E, G).
@@ -180,7 +181,7 @@ class LanguageModel:
 
 
 def load(
-    path: str | Path,
+    path: str | PurePath,
     *,
     step: int | None = None,
     dtype: str | None = None,
@@ -190,7 +191,7 @@ def load(
     """Reads a trained model.
 
     Args:
-      path: the folder of a run, a Hugging Face folder, or a GGUF file.
+      path: the folder of a run, here or on gs:// or s3://, a Hugging Face folder, or a GGUF file.
       step: the checkpoint of a run; None takes the newest.
       dtype: to compute in; None takes the run's, or bfloat16.
       mesh: to decode on; see `Generator`.
@@ -200,7 +201,7 @@ def load(
     Raises:
       UserError: no such run or checkpoint, or see `open_pretrained`.
     """
-    if not is_run(Path(path)) and step is None:
+    if not is_run(as_path(path)) and step is None:
         published = open_pretrained(path)
         model = dataclasses.replace(published.config, dtype=dtype or published.config.dtype)
         definition = ModelDefinition(model)

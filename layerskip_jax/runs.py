@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax
 from layerskip_jax.config import RunConfig
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import UserError
+from layerskip_jax.storage import AnyPath, Spool, as_path, is_remote
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.state import ModelDefinition, Parameters
 
@@ -20,10 +21,41 @@ class RunFolder:
     """Paths inside a run's folder.
 
     Attributes:
-      path: the folder given as `--workdir`.
+      path: where its files are read and written: the folder given as `--workdir`, or the local
+        side of it where that is on an object store.
+      spool: what keeps the two alike; None for a folder on a disk.
     """
 
     path: Path
+    spool: Spool | None = None
+
+    @property
+    def home(self) -> AnyPath:
+        """The folder given as `--workdir`."""
+        return self.path if self.spool is None else self.spool.remote
+
+    def shown(self, file: Path) -> AnyPath:
+        """Returns where the user has one of these files, to be named in messages."""
+        return self.home / file.relative_to(self.path)
+
+    def upload(self) -> None:
+        """Brings what was written to an object store, if the folder is on one.
+
+        Raises:
+          UserError: that failed.
+        """
+        if self.spool is not None:
+            self.spool.upload()
+
+    def upload_soon(self, urgent: bool = False) -> None:
+        """Does the same in the background, see `Spool.upload_soon`."""
+        if self.spool is not None:
+            self.spool.upload_soon(urgent)
+
+    def close(self) -> None:
+        """Brings the rest to an object store, see `Spool.close`."""
+        if self.spool is not None:
+            self.spool.close()
 
     @property
     def config_file(self) -> Path:
@@ -52,9 +84,9 @@ class RunFolder:
         return {path.name: path.read_bytes() for path in sorted(self.published.iterdir())}
 
     @property
-    def checkpoints(self) -> Path:
-        """Orbax checkpoints, one folder a step."""
-        return self.path / "checkpoints"
+    def checkpoints(self) -> AnyPath:
+        """Orbax checkpoints, one folder a step; on an object store they lie there alone."""
+        return self.home / "checkpoints"
 
     @property
     def metrics_file(self) -> Path:
@@ -108,7 +140,32 @@ class RunFolder:
         return self.path / "report.html"
 
 
-def is_run(path: Path) -> bool:
+# What other processes and later ones read of a run, beside its checkpoints.
+FILES_READ = (
+    "config.json", "data.json", "tokenizer.json", "metrics.jsonl", "evaluations.jsonl",
+    "speculation.json", "skipped_batches.json", "wandb_run.txt", "plain.json", "published/",
+)  # fmt: skip
+
+
+def run_folder(workdir: str | PurePath, more: tuple[str, ...] = ()) -> RunFolder:
+    """Returns a run's folder, its small files downloaded if it is on an object store.
+
+    Args:
+      workdir: the folder, which need not exist.
+      more: files to download beside `FILES_READ`.
+
+    Raises:
+      UserError: the store cannot be reached.
+    """
+    path = as_path(workdir)
+    if not is_remote(path):
+        return RunFolder(path)
+    spool = Spool(path, last="config.json")
+    spool.fetch((*FILES_READ, *more))
+    return RunFolder(spool.local, spool)
+
+
+def is_run(path: AnyPath) -> bool:
     """Returns whether a folder is a run's: its config.json tells it from Hugging Face's."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -117,17 +174,18 @@ def is_run(path: Path) -> bool:
     return isinstance(config, dict) and {"model", "training"} <= config.keys()
 
 
-def open_run(workdir: str | Path) -> tuple[RunFolder, RunConfig]:
+def open_run(workdir: str | PurePath) -> tuple[RunFolder, RunConfig]:
     """Returns the folder and config of an existing run.
 
     Raises:
       UserError: `workdir` holds no run.
     """
-    folder = RunFolder(Path(workdir))
+    folder = run_folder(workdir)
     if not is_run(folder.path):
         raise UserError(
-            f"--workdir={workdir} holds no run ({folder.config_file} is missing or another "
-            "program's); train one with `layerskip train`, or bring one in with `layerskip import`"
+            f"--workdir={workdir} holds no run ({folder.shown(folder.config_file)} is missing or "
+            "another program's); train one with `layerskip train`, or bring one in with "
+            "`layerskip import`"
         )
     return folder, RunConfig.from_dict(json.loads(folder.config_file.read_text()))
 
@@ -155,7 +213,7 @@ class TrainedRun(NamedTuple):
         return self.definition.model(self.parameters)
 
 
-def load_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
+def load_run(workdir: str | PurePath, step: int | None = None) -> TrainedRun:
     """Reads a run's config and the parameters of a checkpoint.
 
     Args:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from layerskip_jax.storage import require_local
+
 
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """Returns an empty parser for `layerskip VERB`; abbreviated options are refused."""
@@ -14,12 +16,22 @@ def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def local_path(text: str) -> Path:
+    """Returns the path of what a verb writes, for `add_argument(type=local_path)`.
+
+    Raises:
+      UserError: it is on an object store, where only runs may be.
+    """
+    require_local(text, "what is written there")
+    return Path(text)
+
+
 def make_run_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """Returns a parser with `--workdir`, `--step` and `--json`, for verbs that read a run."""
     parser = make_parser(verb, description)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=local_path, help="also write the figures to this file")
     return parser
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 from rich.console import Console
@@ -22,7 +22,7 @@ from layerskip_jax.training.train import validation_batches
 
 
 def evaluate(
-    workdir: str | Path, *, step: int | None = None, data: str | None = None, limit: int = 0
+    workdir: str | PurePath, *, step: int | None = None, data: str | None = None, limit: int = 0
 ) -> dict:
     """Scores every exit of a run, on all devices, sharded as one `fsdp` axis.
 
@@ -48,7 +48,7 @@ def evaluate(
         raise UserError(
             f"{path} was prepared with another tokenizer ({manifest.tokenizer_sha256[:12]}) than "
             f"the run's ({trained_on['tokenizer_sha256'][:12]}); prepare it with "
-            f"--tokenizer={folder.tokenizer_file}"
+            f"--tokenizer={folder.shown(folder.tokenizer_file)}"
         )
     devices, training = jax.device_count(), config.training
     if training.accumulation:

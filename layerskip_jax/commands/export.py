@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from layerskip_jax import __version__
@@ -19,6 +19,7 @@ from layerskip_jax.interop.huggingface import DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
 from layerskip_jax.runs import open_run, read_json_lines, write_json
 from layerskip_jax.schema import UserError
+from layerskip_jax.storage import require_local
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.state import ModelDefinition
 
@@ -26,7 +27,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 
 def export(
-    workdir: str | Path,
+    workdir: str | PurePath,
     output: str | Path,
     *,
     step: int | None = None,
@@ -53,10 +54,12 @@ def export(
     Raises:
       UserError: no such run or checkpoint, or see `write_folder`.
     """
+    require_local(output, "--output")
     output = Path(output)
     folder, config = open_run(workdir)
     if not folder.data_file.is_file():
-        raise UserError(f"{folder.data_file} is missing; without it the end token is unknown")
+        file = folder.shown(folder.data_file)
+        raise UserError(f"{file} is missing; without it the end token is unknown")
     layers = config.model.num_layers
     if exit_layer is not None and not 1 <= exit_layer <= layers:
         raise UserError(f"--exit={exit_layer} must be in 1..{layers}, the model's layers")

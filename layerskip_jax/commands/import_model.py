@@ -4,9 +4,11 @@ The source is a Hugging Face folder (safetensors) or a GGUF file, quantized or n
 the run then holds the model's config, its tokenizer, and a checkpoint of step 0.
 """
 
+import contextlib
 import dataclasses
 import logging
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 
 from layerskip_jax.commands.arguments import make_parser
 from layerskip_jax.config import RunConfig
@@ -15,9 +17,10 @@ from layerskip_jax.interop.pretrained import open_pretrained
 from layerskip_jax.model.config import DTYPES
 from layerskip_jax.parallel.mesh import MeshShape, make_mesh
 from layerskip_jax.parallel.sharding import ShardingRules, parameter_shardings
-from layerskip_jax.runs import RunFolder, write_json, write_text
+from layerskip_jax.runs import RunFolder, run_folder, write_json, write_text
 from layerskip_jax.schema import UserError
 from layerskip_jax.staging import staged_folder
+from layerskip_jax.storage import AnyPath, is_remote
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.state import ModelDefinition
 from layerskip_jax.training.workdir import write_published
@@ -25,7 +28,9 @@ from layerskip_jax.training.workdir import write_published
 logger = logging.getLogger(__name__)
 
 
-def import_model(source: str | Path, workdir: str | Path, *, dtype: str = "bfloat16") -> RunConfig:
+def import_model(
+    source: str | Path, workdir: str | PurePath, *, dtype: str = "bfloat16"
+) -> RunConfig:
     """Makes the folder of a run from published weights, sharded over all devices.
 
     Args:
@@ -40,12 +45,7 @@ def import_model(source: str | Path, workdir: str | Path, *, dtype: str = "bfloa
     model = dataclasses.replace(pretrained.config, dtype=dtype)
     config = dataclasses.replace(RunConfig(), model=model, init_from=str(source))
 
-    def check(folder: Path) -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--workdir={folder} is not empty; take a new folder")
-
-    with staged_folder(Path(workdir), check) as stage:
-        folder = RunFolder(stage)
+    with _new_run(workdir) as folder:
         write_text(folder.tokenizer_file, pretrained.tokenizer_json)
         write_published(folder, pretrained.files)
         data = {
@@ -68,6 +68,24 @@ def import_model(source: str | Path, workdir: str | Path, *, dtype: str = "bfloa
         write_json(folder.config_file, config.to_dict())
     logger.info("%s holds %s parameters", workdir, f"{definition.num_parameters:,}")
     return config
+
+
+@contextlib.contextmanager
+def _new_run(workdir: str | PurePath) -> Iterator[RunFolder]:
+    """Yields the folder of a run that is one, with its config.json, when all of it is written."""
+
+    def check(folder: AnyPath) -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--workdir={folder} is not empty; take a new folder")
+
+    if is_remote(workdir):
+        folder = run_folder(workdir)
+        check(folder.home)
+        yield folder
+        folder.upload()
+        return
+    with staged_folder(Path(workdir), check) as stage:
+        yield RunFolder(stage)
 
 
 def main(argv: list[str]) -> int:

@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from layerskip_jax.commands.arguments import local_path
 from layerskip_jax.data.corpus import STANDARD_LIBRARY
 from layerskip_jax.data.manifest import Manifest, Request
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
 from layerskip_jax.interop.pretrained import end_token_ids
-from layerskip_jax.runs import RunFolder, is_run, write_json
+from layerskip_jax.runs import RunFolder, is_run, open_run, write_json
+from layerskip_jax.storage import is_remote
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("--source", action="append", help="may be repeated (default: stdlib)")
-    add("--output", type=Path, required=True, help="folder to make")
+    add("--output", type=local_path, required=True, help="folder to make")
     add("--sequence-length", type=int, default=512, help="inputs per window (default: %(default)s)")
     add(
         "--vocab-size",
@@ -42,7 +44,6 @@ def main(argv: list[str]) -> int:
     )
     add(
         "--tokenizer",
-        type=Path,
         help="existing tokenizer to use instead: a tokenizer.json, or a model's or run's folder",
     )
     add("--end-token", default="", help="its token that ends a document, if not a usual one")
@@ -58,13 +59,15 @@ def main(argv: list[str]) -> int:
     add("--skip-bad-files", action="store_true", help="leave out files that are not UTF-8 text")
     add("--seed", type=int, default=0, help="of the split and of --max-bytes")
     add("--overwrite", action="store_true", help="replace prepared data in --output")
-    add("--json", type=Path, help="also write the figures to this file")
+    add("--json", type=local_path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     tokenizer_sha256 = ""
     if options.tokenizer is not None:
-        model = options.tokenizer
-        if model.is_dir():
-            options.tokenizer = model / "tokenizer.json"
+        model = Path(options.tokenizer)
+        if is_remote(options.tokenizer):  # a run's, whose small files are downloaded
+            run, _ = open_run(options.tokenizer.removesuffix("/tokenizer.json"))
+            model = run.path
+        options.tokenizer = model / "tokenizer.json" if model.is_dir() else model
         tokenizer = load_tokenizer(options.tokenizer)
         usual = [tokenizer.token_to_id(token) for token in END_TOKENS]
         if not options.end_token and all(token is None for token in usual):

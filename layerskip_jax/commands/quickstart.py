@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layerskip_jax.commands import evaluate, export, generate, prepare, report, sweep, train
+from layerskip_jax.commands.arguments import local_path
 from layerskip_jax.runs import RunFolder, read_json_lines, write_json
 from layerskip_jax.schema import UserError
 
@@ -30,7 +31,7 @@ PAPER = (
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = argparse.ArgumentParser(prog="layerskip quickstart", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--workdir", type=local_path, required=True, help="folder for everything")
     parser.add_argument("--config", default="configs/quickstart.py", help="recipe to train")
     parser.add_argument("--plain-steps", type=int, default=PLAIN_STEPS)
     parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")

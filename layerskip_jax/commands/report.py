@@ -22,5 +22,5 @@ def main(argv: list[str]) -> int:
         path = save_figure(
             options.workdir, options.figure, options.output or f"{options.figure}.svg"
         )
-    print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path}  {len(path.read_bytes()) / 1e6:.2f} MB")
     return 0

@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
     figure = io.StringIO()
     draw_speedup(result).savefig(figure, format="svg")
     write_text(run.folder.speculation_file.with_suffix(".svg"), figure.getvalue())
+    run.folder.upload()
     if options.json:
         write_json(options.json, result)
     return 0

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from layerskip_jax.commands.arguments import make_parser
+from layerskip_jax.commands.arguments import local_path, make_parser
 from layerskip_jax.data.tokenizer import encode_prompt
 from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.generator import Generator
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tolerance", type=float, default=2e-4, help="of a logit, or as a share of the largest"
     )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=local_path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     pretrained = open_pretrained(options.folder)
     config = dataclasses.replace(pretrained.config, dtype="float32")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from layerskip_jax.data.tokenizer import SMALLEST_VOCABULARY, file_sha256
 from layerskip_jax.schema import UserError, build, require
+from layerskip_jax.storage import require_local
 
 FORMAT = 1
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
@@ -147,6 +148,7 @@ def read_manifest(folder: str | Path) -> Manifest:
       UserError: there is none, it is of another version, the tokenizer beside it is not the
         one it was prepared with, or a shard is missing or of another size.
     """
+    require_local(folder, "prepared data (config.data.path, config.data.mixture or --data)")
     path = Path(folder) / MANIFEST_FILE
     if not str(folder) or not path.is_file():
         raise UserError(

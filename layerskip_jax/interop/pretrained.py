@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from layerskip_jax.interop.huggingface import (
 )
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import UserError
+from layerskip_jax.storage import require_local
 
 _INDEX = "model.safetensors.index.json"
 # What else a published folder says of the model and its tokenizer, all of it small.
@@ -68,13 +69,14 @@ class Pretrained:
         return from_hugging_face(self.read, config or self.config, shardings)
 
 
-def open_pretrained(path: str | Path) -> Pretrained:
+def open_pretrained(path: str | PurePath) -> Pretrained:
     """Opens a Hugging Face folder or a GGUF file, and checks it without reading its tensors.
 
     Raises:
       UserError: it is neither, is damaged, is a model this decoder cannot compute, or its parts
         contradict each other.
     """
+    require_local(path, "a model that is no run of ours")
     path = Path(path)
     if path.suffix == ".gguf":
         return _open_gguf(path)

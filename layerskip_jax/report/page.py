@@ -3,7 +3,7 @@
 import html
 import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.report import quality_figures, schedule_figures, speed_figures
@@ -14,6 +14,7 @@ from layerskip_jax.report.stylesheet import CSS
 from layerskip_jax.report.summary import headline, sentence
 from layerskip_jax.report.words import amount, percent, times
 from layerskip_jax.schema import UserError, nearest
+from layerskip_jax.storage import AnyPath, is_remote, require_local
 
 MOST_ROWS = 10  # of a table beside a figure
 
@@ -43,7 +44,7 @@ FIGURES: dict[str, Callable] = {
 }  # fmt: skip
 
 
-def write_report(workdir: str | Path, output: str | Path | None = None) -> Path:
+def write_report(workdir: str | PurePath, output: str | Path | None = None) -> AnyPath:
     """Writes the HTML page of a run and returns its path.
 
     Args:
@@ -54,12 +55,16 @@ def write_report(workdir: str | Path, output: str | Path | None = None) -> Path:
       UserError: no run, a run without metrics, a damaged file, or an unwritable output.
     """
     run = read_run(workdir)
-    path = Path(output) if output else run.folder.report_file
-    _write(path, build_page(run).encode())
-    return path
+    if output:
+        require_local(output, "--output")
+        _write(Path(output), build_page(run).encode())
+        return Path(output)
+    _write(run.folder.report_file, build_page(run).encode())
+    run.folder.upload()
+    return run.folder.shown(run.folder.report_file)
 
 
-def save_figure(workdir: str | Path, name: str, path: str | Path) -> Path:
+def save_figure(workdir: str | PurePath, name: str, path: str | Path) -> Path:
     """Writes one figure of a run by itself, as SVG or PNG by the ending of `path`.
 
     Args:
@@ -70,6 +75,7 @@ def save_figure(workdir: str | Path, name: str, path: str | Path) -> Path:
     Raises:
       UserError: unknown name or ending, or the run lacks what the figure shows.
     """
+    require_local(path, "--output")
     path = Path(path)
     if name not in FIGURES:
         raise UserError(f"there is no figure {name!r}.{nearest(name, FIGURES)}")
@@ -103,7 +109,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def build_page(run: RunRecord) -> str:
     """Returns the whole page as HTML."""
-    name = run.folder.path.resolve().name
+    home = run.folder.home
+    name = (home if is_remote(home) else home.resolve()).name
     sections = [
         ("quality", "Perplexity by exit", figures(run, [*QUALITY.items()], _exit_table(run))),
         ("loss", "Training loss", figures(run, [*LOSSES.items()])),

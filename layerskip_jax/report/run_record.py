@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -152,10 +152,10 @@ class RunRecord:
 
     def command(self, verb: str) -> str:
         """Returns the command line of another verb on this run."""
-        return f"`layerskip {verb} --workdir={shlex.quote(str(self.folder.path))}`"
+        return f"`layerskip {verb} --workdir={shlex.quote(str(self.folder.home))}`"
 
 
-def read_run(workdir: str | Path) -> RunRecord:
+def read_run(workdir: str | PurePath) -> RunRecord:
     """Reads a run's folder.
 
     Raises:
@@ -165,8 +165,8 @@ def read_run(workdir: str | Path) -> RunRecord:
     metrics = _read_lines(folder.metrics_file)
     if not metrics:
         raise UserError(
-            f"{folder.metrics_file} holds no logged step, so there is nothing to report; "
-            "start the run with `layerskip train`, or wait for its first logged line"
+            f"{folder.shown(folder.metrics_file)} holds no logged step, so there is nothing to "
+            "report; start the run with `layerskip train`, or wait for its first logged line"
         )
     return RunRecord(
         folder=folder,

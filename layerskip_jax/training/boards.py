@@ -52,7 +52,7 @@ class Boards:
             self._wandb = wandb.init(
                 project=project,
                 id=folder.wandb_file.read_text(),
-                name=folder.path.name,
+                name=folder.home.name,
                 resume="allow",
                 dir=str(folder.path),
                 config=config,

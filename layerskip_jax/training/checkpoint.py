@@ -4,10 +4,8 @@ import contextlib
 import datetime
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,10 +15,13 @@ import tensorstore as ts
 from layerskip_jax import __version__
 from layerskip_jax.parallel.hosts import end_for_restart
 from layerskip_jax.schema import UserError
+from layerskip_jax.storage import AnyPath, absolute, is_remote, kvstore, move_folder
 from layerskip_jax.training.checksum import tree_checksums
+from layerskip_jax.training.orbax_s3 import teach_orbax_s3
 
 logger = logging.getLogger(__name__)
 
+AtomicityMode = ocp.options.AtomicityMode
 PARAMETERS, OPTIMIZER, RECORD = "parameters", "optimizer", "record"
 
 # Arrays are stored in pieces of at most so many bytes, so that reading a layer of a large model
@@ -44,7 +45,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         *,
         every_steps: int = 1,
         keep: int | None = None,
@@ -69,6 +70,12 @@ class Checkpoints:
             raise UserError(f"{folder} does not exist; the run has saved nothing yet")
         self._every_steps, self._on_failure = every_steps, on_failure
         self._about = about or {}
+        mode, self._failures = AtomicityMode.AUTO, (OSError, ValueError, RuntimeError)
+        if is_remote(folder):
+            teach_orbax_s3()
+            # Nothing is renamed there: a checkpoint counts once it holds a file that says so.
+            mode = AtomicityMode.COMMIT_FILE
+            self._failures = (Exception,)  # the packages that reach a store share no class
         interval = datetime.timedelta(hours=keep_every_hours)
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -77,6 +84,7 @@ class Checkpoints:
             create=self._writes,
             read_only=not self._writes,
             enable_async_checkpointing=self._writes,
+            atomicity_options=ocp.options.AtomicityOptions(mode=mode),
             # Made before the loop goes on: orbax's writers would wait ten minutes, past the end of
             # the process, for a folder that a background thread was not allowed to make.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -86,7 +94,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self._folder.absolute(),
+            absolute(self._folder),
             options=self._options,
             item_names=(PARAMETERS, OPTIMIZER, RECORD),
         )
@@ -213,9 +221,8 @@ class Checkpoints:
     def _set_aside(self, step: int, why: str = "damaged") -> None:
         aside = self._folder.with_name(f"{self._folder.name}_{why}")
         target = aside / f"{step}-{time.time_ns()}"
-        aside.mkdir(exist_ok=True)
         try:
-            os.rename(self._folder / str(step), target)
+            move_folder(self._folder / str(step), target)
         except FileNotFoundError:
             return  # another process was first
         logger.warning("moved it to %s, to be looked at or removed", target)
@@ -257,11 +264,11 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint.
         """
-        base = (self._folder.absolute() / str(self.require_step(step)) / PARAMETERS).as_uri()
+        base = kvstore(self._folder / str(self.require_step(step)) / PARAMETERS)
 
         def open_array(path, _):
             name = ".".join(key.key for key in path)
-            store = {"driver": "ocdbt", "base": f"{base}/", "path": name}
+            store = {"driver": "ocdbt", "base": base, "path": name}
             return ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
         return jax.tree_util.tree_map_with_path(open_array, template)
@@ -277,7 +284,7 @@ class Checkpoints:
         """Names the folder in what orbax and tensorstore raise of a disk that fails, or logs it."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except self._failures as error:
             what = f"a checkpoint could not be written to {self._folder} ({error})"
             if raises:
                 raise UserError(

@@ -136,7 +136,7 @@ class Profiler:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._ends = None
-        logger.info("wrote a trace of the device to %s", self._folder.profiles)
+        logger.info("wrote a trace of the device to %s", self._folder.shown(self._folder.profiles))
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +33,18 @@ from layerskip_jax.training.resolve import Initial, resolve, shaped_like
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.state import Parameters
 from layerskip_jax.training.step import Batch, TrainState
-from layerskip_jax.training.workdir import check_workdir, claim_workdir
+from layerskip_jax.training.workdir import check_workdir, claim_workdir, opened_workdir
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None) -> int:
+def train(config: RunConfig, workdir: str | PurePath, initial: Initial | None = None) -> int:
     """Trains a model, or goes on training it from its newest checkpoint.
 
     Args:
       config: the run; `config.data.path` names prepared data.
-      workdir: its folder. What lies there already must come from the same config and data.
+      workdir: its folder, on a disk, gs:// or s3://. What lies there already must come from the
+        same config and data.
       initial: what `config.init_from` names.
 
     Returns:
@@ -53,6 +54,11 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
       ConfigError, UserError: before anything is written; or later, when a save fails, when
         every checkpoint is damaged, or when steps are no longer finite.
     """
+    with opened_workdir(workdir) as folder:
+        return _train(config, folder, initial)
+
+
+def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int:
     # Data
     data = config.data
     manifest = dataclasses.replace(
@@ -72,7 +78,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         skip_damaged=config.data.on_damaged == "skip",
         mixture=config.data.mixture,
         weights=config.data.weights,
-        skips=RunFolder(Path(workdir)).skips(),
+        skips=folder.skips(),
     )
 
     check_wandb(config.training.wandb)
@@ -82,7 +88,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
         {
             "config": config.to_dict(),
             "data": manifest.fingerprint,
-            "workdir": str(workdir),
+            "workdir": str(folder.home),
             "version": __version__,
             "jax": jax.__version__,
             "devices of each process": jax.local_device_count(),
@@ -92,7 +98,6 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
     # Mesh, model, shardings
     setup = make_setup(config)
     setup.check_sequence(source.sequence_length)
-    folder = RunFolder(Path(workdir))
     check_workdir(folder, config, dataclasses.asdict(manifest))
     wait_for_all("the folder is checked")
     if jax.process_index() == 0:
@@ -170,6 +175,7 @@ def train(config: RunConfig, workdir: str | Path, initial: Initial | None = None
                     with clock.cause("checkpoint"):
                         saved = checkpoints.save(step, state.parameters, state.optimizer)
                     if saved:
+                        folder.upload_soon(urgent=True)
                         metrics_log.say(f"step {step}/{total_steps}  saving a checkpoint")
                     every = config.training.evaluate_every
                     if every and step % every == 0 and step < total_steps:
@@ -217,6 +223,7 @@ def _roll_back(folder: RunFolder, checkpoints: Checkpoints, bad: RollBack) -> in
         count = bad.last - bad.first + 1
         # Step n, from 1, is batch n - 1.
         write_json(folder.skips_file, [*folder.skips(), (bad.first - 1, count)])
+        folder.upload()
         step = checkpoints.set_aside_from(bad.first)
         logger.warning(
             "%s; rolled back to %s, and %d batches are left out from step %d on; the same "
@@ -252,6 +259,7 @@ def _add(
     guards.check(step, metrics_log.add(step, metrics, record=due))
     if due:
         heartbeat(metrics_log.folder, step)
+        metrics_log.folder.upload_soon()
 
 
 def _evaluate(

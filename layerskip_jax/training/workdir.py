@@ -1,13 +1,18 @@
 """Claiming a folder for a run, so that a run only ever goes on with what it began with."""
 
+import contextlib
 import json
 import os
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+import jax
 
 from layerskip_jax.config import RunConfig, differences
-from layerskip_jax.runs import RunFolder, write_json
+from layerskip_jax.runs import RunFolder, run_folder, write_json
 from layerskip_jax.schema import UserError
+from layerskip_jax.storage import AnyPath
 
 # Settings that change neither the parameters a run arrives at nor the order of its data.
 FREE_TO_CHANGE = (
@@ -26,6 +31,25 @@ FREE_TO_CHANGE = (
     "config.model.remat",
     "config.model.attention",
 )
+
+
+@contextlib.contextmanager
+def opened_workdir(workdir: str | PurePath) -> Iterator[RunFolder]:
+    """Yields the folder of a run to be trained; where it is on an object store, uploads the rest.
+
+    Raises:
+      UserError: the store cannot be reached, or failed in the end.
+    """
+    # A process goes on with its own log.
+    folder = run_folder(workdir, more=(f"logs/process-{jax.process_index()}.jsonl",))
+    try:
+        yield folder
+    except BaseException:
+        # Its cause is what counts, not whether the store failed as well.
+        with contextlib.suppress(UserError):
+            folder.close()
+        raise
+    folder.close()
 
 
 def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
@@ -47,28 +71,29 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
         ]
         if lines:
             raise UserError(
-                f"--workdir={folder.path} holds a run with another config:\n  "
+                f"--workdir={folder.home} holds a run with another config:\n  "
                 + "\n  ".join(lines)
                 + "\nTake another --workdir for the new config, or set these back to go on."
             )
         old = json.loads(folder.data_file.read_text())
         if old["fingerprint"] != manifest["fingerprint"]:
             raise UserError(
-                f"--workdir={folder.path} holds a run on other data (fingerprint "
+                f"--workdir={folder.home} holds a run on other data (fingerprint "
                 f"{old['fingerprint'][:12]}, not {manifest['fingerprint'][:12]}); point "
                 "--config.data.path at the data it began with, or take another --workdir"
             )
         return
-    if folder.path.is_dir():
+    home = folder.home
+    if home.is_dir():
         ours = {folder.data_file.name, folder.tokenizer_file.name, folder.published.name}
-        others = sorted(p.name for p in folder.path.iterdir() if not _is_temporary(p))
+        others = sorted(p.name for p in home.iterdir() if not _is_temporary(p))
         if not ours.issuperset(others):
             raise UserError(
-                f"--workdir={folder.path} is not empty and holds no run (it has "
+                f"--workdir={home} is not empty and holds no run (it has "
                 f"{', '.join(others[:3])}); take a new folder"
             )
-    elif folder.path.exists():
-        raise UserError(f"--workdir={folder.path} is a file; take a folder")
+    elif home.exists():
+        raise UserError(f"--workdir={home} is a file; take a folder")
 
 
 def _config_of(folder: RunFolder) -> dict:
@@ -106,9 +131,10 @@ def claim_workdir(
         write_json(folder.config_file, config.to_dict())
     except OSError as error:
         raise UserError(
-            f"--workdir={folder.path} cannot be written ({error.strerror}: {error.filename}); "
+            f"--workdir={folder.home} cannot be written ({error.strerror}: {error.filename}); "
             "free some space or take another folder"
         ) from error
+    folder.upload()
 
 
 def write_published(folder: RunFolder, files: dict[str, bytes]) -> None:
@@ -123,5 +149,5 @@ def write_published(folder: RunFolder, files: dict[str, bytes]) -> None:
     os.rename(temporary, folder.published)
 
 
-def _is_temporary(path: Path) -> bool:
+def _is_temporary(path: AnyPath) -> bool:
     return path.name.startswith(".")
