@@ -89,6 +89,11 @@ class RunFolder:
         return self.home / "checkpoints"
 
     @property
+    def compiled(self) -> AnyPath:
+        """Compiled programs, which jax reads and writes itself."""
+        return self.home / "compiled"
+
+    @property
     def metrics_file(self) -> Path:
         """One JSON object a logged step; after a resumption the last line of a step counts."""
         return self.path / "metrics.jsonl"

@@ -8,9 +8,12 @@ The scripts of `launch/` start several processes of it, on one machine or a clus
 them.
 """
 
+import os
+
 from layerskip_jax.commands.arguments import split_config_arguments
 from layerskip_jax.config import load_config
 from layerskip_jax.initial import open_initial
+from layerskip_jax.parallel.chips import GPU_MEMORY
 from layerskip_jax.parallel.hosts import start_processes
 from layerskip_jax.training.train import train
 
@@ -20,6 +23,8 @@ def main(argv: list[str]) -> int:
     parser, config_arguments, arguments = split_config_arguments("train", __doc__, argv)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     options = parser.parse_args(arguments)
+    # Read when jax first looks for devices: of a GPU's memory it takes three quarters otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
     start_processes()
     config = load_config(config_arguments)
     initial = open_initial(config.init_from, options.workdir) if config.init_from else None

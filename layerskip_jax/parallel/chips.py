@@ -7,6 +7,7 @@ data sheets of the A100, H100 and H200 SXM. Memory of a TPU is what its compiler
 import dataclasses
 
 GIB = 2**30
+GPU_MEMORY = 0.92  # share of a GPU's memory that `layerskip train` has jax take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +58,21 @@ CHIPS = {
             "v6e", "tpu", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9,
             dimensions=2, per_host=4,
         ),
-        # jax takes three quarters of a GPU's memory at start unless XLA_PYTHON_CLIENT_MEM_FRACTION
-        # says otherwise; the launchers of this project set .92 of it.
         Chip(
-            "a100", "gpu", ("NVIDIA A100-SXM4-80GB",), 312e12, 0.92 * 80e9, 2039e9, 300e9, 25e9,
+            "a100", "gpu", ("NVIDIA A100-SXM4-80GB",),
+            312e12, GPU_MEMORY * 80e9, 2039e9, 300e9, 25e9,
         ),
         Chip(
-            "a100-40gb", "gpu", ("NVIDIA A100-SXM4-40GB",), 312e12, 0.92 * 40e9, 1555e9, 300e9,
-            25e9,
+            "a100-40gb", "gpu", ("NVIDIA A100-SXM4-40GB",),
+            312e12, GPU_MEMORY * 40e9, 1555e9, 300e9, 25e9,
         ),
-        Chip("h100", "gpu", ("NVIDIA H100 80GB HBM3",), 989e12, 0.92 * 80e9, 3350e9, 450e9, 50e9),
-        Chip("h200", "gpu", ("NVIDIA H200",), 989e12, 0.92 * 141e9, 4800e9, 450e9, 50e9),
+        Chip(
+            "h100", "gpu", ("NVIDIA H100 80GB HBM3",),
+            989e12, GPU_MEMORY * 80e9, 3350e9, 450e9, 50e9,
+        ),
+        Chip(
+            "h200", "gpu", ("NVIDIA H200",), 989e12, GPU_MEMORY * 141e9, 4800e9, 450e9, 50e9,
+        ),
     )
 }  # fmt: skip
 

@@ -14,7 +14,8 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
-from layerskip_jax.parallel.chips import peak_flops
+from layerskip_jax.parallel.chips import chip_of, peak_flops
+from layerskip_jax.parallel.compiler import compiler_table, keep_compiled
 from layerskip_jax.parallel.hosts import (
     RESTART_EXIT_CODE,
     require_agreement,
@@ -108,7 +109,10 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
     clock = Clock()
     with jax.set_mesh(setup.mesh), process_log(folder):
+        platform = setup.mesh.devices.flat[0].platform
+        kept = keep_compiled(config.compiler.cache, str(folder.compiled), platform)
         _log_decisions(setup, source, cost, peak)
+        logger.info("compiled programs are kept in %s", kept or "no folder")
         # Restore
         checkpoints = Checkpoints(
             folder.checkpoints,
@@ -339,6 +343,11 @@ def _log_decisions(
         planned.needed, planned.needed / plain.needed, planned.layers, planned.attention,
         planned.exits, planned.recomputed + planned.masked,
     )  # fmt: skip
+    chip, slices = chip_of(setup.mesh.devices.flat[0]), setup.mesh.shape["slice"]
+    reasons = {option.name: option.reason for option in compiler_table(chip, slices)}
+    for name, value in setup.compiler_options.items():
+        reason = reasons.get(name, "config.compiler.options")
+        logger.info("compiler: %s=%s: %s", name, value, reason)
     if peak:
         logger.info("peak %.4g TFLOP/s; %s", peak / 1e12, MFU_DEFINITION)
 
