@@ -21,7 +21,8 @@ from layerskip_jax.config import as_variant, default_config
 # What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
 TARGETS = {
     "v5e": {
-        "mesh.topology": "v5e:8x16",
+        "mesh.topology": "v5e:8x8",
+        "mesh.shape.slice": 2,
         "model.remat": "full",
         "layer_dropout.groups": 128,
     },
