@@ -24,6 +24,7 @@ TARGETS = {
         "mesh.shape.slice": 2,
         "mesh.shape.fsdp": 128,
         "mesh.shape.tensor": 2,
+        "model.remat": "offload",
     },
     "h100": {
         "mesh.topology": "h100:128",

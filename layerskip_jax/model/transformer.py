@@ -116,11 +116,15 @@ class MLP(nnx.Module):
         scale = (2 * config.num_layers) ** -0.5
         self.down = _matrix(kd, (hidden, dim), ("mlp", "embed"), hidden, scale)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[Array, "B S D"], constrain: Callable[..., Array] = no_constraint
+    ) -> Float[Array, "B S D"]:
         """Returns the branch's contribution to the residual stream."""
         hidden = jax.nn.silu(x @ self.gate[...].astype(x.dtype)) * (
             x @ self.up[...].astype(x.dtype)
         )
+        # Left to itself the compiler may gather the weights over `tensor` instead.
+        hidden = constrain(hidden, "batch", "sequence", "mlp")
         return hidden @ self.down[...].astype(x.dtype)
 
 
@@ -161,7 +165,7 @@ class Block(nnx.Module):
         attention = self.constrain(self.attention.output(attended), *residual)
         middle = x + attention
         normed = self.constrain(self.mlp_norm(middle), "batch", "sequence", "activation")
-        mlp = self.constrain(self.mlp(normed), *residual)
+        mlp = self.constrain(self.mlp(normed, self.constrain), *residual)
         if residual_scale is None:
             return middle + mlp
         # A constant of the schedule. Asking for its gradient would have the backward pass
@@ -182,7 +186,9 @@ class Block(nnx.Module):
         q = self.constrain(q, "batch", "sequence", "heads", "head_dim")
         k = self.constrain(k, "batch", "key_sequence", "kv_heads", "head_dim")
         v = self.constrain(v, "batch", "key_sequence", "kv_heads", "head_dim")
-        return self.finish(x, self.attend(q, k, v, segment_ids), residual_scale)
+        attended = self.attend(q, k, v, segment_ids)
+        attended = self.constrain(attended, "batch", "sequence", "heads", "head_dim")
+        return self.finish(x, attended, residual_scale)
 
 
 def _strata(x: Array, count: int) -> Array:
