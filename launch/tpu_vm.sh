@@ -132,7 +132,7 @@ obtain() {
         "${create[@]}" || finish 1 "the resource was not requested"
         fresh=1
         ;;
-      SUSPENDED) "${delete[@]}" ;;
+      SUSPENDED) "${delete[@]}" || sleep "$poll" ;;
       UNKNOWN)
         cat "${scratch}error" >&2
         [[ -n $seen ]] || refuse "gcloud does not tell of $name in zone $zone, as it says above"

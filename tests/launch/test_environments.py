@@ -58,9 +58,13 @@ def arguments(coordinator, count, number):
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1,3", "JAX_PLATFORMS": "cpu"},
             arguments("gpu07:61441", 4, 3),
         ),
-        ({**GKE, **SLICES}, {"cluster_detection_method": "gketpu"}),
+        (GKE, {"cluster_detection_method": "gketpu"}),
+        (
+            {**SLICES, "TPU_WORKER_HOSTNAMES": "a-0.x", "TPU_WORKER_ID": "0"},
+            {"cluster_detection_method": "gketpu"},
+        ),
     ],
-    ids=["explicit", "explicit in slurm", "slurm", "slurm gpus", "slurm cpus", "gke"],
+    ids="explicit explicit_in_slurm slurm slurm_gpus slurm_cpus gke gke_slices".split(),
 )
 def test_each_engine(environment, expected):
     assert distributed_arguments(environment) == expected

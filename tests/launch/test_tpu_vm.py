@@ -13,7 +13,7 @@ ACTIVE, GONE = (0, "ACTIVE"), (0, "SUSPENDED")
 
 @pytest.fixture
 def gcloud(tmp_path):
-    fakes = Fakes(tmp_path / "fakes", "gcloud")
+    fakes = Fakes(tmp_path / "fakes", "gcloud", "git")
     fakes.answer("describe", ABSENT, (0, "PROVISIONING"), ACTIVE)
     return fakes
 
@@ -37,7 +37,7 @@ def verbs(fakes):
     for call in fakes.calls():
         (line,) = [word for word in call if word.startswith("--command=")] or [""]
         kind = {True: " install", False: " run"}["tar -xzf" in line] if line else ""
-        if call[4] != "describe":
+        if call[0] == "gcloud" and call[4] != "describe":
             found.append(call[4] + kind)
     return found
 

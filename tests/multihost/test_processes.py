@@ -12,9 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE, VARIABLES, start_processes
+from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE, VARIABLES
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
-from layerskip_jax.schema import UserError
 from tests.training.test_train import RECIPE, REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -232,17 +231,3 @@ def test_a_dry_run_prints_what_would_run():
         f"{sys.executable} -m layerskip_jax train '--workdir=a b'"
         for i in (0, 1)
     ]
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        (("host:1", "2", None), "LAYERSKIP_PROCESS_ID is not; set all three"),
-        (("host:1", "2", "2"), "LAYERSKIP_PROCESS_ID=2 must be from 0"),
-        (("host:1", "two", "0"), "must be whole numbers"),
-    ],
-)
-def test_half_an_environment_is_refused(values, message):
-    environment = {k: v for k, v in zip(VARIABLES, values, strict=True) if v is not None}
-    with pytest.raises(UserError, match=message):
-        start_processes(environment)
