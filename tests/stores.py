@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from unittest import mock
 
@@ -44,6 +45,31 @@ def s3_store() -> Iterator[str]:
         forget_stores()
         try:
             yield f"s3://{BUCKET}"
+        finally:
+            forget_stores()
+            server.stop()
+
+
+@contextlib.contextmanager
+def gs_store() -> Iterator[str]:
+    """Serves Google Cloud Storage likewise; yields `gs://BUCKET`."""
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    variables = {
+        "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "GOOGLE_CLOUD_PROJECT": "tests",
+    }
+    with mock.patch.dict(os.environ, variables):
+        server = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+        server.start()
+        forget_stores()
+        try:
+            yield f"gs://{BUCKET}"
         finally:
             forget_stores()
             server.stop()

@@ -70,11 +70,11 @@ class Checkpoints:
             raise UserError(f"{folder} does not exist; the run has saved nothing yet")
         self._every_steps, self._on_failure = every_steps, on_failure
         self._about = about or {}
-        mode, self._failures = AtomicityMode.AUTO, (OSError, ValueError, RuntimeError)
+        atomicity, self._failures = None, (OSError, ValueError, RuntimeError)
         if is_remote(folder):
             teach_orbax_s3()
             # Nothing is renamed there: a checkpoint counts once it holds a file that says so.
-            mode = AtomicityMode.COMMIT_FILE
+            atomicity = ocp.options.AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
             self._failures = (Exception,)  # the packages that reach a store share no class
         interval = datetime.timedelta(hours=keep_every_hours)
         self._options = ocp.CheckpointManagerOptions(
@@ -84,7 +84,7 @@ class Checkpoints:
             create=self._writes,
             read_only=not self._writes,
             enable_async_checkpointing=self._writes,
-            atomicity_options=ocp.options.AtomicityOptions(mode=mode),
+            atomicity_options=atomicity,
             # Made before the loop goes on: orbax's writers would wait ten minutes, past the end of
             # the process, for a folder that a background thread was not allowed to make.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from layerskip_jax.config import RunConfig, differences
 from layerskip_jax.runs import RunFolder, run_folder, write_json
 from layerskip_jax.schema import UserError
 from layerskip_jax.storage import AnyPath
+
+logger = logging.getLogger(__name__)
 
 # Settings that change neither the parameters a run arrives at nor the order of its data.
 FREE_TO_CHANGE = (
@@ -45,9 +48,10 @@ def opened_workdir(workdir: str | PurePath) -> Iterator[RunFolder]:
     try:
         yield folder
     except BaseException:
-        # Its cause is what counts, not whether the store failed as well.
-        with contextlib.suppress(UserError):
+        try:
             folder.close()
+        except UserError as error:
+            logger.error("%s", error)  # what came first is what is raised
         raise
     folder.close()
 

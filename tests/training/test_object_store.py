@@ -18,7 +18,7 @@ from layerskip_jax.runs import load_run, open_run, read_json_lines
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.guards import RollBack
 from layerskip_jax.training.workdir import opened_workdir
-from tests.stores import s3_store
+from tests.stores import gs_store, s3_store
 from tests.training.test_train import RECIPE
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,15 @@ def test_the_verbs_read_the_run_and_write_beside_it(whole, resumed, tmp_path, ca
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in figures]
     assert weights[0] == weights[1]
 
+    imported = f"{resumed}-imported"
+    source = [f"--source={tmp_path / 'store'}", "--dtype=float32"]
+    assert main(["import", f"--workdir={imported}", *source]) == 0
+    run, exported = load_run(imported), load_run(whole)
+    assert run.step == 0
+    jax.tree.map(np.testing.assert_array_equal, run.parameters, exported.parameters)
+    assert main(["import", f"--workdir={imported}", *source]) == 2
+    assert f"--workdir={imported} is not empty" in capsys.readouterr().err
+
     sweep = ["--exits=1", "--drafts=1", "--prompts=2", "--prompt-tokens=4", "--new-tokens=4"]
     assert main(["sweep", f"--workdir={resumed}", *sweep]) == 0
     assert {"speculation.json", "speculation.csv", "speculation.svg"} <= set(names(resumed))
@@ -178,6 +187,8 @@ def test_a_bucket_that_is_not_there_is_named(store, arguments, capsys):
     assert "bucket does not exist" in error
 
 
+# Reads that orbax leaves under way when one of them fails end after its event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_moved_aside_whole(whole, store, arguments, caplog):
     workdir = f"{store}/damaged"
     command = ["train", f"--workdir={workdir}", *arguments]
@@ -221,6 +232,20 @@ def test_a_roll_back_is_on_the_store_before_the_run_ends(resumed, store):
     assert {name.split("-")[0] for name in names(f"{folder.home}/checkpoints_rolled_back")} == {
         "10", "12",
     }  # fmt: skip
+
+
+def test_on_google_cloud_storage_a_stopped_run_goes_on_as_well(whole, arguments, monkeypatch):
+    with gs_store() as address:
+        workdir = f"{address}/experiments/run"
+        command = ["train", f"--workdir={workdir}", *arguments]
+        with monkeypatch.context() as patch:
+            stopped_at(6, patch)
+            assert main(command) == RESTART_EXIT_CODE
+        assert main(command) == 0
+        assert checksums(workdir) == checksums(whole)
+        assert records(workdir) == records(whole)
+        ours, theirs = load_run(workdir), load_run(whole)
+        jax.tree.map(np.testing.assert_array_equal, ours.parameters, theirs.parameters)
 
 
 def test_a_trace_of_the_device_arrives(store, arguments):
