@@ -326,7 +326,8 @@ def _switch_with_shared_residuals(branches: list[Callable], remat: str, groups: 
         leaves, structure = jax.tree.flatten(pull_back)
         # Inputs are at hand in the backward pass: they are not saved a second time.
         given = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves((differentiable, fixed)))}
-        sources = [given.get(id(leaf)) for leaf in leaves]
+        # Constants of a kernel, such as its masks, are the same for every layer.
+        sources = [leaf if isinstance(leaf, np.ndarray) else given.get(id(leaf)) for leaf in leaves]
         saved = [leaf for leaf, source in zip(leaves, sources, strict=True) if source is None]
         pull_backs[number] = structure, sources, [leaf.shape for leaf in saved]
         return y, saved
@@ -366,7 +367,12 @@ def _switch_with_shared_residuals(branches: list[Callable], remat: str, groups: 
                     _fit_rows(a, shape, groups) for a, shape in zip(saved, shapes, strict=False)
                 ]
                 fitted = iter(fitted)
-                leaves = [next(fitted) if n is None else given[n] for n in sources]
+                leaves = [
+                    next(fitted) if source is None
+                    else given[source] if isinstance(source, int)
+                    else source
+                    for source in sources
+                ]  # fmt: skip
                 return jax.tree.unflatten(structure, leaves)(gradient)[0]
 
             return run
