@@ -29,7 +29,8 @@ class Collective:
     Attributes:
       kind: one of `KINDS`, by what it is for.
       written: the kind that the compiler wrote it as.
-      size: bytes of the whole array on one device, after a gather or before a scatter.
+      shape: of the whole array on one device, after a gather or before a scatter.
+      size: its bytes.
       group: partitions that exchange it, the first of all such groups.
       turns: how often a step does so.
       source: name of the operation that asked for it.
@@ -37,6 +38,7 @@ class Collective:
 
     kind: str
     written: str
+    shape: tuple[int, ...]
     size: int
     group: tuple[int, ...]
     turns: float
@@ -187,7 +189,7 @@ class Program:
             if written == "all-reduce":
                 kind = self._purpose(name, line, number, len(shapes))
             yield Collective(
-                kind, written, _bytes(shape), _first_group(line.text), turns,
+                kind, written, _sizes(shape), _bytes(shape), _first_group(line.text), turns,
                 source[1] if source else "",
             )  # fmt: skip
 
@@ -260,10 +262,14 @@ def _arrays(shape: str) -> list[str]:
     return re.findall(r"[a-z]+\d*\w*\[[\d,]*\]", shape)
 
 
+def _sizes(array: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", array[array.index("[") :])))
+
+
 def _bytes(array: str) -> int:
-    kind, sizes = re.match(r"(\w+)\[([\d,]*)\]", array).groups()
+    kind = re.match(r"\w+", array)[0]
     bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
-    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
+    return math.prod(_sizes(array)) * bits // 8
 
 
 def _moved(collectives) -> float:

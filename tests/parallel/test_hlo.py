@@ -20,6 +20,7 @@ def test_a_kind_is_read_from_what_a_collective_is_for():
         "all-reduce/all-reduce",
     }
     assert found["all-gather/all-gather"].source == "forward"
+    assert found["all-reduce/reduce-scatter"].shape == (64, 8)
     assert found["all-reduce/reduce-scatter"].size == 64 * 8 * 2
     assert found["all-reduce/all-reduce"].size == 4
 
