@@ -3,7 +3,8 @@
 Compilers write one thing in several ways. A TPU's writes the reduce-scatter of a gradient as an
 all-reduce whose users take a slice each, and on some topologies an all-gather as an all-reduce of
 arrays that are zero but for one slice. It splits one asynchronous collective over several fusions,
-which bear the same channel. What is read here is what happens: a kind by its purpose, once.
+which bear the same channel. Between slices it hands arrays to the hosts, by a send that names the
+collective. What is read here is what happens: a kind by its purpose, once.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 # What only hands a value on.
 _PASS_ON = ("get-tuple-element", "bitcast", "copy", "copy-start", "copy-done", "convert", "reshape")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CONSTANT = re.compile(r" constant\((\d+)\)")
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 
@@ -34,6 +36,7 @@ class Collective:
       group: partitions that exchange it, the first of all such groups.
       turns: how often a step does so.
       source: name of the operation that asked for it.
+      between_slices: whether slices exchange it, by way of their hosts; `group` is then empty.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Collective:
     group: tuple[int, ...]
     turns: float
     source: str
+    between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +173,13 @@ class Program:
                 more = turns if once or line.op != "while" else turns * self.turns(line)
                 found.update(self._collect(called, more, once))
             written = line.op.removesuffix("-start")
-            if written in KINDS:
+            transfer = _TRANSFER.search(line.text) if written == "send" else None
+            if transfer:
+                kind, shape = transfer[1].lower().replace("_", "-"), _arrays(line.shape)[0]
+                found[f"{name} {line.name}", 0] = Collective(
+                    kind, kind, _sizes(shape), _bytes(shape), (), turns, "", between_slices=True
+                )
+            elif written in KINDS:
                 channel = re.search(r"channel_id=(\d+)", line.text)
                 for number, collective in enumerate(self._read(name, line, written, turns)):
                     key = (channel[1] if channel else f"{name} {line.name}", number)

@@ -183,7 +183,7 @@ def _compile(config: RunConfig, topology: Topology, length: int) -> Plan:
                 + stats.generated_code_size_in_bytes
             ),
         )
-        traffic = _traffic(program.collectives(), list(setup.mesh.devices.flat), topology.chip)
+        traffic = _traffic(program.collectives(), list(setup.mesh.devices.flat), topology)
     return _timed(setup.config, topology, True, memory, traffic, planned, parameters, seconds)
 
 
@@ -259,13 +259,18 @@ def _own_words(message: str) -> str:
     return found[1].strip() if found else message[:300]
 
 
-def _traffic(collectives: list[Collective], devices: list, chip: Chip) -> tuple[Traffic, ...]:
+def _traffic(
+    collectives: list[Collective], devices: list, topology: Topology
+) -> tuple[Traffic, ...]:
     """Adds up the collectives by kind and group."""
     lines: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for one in collectives:
-        group = [devices[i] for i in one.group] or devices  # none is named: all of them
-        count = len(group)
-        bandwidth, over = _bandwidth(group, chip)
+        if one.between_slices:
+            count, bandwidth, over = topology.slices, topology.chip.network, "network"
+        else:
+            group = [devices[i] for i in one.group] or devices  # none is named: all of them
+            count = len(group)
+            bandwidth, over = _bandwidth(group, topology.chip)
         factor = 2 if one.written == "all-reduce" else 1
         share = (count - 1) / count if one.kind != "collective-permute" else 1
         entry = lines[one.kind, one.written, count, over]

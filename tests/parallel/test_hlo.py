@@ -8,7 +8,11 @@ GATHER_AND_SCATTER = (Path(__file__).parent / "gather_and_scatter.hlo").read_tex
 
 
 def _found(text):
-    return {one.written + "/" + one.kind: one for one in Program(text).collectives()}
+    return {
+        one.written + "/" + one.kind: one
+        for one in Program(text).collectives()
+        if not one.between_slices
+    }
 
 
 def test_a_kind_is_read_from_what_a_collective_is_for():
@@ -43,7 +47,7 @@ def test_groups_are_read_however_they_are_written():
 
 def test_counting_takes_a_loop_once_and_goes_by_what_is_written():
     program = Program(GATHER_AND_SCATTER.replace("STEP", "1"))
-    assert program.counts(program.entry) == {"all-gather": 1, "all-reduce": 3}
+    assert program.counts(program.entry) == {"all-gather": 1, "all-reduce": 4}
 
 
 def test_a_loop_without_a_constant_bound_takes_the_given_turns():
@@ -51,3 +55,9 @@ def test_a_loop_without_a_constant_bound_takes_the_given_turns():
         "s32[] constant(12)", "s32[] copy(%turn)"
     )
     assert {one.turns for one in Program(text, 5.0).collectives()} == {5.0, 1.0}
+
+
+def test_slices_exchange_by_way_of_their_hosts():
+    every = Program(GATHER_AND_SCATTER.replace("STEP", "1")).collectives()
+    (one,) = (one for one in every if one.between_slices)
+    assert (one.kind, one.shape, one.size, one.turns) == ("all-reduce", (16, 8), 16 * 8 * 2, 1)
