@@ -15,11 +15,11 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import runpy
 import sys
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     # Nothing runs here, and on a TPU machine the TPU is left to whoever uses it.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     if options.all:
         return _plan_all(options)
     config, topology = _read(config_arguments, options)
