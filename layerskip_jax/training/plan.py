@@ -30,6 +30,7 @@ from layerskip_jax.ops.attention import choose_kernel
 from layerskip_jax.parallel.chips import GIB, Chip
 from layerskip_jax.parallel.hlo import Collective, Program
 from layerskip_jax.parallel.mesh import AXES
+from layerskip_jax.parallel.sharding import least_accumulation
 from layerskip_jax.parallel.topology import Topology, tpu_devices
 from layerskip_jax.training.cost import CostModel
 from layerskip_jax.training.setup import TrainSetup, make_setup
@@ -315,8 +316,8 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     model = dataclasses.replace(config.model, attention=kernel)
     config = dataclasses.replace(config, model=model)
     shards = shape["slice"] * shape["data"] * shape["fsdp"]
-    accumulation = training.accumulation or max(
-        -(-training.batch_size // (shards * training.rows_per_device)), 1
+    accumulation = training.accumulation or least_accumulation(
+        training.batch_size, training.rows_per_device, shards
     )
     rows = training.batch_size / shards / accumulation
     tokens = rows * length / shape["context"]
