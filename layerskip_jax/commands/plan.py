@@ -180,6 +180,8 @@ def _print(plan: Plan) -> None:
     total = "more" if memory.total is None else f"{memory.total / GIB:.2f}"
     table.add_row("in all" + (", the program included" if plan.compiled else ""), total)
     table.add_row("there is", f"{memory.limit / GIB:.2f}")
+    if memory.host:
+        table.add_row("beside it, in the host's memory", f"{memory.host / GIB:.2f}")
     console.print(table)
     if plan.traffic:
         _print_traffic(console, plan)

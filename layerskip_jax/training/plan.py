@@ -49,6 +49,7 @@ class Memory:
       temporaries: everything else that the step needs beside its arguments.
       total: all of it at once, the program included; None where it does not fit.
       limit: what a program may use.
+      host: what the step keeps in the memory of the device's host instead.
       message: the compiler's own words where it does not fit.
     """
 
@@ -58,6 +59,7 @@ class Memory:
     temporaries: float
     total: float | None
     limit: float
+    host: float = 0.0
     message: str = ""
 
 
@@ -165,9 +167,8 @@ def _compile(config: RunConfig, topology: Topology, length: int) -> Plan:
     cost = CostModel(setup.config, length)
     planned = cost.planned(0, config.training.steps)
     parameters, optimizer = _state_bytes(setup)
-    memory = Memory(
-        parameters, optimizer, 0.0, 0.0, None, topology.chip.memory, _own_words(message)
-    )
+    limit = topology.chip.memory
+    memory = Memory(parameters, optimizer, 0.0, 0.0, None, limit, message=_own_words(message))
     traffic: tuple[Traffic, ...] = ()
     if stats is not None:
         program = Program(text, _loss_turns(setup.config, cost, length))
@@ -183,6 +184,7 @@ def _compile(config: RunConfig, topology: Topology, length: int) -> Plan:
                 + stats.temp_size_in_bytes
                 + stats.generated_code_size_in_bytes
             ),
+            host=float(stats.host_temp_size_in_bytes),
         )
         traffic = _traffic(program.collectives(), list(setup.mesh.devices.flat), topology)
     return _timed(setup.config, topology, True, memory, traffic, planned, parameters, seconds)
@@ -220,7 +222,8 @@ def _state_bytes(setup: TrainSetup) -> tuple[float, float]:
 def _saved_bytes(program: Program, setup: TrainSetup) -> float:
     """Returns what the forward scan over layers carries out of each layer.
 
-    Those are the arrays with a leading axis of L in its state that are not parameters.
+    Those are the arrays with a leading axis of L in its state that are not parameters; one in the
+    host's memory, which the compiler calls space 5, takes none of the device's.
     """
     layers = setup.config.model.num_layers
     shards = collections.Counter(
@@ -233,7 +236,11 @@ def _saved_bytes(program: Program, setup: TrainSetup) -> float:
             if line.op != "while" or program.turns(line) != layers:
                 continue
             left, total = shards.copy(), 0.0
-            for kind, sizes in re.findall(r"([a-z]+\d+)\[([\d,]+)\]", line.shape):
+            for kind, sizes, place in re.findall(
+                r"([a-z]+\d+)\[([\d,]+)\](\{[^}]*\})?", line.shape
+            ):
+                if "S(5)" in place:
+                    continue
                 shape = tuple(map(int, sizes.split(",")))
                 if shape[0] != layers or len(shape) < 3:
                     continue
@@ -335,7 +342,8 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
         "full": model.model_dim,
         "offload": 0,
     }[model.remat]
-    activations = float(tokens * model.num_layers * kept * width / shape["tensor"])
+    per_value = tokens * model.num_layers * width / shape["tensor"]
+    activations = float(per_value * kept)
     cost = CostModel(config, length)
     _, early = cost.schedule
     exits = float(early.max()) * tokens * model.model_dim * width / shape["tensor"]
@@ -345,6 +353,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     memory = Memory(
         parameters, 2 * parameters, activations, temporaries,
         3 * parameters + activations + temporaries, chip.memory,
+        host=float(per_value * model.model_dim) if model.remat == "offload" else 0.0,
     )  # fmt: skip
 
     def line(kind, axis, size, turns):

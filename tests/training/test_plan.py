@@ -45,6 +45,13 @@ def test_memory_by_hand():
     assert plan.memory.limit == CHIPS["h100"].memory
 
 
+def test_what_goes_to_the_host_takes_none_of_the_device():
+    run = _run(data=2, fsdp=4)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="offload"))
+    memory = plan_step(run, parse_topology("h100:8"), 16).memory
+    assert (memory.activations, memory.host) == (0, 8 * 16 * 4 * 32 * 4)
+
+
 def test_traffic_by_hand():
     plan = plan_step(_run(data=4, fsdp=4), parse_topology("h100:16"), 16)
     lines = {line.kind: line for line in plan.traffic}
