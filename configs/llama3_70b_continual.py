@@ -23,7 +23,7 @@ TARGETS = {
         "mesh.topology": "v6e:16x16",
         "mesh.shape.fsdp": 64,
         "mesh.shape.tensor": 4,
-        "training.accumulation": 2,
+        "training.accumulation": 4,
     },
     "h100": {
         "mesh.topology": "h100:512",

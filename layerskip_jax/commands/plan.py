@@ -30,7 +30,7 @@ from layerskip_jax.parallel.compiler import compiler_table
 from layerskip_jax.parallel.mesh import AXES
 from layerskip_jax.parallel.topology import Topology, parse_topology
 from layerskip_jax.schema import ConfigError
-from layerskip_jax.training.plan import Plan, fits_text, plan_step
+from layerskip_jax.training.plan import Plan, fits_text, plan_step_apart
 from layerskip_jax.training.plan_search import nearest_that_fits, search
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         return _plan_all(options)
     config, topology = _read(config_arguments, options)
     length = options.sequence_length or config.model.max_sequence_length
-    plan = plan_step(config, topology, length)
+    plan = plan_step_apart(config, topology, length)
     _print(plan)
     result = _figures(plan)
     if options.search:
@@ -114,7 +114,7 @@ def _plan_all(options: argparse.Namespace) -> int:
         for variant in (target, f"plain-{target}"):
             config = load_config([f"--config={file}:{variant}"])
             topology = parse_topology(config.mesh.topology, config.mesh.shape.slice)
-            plan = plan_step(config, topology)
+            plan = plan_step_apart(config, topology)
             plans.append(plan)
             results.append({"recipe": file.stem, "variant": variant, **_figures(plan)})
             logger.info("%s:%s on %s: %s", file.stem, variant, topology, fits_text(plan))

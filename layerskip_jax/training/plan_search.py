@@ -14,7 +14,7 @@ from layerskip_jax.model.config import REMAT_POLICIES
 from layerskip_jax.parallel.mesh import AXES
 from layerskip_jax.parallel.topology import Topology
 from layerskip_jax.schema import ConfigError
-from layerskip_jax.training.plan import Plan, calculate_step, plan_step
+from layerskip_jax.training.plan import Plan, calculate_step, plan_step_apart
 
 # Arithmetic leaves out what the compiler adds; candidates above this share are not tried.
 MOST_OF_MEMORY = 0.95
@@ -110,7 +110,7 @@ def _room(candidate: Candidate) -> float:
 def _try(candidate: Candidate, topology: Topology, length: int, say) -> Plan | None:
     say("trying " + (" ".join(candidate.changes) or "the run as it is"))
     try:
-        return plan_step(candidate.config, topology, length)
+        return plan_step_apart(candidate.config, topology, length)
     except ConfigError as error:
         say(f"  {error}")
         return None

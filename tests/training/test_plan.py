@@ -12,7 +12,7 @@ from layerskip_jax.config import RunConfig, load_config
 from layerskip_jax.parallel.chips import CHIPS
 from layerskip_jax.parallel.topology import parse_topology
 from layerskip_jax.schema import ConfigError
-from layerskip_jax.training.plan import plan_step
+from layerskip_jax.training.plan import fits_text, plan_step, plan_step_apart
 from layerskip_jax.training.plan_search import candidates, nearest_that_fits, search
 from tests.helpers import small_model, with_training
 
@@ -109,6 +109,13 @@ def test_what_does_not_fit_leads_to_the_nearest_that_does():
     assert not plan_step(config, topology).fits
     candidate, plan = nearest_that_fits(config, topology, 4096)
     assert plan.fits and candidate.changes
+
+
+def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--no_such_setting=1")
+    plan = plan_step_apart(_run(fsdp=4), parse_topology("v5e:2x2"), 16)
+    assert plan.memory.total is None and not plan.fits
+    assert fits_text(plan).startswith("not compiled: the compiler stopped")
 
 
 @pytest.mark.parametrize("recipe, target", RECIPES)
