@@ -357,7 +357,9 @@ class Transformer(nnx.Module):
         """
         remat = self.config.remat
         if remat == "offload":
-            run = functools.partial(_run_layer, execution, "none")
+            # Without a remat of its own inside, a switch over capacities would hand all residuals
+            # of a layer from its forward to its backward pass. What both compute again is left out.
+            run = functools.partial(_run_layer, execution, "none" if plan is None else "full")
             run = jax.checkpoint(run, policy=OFFLOAD)
         else:
             run = functools.partial(_run_layer, execution, remat)

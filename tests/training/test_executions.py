@@ -78,6 +78,20 @@ def test_gather_gives_the_losses_and_gradients_of_mask_on_one_device(masked, rem
     _assert_equal(_loss_and_gradients("gather", MeshShape(1, 1, 1), 1, remat=remat), masked)
 
 
+def test_offload_computes_and_holds_what_full_does():
+    """Beside the layers' inputs; here the host's memory is the device's and counts as well."""
+    products, memory = {}, {}
+    for remat in ("full", "offload"):
+        setup = make_setup(_config("gather", MeshShape(1, 1, 1), remat=remat), jax.devices()[:1])
+        with jax.set_mesh(setup.mesh):
+            compiled = setup.lower_step(SEQUENCE).compile()
+        products[remat] = compiled.as_text().count(" dot(")
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert products["offload"] == products["full"]
+    # measured: 1.00, and 1.35 where the residuals of a whole layer pass between the passes
+    assert memory["offload"] < 1.1 * memory["full"]
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_gather_on_eight_devices_gives_those_of_mask_on_one(masked, shape):
     _assert_equal(_loss_and_gradients("gather", shape, 8, remat="full"), masked)
