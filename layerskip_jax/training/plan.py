@@ -39,7 +39,10 @@ from layerskip_jax.training.cost import CostModel
 from layerskip_jax.training.setup import TrainSetup, make_setup
 
 UPDATE_BYTES = 28
-DEFECT = "the compiler stopped at a defect of its own, see above; take another layout"
+DEFECT = (
+    "the compiler's process ended before it was done, see above: a defect of its own, or too "
+    "little memory on this machine"
+)
 
 
 @dataclasses.dataclass(frozen=True)

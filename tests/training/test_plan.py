@@ -115,7 +115,7 @@ def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--no_such_setting=1")
     plan = plan_step_apart(_run(fsdp=4), parse_topology("v5e:2x2"), 16)
     assert plan.memory.total is None and not plan.fits
-    assert fits_text(plan).startswith("not compiled: the compiler stopped")
+    assert fits_text(plan).startswith("not compiled: the compiler's process ended")
 
 
 @pytest.mark.parametrize("recipe, target", RECIPES)
