@@ -30,7 +30,8 @@ from layerskip_jax.parallel.compiler import compiler_table
 from layerskip_jax.parallel.mesh import AXES
 from layerskip_jax.parallel.topology import Topology, parse_topology
 from layerskip_jax.schema import ConfigError
-from layerskip_jax.training.plan import Plan, fits_text, plan_step_apart
+from layerskip_jax.training.plan import Plan, fits_text
+from layerskip_jax.training.plan_apart import plan_step_apart
 from layerskip_jax.training.plan_search import nearest_that_fits, search
 
 logger = logging.getLogger(__name__)

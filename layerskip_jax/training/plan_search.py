@@ -14,7 +14,8 @@ from layerskip_jax.model.config import REMAT_POLICIES
 from layerskip_jax.parallel.mesh import AXES
 from layerskip_jax.parallel.topology import Topology
 from layerskip_jax.schema import ConfigError
-from layerskip_jax.training.plan import Plan, calculate_step, plan_step_apart
+from layerskip_jax.training.plan import Plan, calculate_step
+from layerskip_jax.training.plan_apart import plan_step_apart
 
 # Arithmetic leaves out what the compiler adds; candidates above this share are not tried.
 MOST_OF_MEMORY = 0.95

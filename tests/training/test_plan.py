@@ -12,7 +12,8 @@ from layerskip_jax.config import RunConfig, load_config
 from layerskip_jax.parallel.chips import CHIPS
 from layerskip_jax.parallel.topology import parse_topology
 from layerskip_jax.schema import ConfigError
-from layerskip_jax.training.plan import fits_text, plan_step, plan_step_apart
+from layerskip_jax.training.plan import fits_text, plan_step
+from layerskip_jax.training.plan_apart import plan_step_apart
 from layerskip_jax.training.plan_search import candidates, nearest_that_fits, search
 from tests.helpers import small_model, with_training
 
