@@ -34,13 +34,17 @@ def _target(config):
     return parse_topology(config.mesh.topology, config.mesh.shape.slice)
 
 
-def test_a_recipe_fits_its_devices_at_the_memory_of_its_plain_twin():
-    configs = [_config("scratch_1_5b", variant) for variant in ("v5e", "plain-v5e")]
+@pytest.mark.parametrize(
+    "recipe, target, most",
+    # measured: 1.084, where the aim of 1.05 is not reached, and 0.991
+    [("scratch_1_5b", "v5e", 1.10), ("llama2_7b_scratch", "v5p", 1.05)],
+)
+def test_a_recipe_fits_its_devices_at_the_memory_of_its_plain_twin(recipe, target, most):
+    configs = [_config(recipe, variant) for variant in (target, f"plain-{target}")]
     plans = [plan_step(config, _target(config)) for config in configs]
     assert all(plan.fits and plan.compiled for plan in plans)
     ours, plain = (plan.memory.total for plan in plans)
-    # measured: 1.084; the aim of 1.05 is not reached at this size
-    assert ours / plain <= 1.10
+    assert ours / plain <= most
     for plan in plans:
         # the parts are parts of the whole, and the arithmetic is the devices'
         memory = plan.memory
