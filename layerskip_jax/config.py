@@ -291,7 +291,11 @@ def load_config(argv: list[str]) -> RunConfig:
     try:
         values(["layerskip", *argv])
     except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{paths[0]}: {error}") from error
+        # What a recipe itself refuses comes wrapped with a traceback; the innermost has the words.
+        message, inner = error, error
+        while inner := inner.__cause__ or inner.__context__:
+            message = inner if isinstance(inner, ConfigError) else message
+        raise ConfigError(f"{paths[0]}: {message}") from error
     return RunConfig.from_dict(values.config.to_dict())
 
 
