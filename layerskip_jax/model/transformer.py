@@ -19,6 +19,8 @@ from layerskip_jax.layer_dropout import Execution, KeepPlan, rematerialised, run
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.rope import apply_rope, rope_tables
 from layerskip_jax.ops.attention import PLAIN_ATTENTION, PackedAttention
+from layerskip_jax.ops.elementwise import rms_norm, swiglu
+from layerskip_jax.ops.linear import Product, contract
 
 # Cosines, sines and segment ids: what a block reads of each row beside the residual stream.
 Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
@@ -54,15 +56,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Returns the normed x in its own dtype."""
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class Attention(nnx.Module):
     """Projections of grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray, product: Product = contract):
+        self.product = product
         dim, heads, kv_heads = config.model_dim, config.num_heads, config.num_kv_heads
         h = config.head_dim
         self.has_bias = config.qkv_bias
@@ -91,9 +92,7 @@ class Attention(nnx.Module):
         sin: Float[Array, "B S h2"],
     ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
         """Returns rotated queries, rotated keys, and values."""
-        q = jnp.einsum("bsd,dnh->bsnh", x, self.q[...].astype(x.dtype))
-        k = jnp.einsum("bsd,dnh->bsnh", x, self.k[...].astype(x.dtype))
-        v = jnp.einsum("bsd,dnh->bsnh", x, self.v[...].astype(x.dtype))
+        q, k, v = (self.product(x, w[...].astype(x.dtype), 1) for w in (self.q, self.k, self.v))
         if self.has_bias:
             q = q + self.q_bias[...].astype(x.dtype)
             k = k + self.k_bias[...].astype(x.dtype)
@@ -102,13 +101,14 @@ class Attention(nnx.Module):
 
     def output(self, attended: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
         """Projects the attended values back to the residual stream."""
-        return jnp.einsum("bsnh,nhd->bsd", attended, self.o[...].astype(attended.dtype))
+        return self.product(attended, self.o[...].astype(attended.dtype), 2)
 
 
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray, product: Product = contract):
+        self.product = product
         dim, hidden = config.model_dim, config.ffn_dim
         kg, ku, kd = jax.random.split(key, 3)
         self.gate = _matrix(kg, (dim, hidden), ("embed", "mlp"), dim)
@@ -120,12 +120,11 @@ class MLP(nnx.Module):
         self, x: Float[Array, "B S D"], constrain: Callable[..., Array] = no_constraint
     ) -> Float[Array, "B S D"]:
         """Returns the branch's contribution to the residual stream."""
-        hidden = jax.nn.silu(x @ self.gate[...].astype(x.dtype)) * (
-            x @ self.up[...].astype(x.dtype)
-        )
+        gate, up = (self.product(x, w[...].astype(x.dtype), 1) for w in (self.gate, self.up))
+        hidden = swiglu(gate, up)
         # Left to itself the compiler may gather the weights over `tensor` instead.
         hidden = constrain(hidden, "batch", "sequence", "mlp")
-        return hidden @ self.down[...].astype(x.dtype)
+        return self.product(hidden, self.down[...].astype(x.dtype), 1)
 
 
 class Block(nnx.Module):
@@ -137,14 +136,15 @@ class Block(nnx.Module):
         key: PRNGKeyArray,
         constrain: Callable[..., Array] = no_constraint,
         attend: PackedAttention = PLAIN_ATTENTION,
+        product: Product = contract,
     ):
         self.attend = attend
         self.constrain = constrain
         attention_key, mlp_key = jax.random.split(key)
         self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
-        self.attention = Attention(config, attention_key)
+        self.attention = Attention(config, attention_key, product)
         self.mlp_norm = RMSNorm(config.model_dim, config.norm_eps)
-        self.mlp = MLP(config, mlp_key)
+        self.mlp = MLP(config, mlp_key, product)
 
     def project(self, x: Float[Array, "B S D"], cos: Array, sin: Array):
         """Returns q, k, v of the normed input; a cache goes between this and `finish`."""
@@ -285,6 +285,7 @@ class Transformer(nnx.Module):
         key: PRNGKeyArray,
         constrain: Callable[..., Array] = no_constraint,
         attend: PackedAttention = PLAIN_ATTENTION,
+        product: Product = contract,
     ):
         """Draws the parameters.
 
@@ -293,6 +294,7 @@ class Transformer(nnx.Module):
           key: for the parameters.
           constrain: `constrain(x, *logical_axes)` pins the sharding of an activation.
           attend: attention over packed windows.
+          product: activations times weights (see `ops.linear`).
         """
         self.config = config
         self.constrain = constrain
@@ -304,7 +306,7 @@ class Transformer(nnx.Module):
             embed_key, shape, ("vocab", "embed"), config.model_dim, padding=padding
         )
         layer_keys = jax.random.split(layer_key, config.num_layers)
-        self.layers = jax.vmap(lambda k: Block(config, k, constrain, attend))(layer_keys)
+        self.layers = jax.vmap(lambda k: Block(config, k, constrain, attend, product))(layer_keys)
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.head = _matrix(

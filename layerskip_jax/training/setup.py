@@ -14,6 +14,7 @@ from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
 from layerskip_jax.early_exit_loss import scored_positions
 from layerskip_jax.ops.attention import PackedAttention, choose_kernel
+from layerskip_jax.ops.linear import contract, contract_tokens
 from layerskip_jax.ops.linear_cross_entropy import Layout
 from layerskip_jax.parallel.chips import chip_of
 from layerskip_jax.parallel.compiler import Value, compiler_options
@@ -154,9 +155,10 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     )
     layer_dropout.check_layers(config.layer_dropout, config.model.num_layers)
     context = parts(mesh, rules.sequence)
+    platform = mesh.devices.flat[0].platform
     kernel = choose_kernel(
         config.model.attention,
-        mesh.devices.flat[0].platform,
+        platform,
         packing_mask=config.model.packing_mask,
         context=context,
     )
@@ -164,7 +166,9 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     attend = PackedAttention(
         kernel, config.model.packing_mask, rules.batch, rules.sequence, rules.heads
     )
-    definition = ModelDefinition(config.model, rules.constrain, attend)
+    whole_rows = parts(mesh, rules.batch) == mesh.size
+    product = contract_tokens if platform == "cpu" and whole_rows else contract
+    definition = ModelDefinition(config.model, rules.constrain, attend, product)
     optimizer = make_optimizer(config.optimizer, training.steps)
     parameters = parameter_shardings(definition.shapes, definition.logical_axes, mesh, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())

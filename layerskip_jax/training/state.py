@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.transformer import Transformer, no_constraint
 from layerskip_jax.ops.attention import PackedAttention
+from layerskip_jax.ops.linear import Product, contract
 
 Parameters = dict[str, Any]
 
@@ -21,6 +22,7 @@ class ModelDefinition:
       config: the shapes.
       constrain: `constrain(x, *logical_axes)` pins the sharding of an activation.
       attend: attention over packed windows; plain operations unless given.
+      product: activations times weights.
       shapes: nested dict of `ShapeDtypeStruct`s; the stacked layers have a leading axis L.
       logical_axes: the same nest, with the names of each parameter's dimensions.
     """
@@ -30,11 +32,13 @@ class ModelDefinition:
         config: ModelConfig,
         constrain: Callable = no_constraint,
         attend: PackedAttention | None = None,
+        product: Product = contract,
     ):
         self.config = config
         self.constrain = constrain
         self.attend = attend or PackedAttention(packing_mask=config.packing_mask)
-        self._make = lambda key: Transformer(config, key, constrain, self.attend)
+        self.product = product
+        self._make = lambda key: Transformer(config, key, constrain, self.attend, product)
         self._graph, state = nnx.split(jax.eval_shape(self._make, jax.random.key(0)))
         self.shapes: Parameters = nnx.to_pure_dict(state)
         self.logical_axes = jax.tree_util.tree_map_with_path(
