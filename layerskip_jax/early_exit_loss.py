@@ -55,6 +55,8 @@ class EarlyExitConfig:
       interval: R of the rotational curriculum, in layers.
       gradual_fraction: f of the gradual curriculum.
       scale: e_scale, the weight of the early exits against the last layer.
+      layers: the exits that may learn beside the last layer's, by the index of the layer they read
+        (exit E reads layer E - 1); empty means all. For whoever knows which exits will be used.
       depth_weight: e(l), `quadratic` (LayerSkip), `uniform`, `linear`, `sqrt`, `inverse` or
         `inverse_sqrt`.
       exit_token_fraction: share of the positions that exits below the last layer are scored
@@ -66,6 +68,7 @@ class EarlyExitConfig:
     interval: int = 4
     gradual_fraction: float = 0.5
     scale: float = 0.2
+    layers: tuple[int, ...] = ()
     depth_weight: str = "quadratic"
     exit_token_fraction: float = 1.0
     z_loss: float = 0.0
@@ -78,6 +81,8 @@ class EarlyExitConfig:
             f"gradual_fraction={self.gradual_fraction} must be in (0, 1]",
         )
         require(self.scale >= 0, f"scale={self.scale} must not be negative")
+        for layer in self.layers:
+            require(layer >= 0, f"layers={self.layers} must hold layer indices from 0 on")
         require_choice("depth_weight", self.depth_weight, DEPTH_WEIGHTS)
         require(
             0 < self.exit_token_fraction <= 1,
@@ -124,24 +129,46 @@ def rotational_start(num_layers: int, interval: int) -> Bool[np.ndarray, "L"]:
 def active_exits(
     config: EarlyExitConfig, num_layers: int, step: int | Int[Array, ""], total_steps: int
 ) -> Bool[Array, "L"]:
-    """Returns C(t, l): which exits are on at `step` (LayerSkip, section 4.2)."""
+    """Returns C(t, l): which exits are on at `step` (LayerSkip, section 4.2).
+
+    The curriculum's exits, but for those that `config.layers` does not let learn.
+    """
     layers = jnp.arange(num_layers)
     is_last = layers == num_layers - 1
     if config.curriculum == "last":
         return is_last
     if config.curriculum == "all":
-        return jnp.ones(num_layers, bool)
-    if config.curriculum == "rotational":
+        active = jnp.ones(num_layers, bool)
+    elif config.curriculum == "rotational":
         start = jnp.asarray(rotational_start(num_layers, config.interval))
-        return start[(layers - step) % num_layers] | is_last
-    first_step = config.gradual_fraction * total_steps * (num_layers - 1 - layers) / num_layers
-    return (step >= first_step) | is_last
+        active = start[(layers - step) % num_layers]
+    else:
+        first = config.gradual_fraction * total_steps * (num_layers - 1 - layers) / num_layers
+        active = step >= first
+    return (active & may_learn(config, num_layers)) | is_last
+
+
+def may_learn(config: EarlyExitConfig, num_layers: int) -> Bool[np.ndarray, "L"]:
+    """Returns which exits `config.layers` lets learn, the last one aside."""
+    layers = np.arange(num_layers)
+    return np.isin(layers, config.layers) if config.layers else np.ones(num_layers, bool)
+
+
+def check_exits(config: EarlyExitConfig, num_layers: int) -> None:
+    """Raises `ConfigError` unless every listed exit is one of the model's."""
+    for layer in config.layers:
+        require(
+            layer < num_layers,
+            f"config.early_exit.layers={config.layers} names layer {layer}, but the model's "
+            f"layers are 0 to {num_layers - 1}",
+        )
 
 
 def max_active_exits(config: EarlyExitConfig, num_layers: int) -> int:
     """Returns A, the most exits that are on and have a weight at any step."""
     weights = depth_weights(num_layers, config.scale, config.depth_weight)
-    has_weight = weights[:-1] > 0
+    has_weight = (weights > 0) & may_learn(config, num_layers)
+    has_weight = has_weight[:-1]
     if config.curriculum == "last":
         return 1
     if config.curriculum == "rotational":

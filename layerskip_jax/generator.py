@@ -16,7 +16,12 @@ from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK
 from layerskip_jax.decoding.cache import cache_slots
 from layerskip_jax.decoding.rows import Limits, stop_table
 from layerskip_jax.decoding.sampling import Sampling
-from layerskip_jax.decoding.weights import decoder_weights, place_weights, reduced_head
+from layerskip_jax.decoding.weights import (
+    decoder_weights,
+    lies_by_inputs,
+    place_weights,
+    reduced_head,
+)
 from layerskip_jax.generation import (
     Arm,
     Evidence,
@@ -125,7 +130,8 @@ class Generator:
         self._programs: dict = {}
         self._costs: dict = {}
         self._evidence: dict = {}
-        weights = decoder_weights(model)
+        by_inputs = mesh is None and lies_by_inputs(jax.devices()[0].platform)
+        weights = decoder_weights(model, by_inputs=by_inputs)
         if draft_tokens is not None:
             tokens = sorted(set(map(int, draft_tokens)))
             require(
@@ -371,7 +377,7 @@ class Generator:
             return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
         weights, drafts = self.weights, arm.draft_length
-        head = size(weights.embedding if weights.head is None else weights.head)
+        head = size(weights.any_head)
         layers = [size(layer) for layer in weights.layers]
         early, late = sum(layers[: arm.exit_layer]), sum(layers[arm.exit_layer :])
         draft_head = head if weights.draft_head is None else size(weights.draft_head.matrix)

@@ -34,6 +34,9 @@ from layerskip_jax.decoding.sampling import (
 from layerskip_jax.decoding.weights import DecoderWeights
 
 ACCEPTANCES = ("same_noise", "rejection")
+# Drafts of up to so many layers in all are written out one after another, which spares a small
+# model the loop; of larger ones the loop is nothing beside their layers, and it compiles faster.
+MOST_UNROLLED = 32
 
 
 class SpeculationCounts(NamedTuple):
@@ -110,7 +113,10 @@ def draft(
         return (token, cache), (token, None, x[:, 0])
 
     start = (rows.last, cache)
-    (last, cache), proposed = jax.lax.scan(propose, start, jnp.arange(draft_length))
+    unrolled = draft_length * exit_layer <= MOST_UNROLLED
+    (last, cache), proposed = jax.lax.scan(
+        propose, start, jnp.arange(draft_length), unroll=draft_length if unrolled else 1
+    )
     tokens, log_p, states = jax.tree.map(lambda x: x.swapaxes(0, 1), proposed)
     last_state, cache = early_layers(last, cache, rows.position[:, None] + draft_length)
     return Drafts(tokens, log_p, jnp.concatenate([states, last_state], axis=1)), cache

@@ -95,8 +95,7 @@ def run_layers(
 
 def read_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Returns float32 logits of states after any layer: every exit shares norm and head."""
-    head = weights.embedding if weights.head is None else weights.head
-    logits = _logits(weights, head, x)
+    logits = weights.any_head(weights.final_norm(x), jnp.float32)
     return logits if weights.padding is None else logits + weights.padding
 
 
@@ -105,16 +104,9 @@ def read_draft_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[
     if weights.draft_head is None:
         return read_head(weights, x)
     tokens, matrix = weights.draft_head
-    logits = _logits(weights, matrix, x)
+    logits = matrix(weights.final_norm(x), jnp.float32)
     nothing = jnp.full((*x.shape[:2], weights.embedding.shape[0]), -jnp.inf)
     return nothing.at[..., tokens].set(logits, indices_are_sorted=True, unique_indices=True)
-
-
-def _logits(weights, matrix, x):
-    rows = weights.final_norm(x).reshape(-1, x.shape[-1])
-    product = (((1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(rows, matrix, product, preferred_element_type=jnp.float32)
-    return logits.reshape(*x.shape[:-1], -1)
 
 
 def _write(

@@ -4,6 +4,9 @@ Slicing layer l out of the stacked arrays inside the loop would copy every weigh
 token. And one wide product reads the memory faster than three narrow ones.
 """
 
+import dataclasses
+import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,19 +19,54 @@ from layerskip_jax.model.transformer import RMSNorm, Transformer
 from layerskip_jax.schema import require
 
 
-def apply(matrix: Float[Array, "O I"], x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-    """Multiplies the rows of x by a matrix of outputs by inputs, as one plain product."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())))
-    return y.reshape(*x.shape[:-1], -1)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A matrix that multiplies rows, in one of two orders of memory (see `lies_by_inputs`).
+
+    Attributes:
+      values: `[O, I]`, or `[I, O]` where `by_inputs`.
+      by_inputs: whether the outputs of one input lie together.
+    """
+
+    values: Float[Array, "..."]
+    by_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __call__(
+        self, x: Float[Array, "*batch I"], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "*batch O"]:
+        """Multiplies the rows of x, as one plain product, summed and returned in `dtype`."""
+        rows = x.reshape(-1, x.shape[-1])
+        sides = (((1,), (0 if self.by_inputs else 1,)), ((), ()))
+        y = jax.lax.dot_general(rows, self.values, sides, preferred_element_type=dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def of_outputs(self, index: Int[Array, "N"]) -> "Matrix":
+        """Returns the part that makes these outputs only."""
+        return Matrix(jnp.take(self.values, index, axis=1 if self.by_inputs else 0), self.by_inputs)
+
+
+@functools.cache
+def lies_by_inputs(platform: str) -> bool:
+    """Returns whether matrices had best lie inputs by outputs for products with few rows.
+
+    Verifying takes a few rows through every matrix. On a CPU without AVX-512 five rows took 0.4
+    of the time so that they took outputs by inputs (two cores, AVX2, 128 to 704 and 1024 to 1024),
+    and one row the same; on one with AVX-512 outputs by inputs took 0.8 of the other way (D 1024).
+    Accelerators do not care. A rule, not a measurement at each start: the order of the sums, and
+    so the tokens at near ties, stays the same from run to run.
+    """
+    if platform != "cpu" or not _CPU_FACTS.exists():
+        return False
+    facts = _CPU_FACTS.read_text(errors="replace")
+    return "avx2" in facts and "avx512f" not in facts
+
+
+_CPU_FACTS = Path("/proc/cpuinfo")
 
 
 class DecoderLayer(NamedTuple):
     """One layer; K key/value heads, each with its G = H / K queries.
-
-    Matrices are outputs by inputs, so that a product with few rows reads them in the order in
-    which they lie: with 5 rows it took 0.8 of the time of inputs by outputs, with 9 rows 0.65
-    (2 cores, D 1024).
 
     Attributes:
       attention_norm: before the attention.
@@ -42,12 +80,12 @@ class DecoderLayer(NamedTuple):
     """
 
     attention_norm: RMSNorm
-    qkv: Float[Array, "O D"]
+    qkv: Matrix
     qkv_bias: Float[Array, "O"] | None
-    output: Float[Array, "D O2"]
+    output: Matrix
     mlp_norm: RMSNorm
-    gate_up: Float[Array, "F2 D"]
-    down: Float[Array, "D F"]
+    gate_up: Matrix
+    down: Matrix
 
     def project(
         self,
@@ -59,7 +97,7 @@ class DecoderLayer(NamedTuple):
         """Returns rotated queries, rotated keys, and values, heads before positions."""
         batch, length = x.shape[:2]
         size = 2 * cos.shape[-1]
-        y = apply(self.qkv, self.attention_norm(x))
+        y = self.qkv(self.attention_norm(x))
         if self.qkv_bias is not None:
             y = y + self.qkv_bias
         y = y.reshape(batch, length, kv_heads, -1, size)
@@ -74,9 +112,9 @@ class DecoderLayer(NamedTuple):
     ) -> Float[Array, "B S D"]:
         """Adds both residual branches, given the attended values of the first."""
         heads = attended.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
-        x = x + apply(self.output, heads)
-        hidden = apply(self.gate_up, self.mlp_norm(x)).reshape(*x.shape[:2], -1, 2)
-        return x + apply(self.down, jax.nn.silu(hidden[..., 0]) * hidden[..., 1])
+        x = x + self.output(heads)
+        hidden = self.gate_up(self.mlp_norm(x)).reshape(*x.shape[:2], -1, 2)
+        return x + self.down(jax.nn.silu(hidden[..., 0]) * hidden[..., 1])
 
 
 class DraftHead(NamedTuple):
@@ -84,11 +122,11 @@ class DraftHead(NamedTuple):
 
     Attributes:
       tokens: the ids it can draft, ascending.
-      matrix: the rows of the head for them.
+      matrix: the part of the head for them.
     """
 
     tokens: Int[Array, "N"]
-    matrix: Float[Array, "N D"]
+    matrix: Matrix
 
 
 class DecoderWeights(NamedTuple):
@@ -98,7 +136,7 @@ class DecoderWeights(NamedTuple):
       embedding: `[V, D]`.
       layers: one `DecoderLayer` a layer.
       final_norm: shared by all exits.
-      head: `[V, D]`, shared by all exits; None where the embedding serves as the head.
+      head: to V logits, shared by all exits; None where the embedding serves as it is.
       draft_head: None drafts with the whole head.
       padding: added to the logits, -inf for the rows that `place_weights` padded the vocabulary
         with; None where there are none.
@@ -107,26 +145,38 @@ class DecoderWeights(NamedTuple):
     embedding: Float[Array, "V D"]
     layers: tuple[DecoderLayer, ...]
     final_norm: RMSNorm
-    head: Float[Array, "V D"] | None
+    head: Matrix | None
     draft_head: DraftHead | None = None
     padding: Float[Array, "V"] | None = None
 
+    @property
+    def any_head(self) -> Matrix:
+        """The head, whichever array it is."""
+        return Matrix(self.embedding) if self.head is None else self.head
 
-@jax.jit
-def decoder_weights(model: Transformer) -> DecoderWeights:
-    """Takes a model's stacked layers apart, joins their matrices and casts to its dtype."""
+
+@functools.partial(jax.jit, static_argnames="by_inputs")
+def decoder_weights(model: Transformer, *, by_inputs: bool = False) -> DecoderWeights:
+    """Takes a model's stacked layers apart, joins their matrices and casts to its dtype.
+
+    Args:
+      model: any parameters.
+      by_inputs: how matrices lie (see `lies_by_inputs`). A head that is the embedding is then
+        kept a second time, as the embedding lies by tokens.
+    """
     config = model.config
     dtype = config.compute_dtype
     queries = config.num_heads // config.num_kv_heads
+
+    def matrix(x, inputs):
+        x = x.reshape(inputs, -1).astype(dtype)
+        return Matrix(x if by_inputs else x.T, by_inputs)
 
     def layer(index: int) -> DecoderLayer:
         block = jax.tree.map(lambda stacked: stacked[index], model.layers)
         q, k, v, o = (getattr(block.attention, name)[...] for name in "qkvo")
         split = (config.num_kv_heads, queries, config.head_dim)
         joined = [q.reshape(config.model_dim, *split), k[:, :, None], v[:, :, None]]
-
-        def matrix(x):
-            return x.reshape(config.model_dim, -1).T.astype(dtype)
 
         def bias(attention):
             q, k, v = (getattr(attention, f"{name}_bias")[...] for name in "qkv")
@@ -135,32 +185,36 @@ def decoder_weights(model: Transformer) -> DecoderWeights:
 
         return DecoderLayer(
             attention_norm=block.attention_norm,
-            qkv=matrix(jnp.concatenate(joined, axis=2)),
+            qkv=matrix(jnp.concatenate(joined, axis=2), config.model_dim),
             qkv_bias=bias(block.attention) if config.qkv_bias else None,
-            output=o.reshape(-1, config.model_dim).T.astype(dtype),
+            output=matrix(o, config.num_heads * config.head_dim),
             mlp_norm=block.mlp_norm,
-            gate_up=matrix(jnp.stack([block.mlp.gate[...], block.mlp.up[...]], axis=-1)),
-            down=block.mlp.down[...].T.astype(dtype),
+            gate_up=matrix(
+                jnp.stack([block.mlp.gate[...], block.mlp.up[...]], -1), config.model_dim
+            ),
+            down=matrix(block.mlp.down[...], config.ffn_dim),
         )
 
+    shared = config.tie_embeddings and not by_inputs
+    head = model.head_weight[:, : config.vocab_size]
     return DecoderWeights(
         embedding=model.embedding[: config.vocab_size].astype(dtype),
         layers=tuple(map(layer, range(config.num_layers))),
         final_norm=model.final_norm,
-        head=None if config.tie_embeddings else model.head[:, : config.vocab_size].T.astype(dtype),
+        head=None if shared else matrix(head, config.model_dim),
     )
 
 
 def reduced_head(weights: DecoderWeights, tokens: Int[Array, "N"]) -> DraftHead:
     """Returns a head that drafts these tokens only; verification keeps the output exact."""
-    head = weights.embedding if weights.head is None else weights.head
-    return DraftHead(tokens, head[tokens])
+    return DraftHead(tokens, weights.any_head.of_outputs(tokens))
 
 
 def place_weights(weights: DecoderWeights, mesh: Mesh, kv_heads: int) -> DecoderWeights:
     """Splits heads, MLP and vocabulary over the mesh axis `tensor`.
 
     A vocabulary that cannot be split evenly is padded with tokens that have probability 0.
+    Matrices must lie outputs by inputs.
 
     Raises:
       ConfigError: one of them is not divisible by the axis.
@@ -168,7 +222,7 @@ def place_weights(weights: DecoderWeights, mesh: Mesh, kv_heads: int) -> Decoder
     parts = mesh.shape["tensor"]
     sizes = {
         "num_kv_heads": kv_heads,
-        "ffn_dim": weights.layers[0].down.shape[1],
+        "ffn_dim": weights.layers[0].down.values.shape[1],
     }
     for name, size in sizes.items():
         require(
@@ -207,7 +261,7 @@ def _with_padding(weights: DecoderWeights, rows: int) -> DecoderWeights:
         return weights
 
     def padded(matrix):
-        return None if matrix is None else jnp.pad(matrix, ((0, rows), (0, 0)))
+        return jax.tree.map(lambda values: jnp.pad(values, ((0, rows), (0, 0))), matrix)
 
     tokens = jnp.zeros(weights.embedding.shape[0])
     return weights._replace(

@@ -19,7 +19,7 @@ RESIDUAL = "attention"
 
 # Slots of a cache that a step may read. A token reads at most twice what it needs, four times
 # where that is much already, and few sizes are compiled.
-CACHE_SIZES = (64, 128, 256, 512, 1024, 4096, 16384, 65536)
+CACHE_SIZES = (256, 512, 1024, 4096, 16384, 65536)
 
 LANES = 128  # what a kernel's sequence is padded to a multiple of
 MAX_BLOCK = 512  # rows and columns of the logits that a TPU core works on at a time

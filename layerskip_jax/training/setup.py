@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
-from layerskip_jax.early_exit_loss import scored_positions
+from layerskip_jax.early_exit_loss import check_exits, scored_positions
 from layerskip_jax.ops.attention import PackedAttention, choose_kernel
 from layerskip_jax.ops.linear import contract, contract_tokens
 from layerskip_jax.ops.linear_cross_entropy import Layout
@@ -154,6 +154,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         accumulation=training.accumulation,
     )
     layer_dropout.check_layers(config.layer_dropout, config.model.num_layers)
+    check_exits(config.early_exit, config.model.num_layers)
     context = parts(mesh, rules.sequence)
     platform = mesh.devices.flat[0].platform
     kernel = choose_kernel(
