@@ -66,9 +66,7 @@ def check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         if options.rounds < 1:
             made.error(f"--rounds={options.rounds}: give 1 or more")
     if options.json is not None and not options.json.parent.is_dir():
-        made.error(
-            f"--json={options.json}: there is no folder {options.json.parent}; make it first"
-        )
+        made.error(f"--json={options.json}: make the folder {options.json.parent} first")
 
 
 class Bench:
