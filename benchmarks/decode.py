@@ -100,8 +100,8 @@ def with_acceptance(
     for _ in range(tries):
         scale = (low + high) / 2
         # Other weights in the same generator need no other programs.
-        scaled_model = definition.model(scaled(parameters, exit_layer, scale))
-        generator.weights = decoder_weights(scaled_model)
+        model = definition.model(scaled(parameters, exit_layer, scale))
+        generator.weights = Generator(model).weights
         found = generator.generate(
             prompts, new_tokens, mode="self_speculative", exit_layer=exit_layer, draft_length=1
         ).drafting.acceptance
