@@ -114,6 +114,8 @@ class Bench:
 
     def __exit__(self, kind, error, trace) -> None:
         if self._progress:
+            if kind is None:
+                self._progress.update(self._task, completed=self._done)
             self._progress.stop()
         if kind is not None and self._file is not None and self.figures:
             print(f"{self._file} has the {len(self.figures)} figures so far", file=sys.stderr)

@@ -1,9 +1,10 @@
 """The benchmarks run and report what they promise; no wall-clock time is asserted."""
 
 import dataclasses
+import io
 import json
 import os
-import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,25 +110,26 @@ def test_figures_are_kept_and_printed_as_they_come(some_bench, capsys):
     assert [path.name for path in file.parent.iterdir()] == [file.name]  # no temporary is left
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == ["small: 0.00123", "large: 12,345.678", "count: 1,000"]
-    assert "1/2 after 0 s: the first\n2/2" in err and "has the 3 figures so far" in err
+    assert re.search(r"1/2 after \d+ s: the first\n2/2 after \d+ s: the second\n", err)
+    assert f"{file} has the 3 figures so far" in err
     assert not any(ord(c) < 32 and c != "\n" for c in out + err)  # what a log file would hold
 
 
 def test_a_terminal_gets_a_bar_and_a_file_beside_it_none_of_it(some_bench, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
     _, file = some_bench
     monkeypatch.setenv("TERM", "xterm")
-    main, end = pty.openpty()
-    with os.fdopen(end, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with harness.Bench(harness.parse(harness.parser("x"), [f"--json={file}"])) as bench:
-            bench.expect(2)
-            for what in ("the first", "the second"):
-                bench.begin(what)
-            bench.add({"figure": 2.0})
-        terminal.flush()
-        drawn = os.read(main, 10_000).decode()
-    os.close(main)
-    assert "\x1b[" in drawn and "1/2" in drawn and "the second" in drawn
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with harness.Bench(harness.parse(harness.parser("x"), [f"--json={file}"])) as bench:
+        bench.expect(2)
+        for what in ("the first", "the second"):
+            bench.begin(what)
+        bench.add({"figure": 2.0})
+    drawn = sys.stderr.getvalue()
+    assert "\x1b[" in drawn and "2/2" in drawn and "the second" in drawn
     out = capsys.readouterr().out
     assert out.endswith("figure: 2.000\n") and "\x1b" not in out
 
@@ -155,6 +157,12 @@ def test_a_quick_look_at_the_step_has_the_names_of_the_full_one():
         rows = [s[name].batch_size * s[name].sequence_length for s in (full, quick)]
         assert rows[1] < rows[0] and quick[name].model.model_dim < full[name].model.model_dim
     assert train_step.settings("gpu", quick=True) == train_step.settings("gpu")
+
+
+def test_a_quick_look_at_decoding_has_the_names_of_the_full_one():
+    """They are made of the exits' shares of the layers, and nothing else of the model."""
+    full, quick = (decode.random_model(False, quick=flag) for flag in (False, True))
+    assert quick.num_layers == full.num_layers and quick.model_dim < full.model_dim
 
 
 def test_the_step_benchmark_writes_the_named_figures(tiny, bench, monkeypatch, capsys):
