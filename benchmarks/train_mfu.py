@@ -238,8 +238,8 @@ def main() -> int:
             f"{DOCUMENTS} documents each, {chosen.model.dtype}"
         )
         bench.add({"device": device.device_kind}, show=False)
-        # Each is compiled, the plain step twice; then ours and theirs warm up.
-        steps = len(chosen_variants(chosen)) + options.rounds + 3
+        # Each is compiled; then ours and theirs warm up.
+        steps = len(chosen_variants(chosen)) + options.rounds + 2
         bench.expect(steps * len(remats(gpu)))
         for index, remat in enumerate(remats(gpu)):
             model = dataclasses.replace(chosen.model, remat=remat)
