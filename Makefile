@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+BENCH = runs/bench$(if $(FULL),-full)
 
 .PHONY: quickstart test ablation bench bench-gpu plan-all lint format clean
 
@@ -13,23 +14,27 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-# Five runs of one small model; SIZE=100m for a GPU, with SOURCE=FOLDER of text.
+# Five runs of one small model; QUICK=1 trains hardly at all; SIZE=100m for a GPU, with
+# SOURCE=FOLDER of text.
 ablation: $(VENV)/.installed
-	PYTHONPATH=. $(BIN)/python benchmarks/ablation.py --workdir=$(or $(WORKDIR),runs/ablation) \
-	    --size=$(or $(SIZE),small) --source=$(or $(SOURCE),stdlib)
+	$(BIN)/python benchmarks/ablation.py $(if $(QUICK),--quick) --size=$(or $(SIZE),small) \
+	    --workdir=$(or $(WORKDIR),runs/ablation$(if $(QUICK),-quick)) \
+	    --source=$(or $(SOURCE),stdlib)
 
-bench: $(VENV)/.installed
-	PYTHONPATH=. $(BIN)/python benchmarks/train_step.py --json=train_step.json
+# Every benchmark, one after the other, at most three minutes each; FULL=1 as docs/benchmarks.md
+# has them. The tests' environment has torch to compare with.
+bench: $(VENV)/.installed-test
+	mkdir -p $(BENCH)
+	set -e; for name in train_step train_mfu decode guards; do \
+	    $(BIN)/python benchmarks/$$name.py $(if $(FULL),,--quick) --json=$(BENCH)/$$name.json; done
 
 # Every target of every recipe, compiled for its TPUs without one, LayerSkip and plain.
 plan-all: $(VENV)/.installed-test
 	$(BIN)/python -m layerskip_jax plan --all --json=plans.json
 
-# The benchmarks on the device that jax finds; the tests' environment has torch to compare with.
-bench-gpu: $(VENV)/.installed-test
-	PYTHONPATH=. $(BIN)/python benchmarks/train_step.py --json=train_step.json
-	PYTHONPATH=. $(BIN)/python benchmarks/train_mfu.py --json=train_mfu.json
-	PYTHONPATH=. $(BIN)/python benchmarks/decode.py --json=decode.json
+# The same in full on the device that jax finds.
+bench-gpu: bench
+bench-gpu: FULL := 1
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

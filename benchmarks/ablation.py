@@ -5,17 +5,18 @@ r"""Which part of the method does what: plain, dropout only, exits only, both, D
 
 Five runs from the same seed, on the same data, for as many steps: the variants of
 `configs/ablation.py`. Prints perplexity by exit, loss, FLOPs and wall-clock against plain;
-writes ablation.json, and ablation.svg with each exit's perplexity over the training. A run that
-is done is not run again, and one that was stopped goes on.
+writes ablation.json as the runs end, and ablation.svg with each exit's perplexity over the
+training. A run that is done is not run again, and one that was stopped goes on. `--quick` trains
+for 60 steps on a megabyte of text, too little to tell the variants apart; give it a folder of
+its own. The bar is that of `layerskip train`.
 """
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
 
+import harness
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from layerskip_jax.commands import prepare, train
@@ -30,7 +31,6 @@ from layerskip_jax.report.drawing import (
     styled,
 )
 from layerskip_jax.report.run_record import RunRecord, perplexities, read_run
-from layerskip_jax.runs import write_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "ablation.py"
 VARIANTS = {
@@ -45,54 +45,74 @@ SIZES = {
     "small": (2048, 128, 0.02),
     "100m": (32768, 1024, 0.01),
 }
+QUICK_STEPS, QUICK_BYTES = 60, 1_000_000
 COLORS = ("#c44e00", "#56b4e9", "#009e73", "#0072b2", "#6b6b75")
 MARKERS = "s^vox"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what is not done yet, prints the table and writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = harness.parser(__doc__.split("\n")[0])
     parser.add_argument("--workdir", type=Path, required=True, help="folder for all runs")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
-    parser.add_argument("--json", type=Path, help="figures (default: ablation.json in the folder)")
+    parser.add_argument(
+        "--steps", type=int,
+        help=f"optimizer steps (default: the recipe's, with --quick {QUICK_STEPS})",
+    )  # fmt: skip
     options, overrides = parser.parse_known_args(argv)
     for argument in overrides:
         if not argument.startswith("--config."):
             parser.error(f"unrecognized argument {argument}")
+    if options.json is None:
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        options.json = options.workdir / "ablation.json"
+    harness.check(parser, options)
+    steps = QUICK_STEPS if options.steps is None and options.quick else options.steps
+    if steps is not None:
+        overrides.insert(0, f"--config.training.steps={steps}")
+    if options.quick:  # what the user gives comes later, and counts
+        overrides.insert(0, f"--config.training.evaluate_every={QUICK_STEPS // 2}")
     data = options.workdir / "data"
     vocabulary, window, held_out = SIZES[options.size]
-    _run(
-        prepare,
-        f"--source={options.source}",
-        f"--output={data}",
-        f"--vocab-size={vocabulary}",
-        f"--sequence-length={window}",
-        f"--validation-fraction={held_out}",
-    )
-    if options.steps is not None:
-        overrides.append(f"--config.training.steps={options.steps}")
     suffix = "" if options.size == "small" else f"-{options.size}"
     runs = {}
-    for variant in VARIANTS:
+    with harness.Bench(options, bar=False) as bench:
+        bench.expect(1 + len(VARIANTS))
+        bench.begin("preparing the data")
         code = _run(
-            train,
-            f"--config={CONFIG}:{variant}{suffix}",
-            f"--workdir={options.workdir / variant}",
-            f"--config.data.path={data}",
-            *overrides,
+            prepare,
+            f"--source={options.source}",
+            f"--output={data}",
+            f"--vocab-size={vocabulary}",
+            f"--sequence-length={window}",
+            f"--validation-fraction={held_out}",
+            *([f"--max-bytes={QUICK_BYTES}"] if options.quick else []),
         )
         if code:
-            print(f"stopped in {variant}; the same command goes on", file=sys.stderr)
             return code
-        runs[variant] = read_run(options.workdir / variant)
-    figures = summarise(runs)
-    print_table(runs, figures)
-    write_json(options.json or options.workdir / "ablation.json", figures)
-    path = options.workdir / "ablation.svg"
-    draw(runs).savefig(path)
-    print(path)
+        for variant in VARIANTS:
+            bench.begin(VARIANTS[variant])
+            code = _run(
+                train,
+                f"--config={CONFIG}:{variant}{suffix}",
+                f"--workdir={options.workdir / variant}",
+                f"--config.data.path={data}",
+                *overrides,
+            )
+            if code:
+                print(f"stopped in {variant}; the same command goes on", file=sys.stderr)
+                return code
+            runs[variant] = read_run(options.workdir / variant)
+            figures = summarise(runs)
+            # The table at the end has the exits.
+            exits = {key: value for key, value in figures.items() if "/perplexity_exit_" in key}
+            bench.add(exits, show=False)
+            bench.add({k: v for k, v in figures.items() if k not in bench.figures})
+        print_table(bench, runs)
+        path = options.workdir / "ablation.svg"
+        draw(runs).savefig(path)
+        print(path)
     return 0
 
 
@@ -134,15 +154,13 @@ def summarise(runs: dict[str, RunRecord]) -> dict:
     return figures
 
 
-def print_table(runs: dict[str, RunRecord], figures: dict) -> None:
+def print_table(bench: harness.Bench, runs: dict[str, RunRecord]) -> None:
     """Prints perplexity by exit, and what each variant costs."""
-    plain = runs["plain"]
+    plain, figures = runs["plain"], bench.figures
     model = plain.config.model
-    console = Console(width=110)
-    console.print(
+    bench.print(
         f"\nL {model.num_layers}, D {model.model_dim}, V {model.vocab_size}; "
-        f"{figures['steps']:,} steps, {figures['tokens'] / 1e6:.2f}M tokens; validation perplexity",
-        highlight=False,
+        f"{figures['steps']:,} steps, {figures['tokens'] / 1e6:.2f}M tokens; validation perplexity"
     )
     table = Table()
     table.add_column("layers run", justify="right")
@@ -164,7 +182,7 @@ def print_table(runs: dict[str, RunRecord], figures: dict) -> None:
         "seconds a step / plain's": "seconds_over_plain",
     }.items():
         table.add_row(label, *(f"{figures[f'{name}/{key}']:.3f}" for name in runs))
-    console.print(table)
+    bench.print(table)
 
 
 @styled
@@ -201,4 +219,4 @@ def draw(runs: dict[str, RunRecord]) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)

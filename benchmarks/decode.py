@@ -1,6 +1,6 @@
 r"""How fast decoding is: against the memory, the formula, `transformers`, and itself.
 
-    python benchmarks/decode.py --json=decode.json
+    python benchmarks/decode.py --json=decode.json                   # --quick for a first look
     python benchmarks/decode.py --setting=trained --workdir=runs/quickstart/model
 
 One process, one set of weights for all that are compared, and the ways to decode take turns, so
@@ -12,19 +12,15 @@ as often as wished.
 `transformers` is compared where torch is installed, as in the test environment.
 """
 
-import argparse
 import dataclasses
-import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from layerskip_jax.commands.sweep import validation_prompts
 from layerskip_jax.decoding.bandwidth import read_bandwidth
@@ -34,7 +30,7 @@ from layerskip_jax.generator import Generator
 from layerskip_jax.interop.huggingface import to_hugging_face, to_hugging_face_config
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.runs import load_run, write_json
+from layerskip_jax.runs import load_run
 from layerskip_jax.training.state import ModelDefinition
 
 PROMPT_TOKENS = 32
@@ -90,17 +86,22 @@ def with_acceptance(
     acceptance: float,
     prompts: list[list[int]],
     new_tokens: int,
+    tries: int = 12,
 ) -> tuple[dict, float]:
     """Returns random parameters whose exit's drafts are accepted about as often as wished.
 
-    The share found is returned too: that of these prompts, going on for so many tokens.
+    The share found is returned too: that of these prompts, going on for so many tokens, after
+    `tries` halvings of the range at most.
     """
     definition = ModelDefinition(config)
     parameters = definition.init(jax.random.key(0))
+    generator = Generator(definition.model(parameters))
     low, high, tried = 0.0, 1.0, []
-    for _ in range(12):
+    for _ in range(tries):
         scale = (low + high) / 2
-        generator = Generator(definition.model(scaled(parameters, exit_layer, scale)))
+        # Other weights in the same generator need no other programs.
+        model = definition.model(scaled(parameters, exit_layer, scale))
+        generator.weights = Generator(model).weights
         found = generator.generate(
             prompts, new_tokens, mode="self_speculative", exit_layer=exit_layer, draft_length=1
         ).drafting.acceptance
@@ -171,12 +172,13 @@ def ours(generator: Generator, batches: list[list[list[int]]], new_tokens: int, 
     return run
 
 
-def take_turns(ways: dict, rounds: int) -> dict[str, list[float]]:
-    """Runs every way once a round; returns what each returned."""
-    results = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, run in ways.items():
-            results[name].append(run())
+def take_turns(ways: dict, rounds: int, bench: harness.Bench, name: str) -> dict:
+    """Runs every way once a round; returns the list of what each returned."""
+    results = {way: [] for way in ways}
+    for round_ in range(rounds):
+        bench.begin(f"{name}: round {round_ + 1} of {rounds}")
+        for way, run in ways.items():
+            results[way].append(run())
     return results
 
 
@@ -227,12 +229,12 @@ def theirs(model, batches: list[list[list[int]]], new_tokens: int, **options):
     return run
 
 
-def random_model(gpu: bool) -> ModelConfig:
-    """Returns a model too large for a CPU's caches, or about 1B for a GPU."""
+def random_model(gpu: bool, quick: bool = False) -> ModelConfig:
+    """Returns a model too large for a CPU's caches, about 1B for a GPU, or for a quick look 40M."""
+    dim, ffn, heads = (2048, 5504, 16) if gpu else (512, 1408, 8) if quick else (896, 2432, 14)
     return ModelConfig(
-        num_layers=16, model_dim=2048 if gpu else 896, ffn_dim=5504 if gpu else 2432,
-        num_heads=16 if gpu else 14, num_kv_heads=16 if gpu else 14, vocab_size=4096,
-        max_sequence_length=2048, dtype="bfloat16" if gpu else "float32",
+        num_layers=16, model_dim=dim, ffn_dim=ffn, num_heads=heads, num_kv_heads=heads,
+        vocab_size=4096, max_sequence_length=2048, dtype="bfloat16" if gpu else "float32",
     )  # fmt: skip
 
 
@@ -244,90 +246,116 @@ def small_model(config: ModelConfig, dtype: str) -> ModelConfig:
     )  # fmt: skip
 
 
-def random_setting(gpu: bool, options) -> dict[str, float]:
-    """Measures on random weights of a chosen acceptance."""
-    config = random_model(gpu)
+def random_exit(bench, config: ModelConfig, bandwidth: float, exit_layer: int, options) -> None:
+    """Measures drafting by the first `exit_layer` layers of random weights."""
+    share, name = exit_layer / config.num_layers, f"e=1/{config.num_layers // exit_layer}"
     total, head = read_bytes(config)
-    bandwidth = read_bandwidth(total)
-    console = Console(width=110)
     random = np.random.default_rng(0)
     prompts = random.integers(0, config.vocab_size, (16, PROMPT_TOKENS)).tolist()
-    new_tokens, figures = options.new_tokens, {}
-    definition = ModelDefinition(config)
+    new_tokens, figures = options.new_tokens, bench.figures
     singles = [[prompt] for prompt in prompts[:BATCH_1_PROMPTS]]
-    for exit_layer in (config.num_layers // 4, config.num_layers // 8):
-        parameters, acceptance = with_acceptance(
-            config, exit_layer, 0.8, prompts[:BATCH_1_PROMPTS], new_tokens
+    bench.begin(f"{name}: weights whose drafts are accepted 80% of the time")
+    parameters, acceptance = with_acceptance(
+        config, exit_layer, 0.8, prompts[:BATCH_1_PROMPTS], new_tokens, 6 if bench.quick else 12
+    )
+    bench.add({f"{name}/acceptance": acceptance})
+    generator = Generator(ModelDefinition(config).model(parameters))
+    lengths = (2, 4, 6)
+    for length in lengths:
+        formula = speedup_formula(acceptance, share, head / total, length)
+        bench.add({f"{name}/G={length}_formula": formula})
+    bench.begin(f"{name}: compiling")
+    ways = {"plain": ours(generator, singles, new_tokens)}
+    for length in lengths:
+        ways[f"G={length}"] = ours(
+            generator, singles, new_tokens,
+            mode="self_speculative", exit_layer=exit_layer, draft_length=length,
+        )  # fmt: skip
+    ways["auto"] = ours(generator, singles, new_tokens, mode="auto")
+    model = in_transformers(parameters, config) if share == 0.25 else None
+    if model is not None:
+        ways["transformers"] = theirs(model, singles, new_tokens)
+        ways["assistant_early_exit"] = theirs(
+            model, singles, new_tokens, assistant_early_exit=exit_layer
         )
-        generator = Generator(definition.model(parameters))
-        share = exit_layer / config.num_layers
-        lengths = (2, 4, 6)
-        ways = {"plain": ours(generator, singles, new_tokens)}
-        for length in lengths:
-            ways[f"G={length}"] = ours(
-                generator, singles, new_tokens,
-                mode="self_speculative", exit_layer=exit_layer, draft_length=length,
-            )  # fmt: skip
-        ways["auto"] = ours(generator, singles, new_tokens, mode="auto")
-        model = in_transformers(parameters, config) if share == 0.25 else None
-        if model is not None:
-            ways["transformers"] = theirs(model, singles, new_tokens)
-            ways["assistant_early_exit"] = theirs(
-                model, singles, new_tokens, assistant_early_exit=exit_layer
-            )
-        results = take_turns(ways, options.rounds)
-        name = f"e=1/{config.num_layers // exit_layer}"
-        figures[f"{name}/acceptance"] = acceptance
-        for way in list(ways)[1:]:
-            figures[f"{name}/{way}_over_plain"] = ratio(results, way, "plain")
-        for length in lengths:
-            formula = speedup_formula(acceptance, share, head / total, length)
-            figures[f"{name}/G={length}_formula"] = formula
-        best = max(lengths, key=lambda length: figures[f"{name}/G={length}_over_plain"])
-        speedup = figures[f"{name}/G={best}_over_plain"]
-        short = "selfspec_over_plain" if share == 0.25 else f"selfspec_over_plain_{name}"
-        figures[short] = speedup
-        if share == 0.25:
-            figures["selfspec_over_formula"] = speedup / figures[f"{name}/G={best}_formula"]
-            figures["auto_over_best_pair"] = ratio(results, "auto", f"G={best}")
-            per_token = statistics.median(results["plain"])
-            figures["plain_over_bandwidth"] = total / per_token / bandwidth
-            if model is not None:
-                figures["plain_over_transformers"] = ratio(results, "plain", "transformers")
-                figures["selfspec_over_assistant_early_exit"] = ratio(
+    results = take_turns(ways, options.rounds, bench, name)
+    for way in list(ways)[1:]:
+        bench.add({f"{name}/{way}_over_plain": ratio(results, way, "plain")})
+    best = max(lengths, key=lambda length: figures[f"{name}/G={length}_over_plain"])
+    speedup = figures[f"{name}/G={best}_over_plain"]
+    if share != 0.25:
+        bench.add({f"selfspec_over_plain_{name}": speedup})
+        return
+    per_token = statistics.median(results["plain"])
+    bench.add(
+        {
+            "selfspec_over_plain": speedup,
+            "selfspec_over_formula": speedup / figures[f"{name}/G={best}_formula"],
+            "auto_over_best_pair": ratio(results, "auto", f"G={best}"),
+            "plain_over_bandwidth": total / per_token / bandwidth,
+        }
+    )
+    if model is not None:
+        bench.add(
+            {
+                "plain_over_transformers": ratio(results, "plain", "transformers"),
+                "selfspec_over_assistant_early_exit": ratio(
                     results, f"G={best}", "assistant_early_exit"
-                )
-            for batch in (4, 16):
-                turns = {"plain": ours(generator, [prompts[:batch]], new_tokens)}
-                turns["drafted"] = ours(
-                    generator, [prompts[:batch]], new_tokens,
-                    mode="self_speculative", exit_layer=exit_layer, draft_length=best,
-                )  # fmt: skip
-                if model is not None:
-                    turns["transformers"] = theirs(model, [prompts[:batch]], new_tokens)
-                found = take_turns(turns, max(options.rounds // 2, 1))
-                rate = 1 / statistics.median(found["plain"])
-                figures[f"batch {batch}/plain_tokens_per_second"] = rate
-                for way in list(turns)[1:]:
-                    figures[f"batch {batch}/{way}_over_plain"] = ratio(found, way, "plain")
-        for key, value in figures.items():
-            if key.startswith(name):
-                console.print(f"{key}: {value:.3f}", highlight=False)
+                ),
+            }
+        )
+    for batch in (4, 16):
+        bench.begin(f"batch {batch}: compiling")
+        turns = {"plain": ours(generator, [prompts[:batch]], new_tokens)}
+        turns["drafted"] = ours(
+            generator, [prompts[:batch]], new_tokens,
+            mode="self_speculative", exit_layer=exit_layer, draft_length=best,
+        )  # fmt: skip
+        if model is not None:
+            turns["transformers"] = theirs(model, [prompts[:batch]], new_tokens)
+        found = take_turns(turns, batched_rounds(options), bench, f"batch {batch}")
+        rate = 1 / statistics.median(found["plain"])
+        bench.add({f"batch {batch}/plain_tokens_per_second": rate})
+        for way in list(turns)[1:]:
+            bench.add({f"batch {batch}/{way}_over_plain": ratio(found, way, "plain")})
+
+
+def batched_rounds(options) -> int:
+    """Returns the turns of each way at batch 4 and 16: half of those at batch 1."""
+    return max(options.rounds // 2, 1)
+
+
+def random_setting(bench: harness.Bench, gpu: bool, options) -> None:
+    """Measures on random weights of a chosen acceptance."""
+    config = random_model(gpu, options.quick)
+    exits = (config.num_layers // 4, config.num_layers // 8)
+    dtypes = ("float32", "bfloat16")
+    bench.expect(len(exits) * (2 + options.rounds) + 2 * (1 + batched_rounds(options)))
+    bench.expect(1 + options.rounds + len(dtypes) + 1)
+    bench.begin("the memory's bandwidth")
+    total, _ = read_bytes(config)
+    bandwidth = read_bandwidth(total)
+    bench.add({"weights_bytes": total, "read_bytes_per_second": bandwidth})
+    for exit_layer in exits:
+        random_exit(bench, config, bandwidth, exit_layer, options)
+    bench.begin("untrained: compiling")
     untrained = Generator(Transformer(config, jax.random.key(0)))
+    prompts = np.random.default_rng(0).integers(
+        0, config.vocab_size, (BATCH_1_PROMPTS, PROMPT_TOKENS)
+    )
+    singles = [[prompt] for prompt in prompts.tolist()]
     ways = {
-        "plain": ours(untrained, singles, new_tokens),
-        "auto": ours(untrained, singles, new_tokens, mode="auto"),
+        "plain": ours(untrained, singles, options.new_tokens),
+        "auto": ours(untrained, singles, options.new_tokens, mode="auto"),
     }
-    results = take_turns(ways, options.rounds)
-    figures["auto_over_plain_untrained"] = ratio(results, "auto", "plain")
-    for dtype in ("float32", "bfloat16"):
-        figures |= exactness(small_model(config, dtype), new_tokens)
-    figures["weights_bytes"] = total
-    figures["read_bytes_per_second"] = bandwidth
-    return figures
+    results = take_turns(ways, options.rounds, bench, "untrained")
+    bench.add({"auto_over_plain_untrained": ratio(results, "auto", "plain")})
+    for dtype in dtypes:
+        bench.begin(f"drafted against plain tokens in {dtype}")
+        bench.add(exactness(small_model(config, dtype), options.new_tokens))
 
 
-def trained_setting(options) -> dict[str, float]:
+def trained_setting(bench: harness.Bench, options) -> None:
     """Measures on a trained run: every pair against plain decoding, `auto`, and `transformers`."""
     run = load_run(options.workdir)
     generator, layers = Generator(run.model), run.config.model.num_layers
@@ -335,13 +363,17 @@ def trained_setting(options) -> dict[str, float]:
     singles = [[prompt] for prompt in prompts]
     exits = sorted({max(1, layers // n) for n in (8, 4, 2)} - {layers})
     pairs = [(exit_layer, length) for exit_layer in exits for length in (1, 2, 4, 6)]
+    bench.expect(len(pairs) + options.rounds + 2)
+    bench.begin("plain: compiling")
     ways = {"plain": ours(generator, singles, options.new_tokens)}
     for exit_layer, length in pairs:
+        bench.begin(f"E={exit_layer}, G={length}: compiling")
         ways[f"E={exit_layer}, G={length}"] = ours(
             generator, singles, options.new_tokens,
             mode="self_speculative", exit_layer=exit_layer, draft_length=length,
         )  # fmt: skip
     ours_drafted = list(ways)[1:]
+    bench.begin("auto and transformers")
     ways["auto"] = ours(generator, singles, options.new_tokens, mode="auto", pairs=pairs)
     model = in_transformers(run.parameters, run.config.model)
     if model is not None:
@@ -350,48 +382,41 @@ def trained_setting(options) -> dict[str, float]:
             ways[f"assistant_early_exit={exit_layer}"] = theirs(
                 model, singles, options.new_tokens, assistant_early_exit=exit_layer
             )
-    results = take_turns(ways, options.rounds)
-    figures = {f"trained/{way}_over_plain": ratio(results, way, "plain") for way in list(ways)[1:]}
-
-    def fastest(names):
-        return max(names, key=lambda way: figures[f"trained/{way}_over_plain"])
-
-    best = fastest(ours_drafted)
-    figures["trained/auto_over_best_pair"] = ratio(results, "auto", best)
+    results = take_turns(ways, options.rounds, bench, "trained")
+    figures = {way: ratio(results, way, "plain") for way in list(ways)[1:]}
+    bench.add({f"trained/{way}_over_plain": value for way, value in figures.items()})
+    best = max(ours_drafted, key=figures.get)
+    bench.add({"trained/auto_over_best_pair": ratio(results, "auto", best)})
     if model is not None:
-        figures["trained/plain_over_transformers"] = ratio(results, "plain", "transformers")
-        figures["trained/selfspec_over_assistant_early_exit"] = ratio(
-            results, best, fastest(way for way in ways if way.startswith("assistant"))
+        assistants = [way for way in ways if way.startswith("assistant")]
+        bench.add(
+            {
+                "trained/plain_over_transformers": ratio(results, "plain", "transformers"),
+                "trained/selfspec_over_assistant_early_exit": ratio(
+                    results, best, max(assistants, key=figures.get)
+                ),
+            }
         )
-    return figures
 
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = harness.parser(__doc__.split("\n")[0], rounds=(5, 2))
     parser.add_argument("--setting", choices=("random", "trained"), default="random")
     parser.add_argument("--workdir", type=Path, help="a trained run, for --setting=trained")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--json", type=Path, help="file to write the figures to, flat")
-    options = parser.parse_args()
+    parser.add_argument("--new-tokens", type=int, help="default: 128, with --quick 32")
+    options = harness.parse(parser)
     if (options.setting == "trained") != (options.workdir is not None):
         parser.error("--setting=trained and --workdir go together")
-    device = jax.devices()[0]
-    console = Console(width=110)
-    console.print(f"jax {jax.__version__}, {device.device_kind}", highlight=False)
-    if options.setting == "trained":
-        figures = trained_setting(options)
-    else:
-        figures = random_setting(device.platform != "cpu", options)
-    table = Table("figure", "value")
-    for key, value in figures.items():
-        table.add_row(key, "" if math.isnan(value) else f"{value:,.3f}")
-    console.print(table)
-    if options.json:
-        write_json(options.json, figures)
+    if options.new_tokens is None:
+        options.new_tokens = 32 if options.quick else 128
+    with harness.Bench(options) as bench:
+        if options.setting == "trained":
+            trained_setting(bench, options)
+        else:
+            random_setting(bench, jax.devices()[0].platform != "cpu", options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)

@@ -10,17 +10,14 @@ clock, a record with TensorBoard and a heartbeat every `--log-every` steps), a t
 metrics that are there already, over the time of the step.
 """
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from train_step import LAYERSKIP, random_batch, settings
 
 from layerskip_jax.config import GuardsConfig, RunConfig, TrainingConfig
@@ -33,13 +30,14 @@ from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import TrainState
 
 
-def device_part(setting, config: RunConfig, rounds: int):
-    """Returns the ratio of the guarded step over the other, its seconds, and its metrics."""
+def device_part(setting, config: RunConfig, rounds: int, bench: harness.Bench):
+    """Adds the guarded step's seconds and their ratio over the other's; returns its metrics."""
     setup = make_setup(config, jax.devices()[:1])
     with jax.set_mesh(setup.mesh):
-        bare, guarded = (
-            setup.compile_step(setting.sequence_length, guarded=flag) for flag in (False, True)
-        )
+        bench.begin("compiling the step without guards")
+        bare = setup.compile_step(setting.sequence_length, guarded=False)
+        bench.begin("compiling the step with guards")
+        guarded = setup.compile_step(setting.sequence_length, guarded=True)
         state = setup.init()
 
         def run(step, at):
@@ -53,17 +51,26 @@ def device_part(setting, config: RunConfig, rounds: int):
             return time.perf_counter() - start
 
         metrics = None
+        bench.begin("warming up")
         for step in (bare, guarded):
             run(step, 0)
         seconds, ratios = [], []
         before = run(bare, 0)
         for at in range(rounds):
+            bench.begin(f"round {at + 1} of {rounds}")
             seconds.append(run(guarded, at))
             metrics_of_guarded = metrics
             after = run(bare, at)
             ratios.append(2 * seconds[-1] / (before + after))
             before = after
-    return float(np.median(ratios)), float(np.median(seconds)), metrics_of_guarded
+            bench.add(
+                {
+                    "guarded_over_bare_step": float(np.median(ratios)),
+                    "step_seconds": float(np.median(seconds)),
+                },
+                show=at == rounds - 1,
+            )
+    return metrics_of_guarded
 
 
 def host_part(config: RunConfig, sequence_length: int, metrics, steps: int) -> float:
@@ -91,36 +98,36 @@ def host_part(config: RunConfig, sequence_length: int, metrics, steps: int) -> f
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=12, help="counted steps of each kind")
+    parser = harness.parser(__doc__.split("\n")[0], rounds=(12, 4))
     parser.add_argument("--host-steps", type=int, default=1000)
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--setting", default="layerskip", help="of benchmarks/train_step.py")
-    parser.add_argument("--json", type=Path, help="file to write the figures to, flat")
-    options = parser.parse_args()
-    setting = settings(jax.devices()[0].platform)[options.setting]
+    options = harness.parse(parser)
+    known = settings(jax.devices()[0].platform, options.quick)
+    if options.setting not in known:
+        parser.error(f"--setting={options.setting} is none of {', '.join(known)}")
+    setting = known[options.setting]
     training = TrainingConfig(
         steps=100_000, batch_size=setting.batch_size, log_every=options.log_every
     )
     guards = GuardsConfig(step_timeout=3600.0)
     config = RunConfig(model=setting.model, training=training, guards=guards, **LAYERSKIP)
-    ratio, seconds, metrics = device_part(setting, config, options.rounds)
-    host = host_part(config, setting.sequence_length, metrics, options.host_steps)
-    figures = {
-        "guarded_over_bare_step": ratio,
-        "step_seconds": seconds,
-        "host_seconds_per_step": host,
-        "host_over_step": host / seconds,
-        "cost_of_guards_and_metrics": ratio - 1 + host / seconds,
-    }
-    console = Console()
-    console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}: {setting.about}")
-    for key, value in figures.items():
-        console.print(f"{key}: {value:.5f}", highlight=False)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    with harness.Bench(options) as bench:
+        bench.print(setting.about)
+        bench.expect(options.rounds + 4)
+        metrics = device_part(setting, config, options.rounds, bench)
+        bench.begin(f"{options.host_steps} steps of the host's part")
+        host = host_part(config, setting.sequence_length, metrics, options.host_steps)
+        share = host / bench.figures["step_seconds"]
+        bench.add(
+            {
+                "host_seconds_per_step": host,
+                "host_over_step": share,
+                "cost_of_guards_and_metrics": bench.figures["guarded_over_bare_step"] - 1 + share,
+            }
+        )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)

@@ -1,6 +1,6 @@
 r"""What a training step costs against a plain one, and against its own arithmetic.
 
-    python benchmarks/train_step.py --json=train_step.json
+    python benchmarks/train_step.py --json=train_step.json           # --quick for a first look
 
 For each setting, the plain step and its variants are compiled, then run in turns, one step of
 each a round, on the same batch and from the same state, with a plain step after every third
@@ -9,23 +9,22 @@ steps before and after it, so that a machine whose speed drifts does not decide 
 is the ratio of the FLOPs in `layerskip_jax.training.cost`, for the rows that were dropped and the
 exits that were scored in those very steps; `quotient` is measured over arithmetic. Steps are
 spread over the run, so that schedules over time count as a whole. Memory is that of the compiled
-step, arguments and temporaries; on a GPU the measured peak is printed too.
+step, arguments and temporaries; on a GPU the measured peak is printed too. The file has the
+medians of the rounds so far. With `--quick` two variants are compiled at a time, so that
+`compile` is no more than a hint.
 """
 
-import argparse
 import dataclasses
 import gc
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from layerskip_jax.config import RunConfig, TrainingConfig
@@ -106,9 +105,11 @@ LAYERSKIP = dropout(0.1, "gather", "exp") | exits("rotational", interval=8)
 QUARTER = dropout(0.1, "gather", "exp") | exits("rotational", interval=8, exit_token_fraction=0.25)
 
 
-def settings(device: str) -> dict[str, Setting]:
-    """Returns the settings by name, sized for a CPU or for a GPU."""
+def settings(device: str, quick: bool = False) -> dict[str, Setting]:
+    """Returns the settings by name, sized for a CPU, less of it if `quick`, or for a GPU."""
     gpu = device != "cpu"
+    quick = quick and not gpu
+    length = 1024 if gpu else 256
     dtype = "bfloat16" if gpu else "float32"
 
     def model(layers, dim, ffn, heads, vocab):
@@ -117,9 +118,15 @@ def settings(device: str) -> dict[str, Setting]:
             vocab_size=vocab, max_sequence_length=4096, dtype=dtype, remat="full",
         )  # fmt: skip
 
-    small = model(12, 1024, 2816, 16, 32768) if gpu else model(16, 512, 1408, 8, 8192)
-    deep = model(24, 2048, 5504, 16, 32768) if gpu else model(24, 256, 688, 2, 4096)
-    seven = model(32, 1024, 2752, 8, 8192) if gpu else model(32, 256, 688, 2, 2048)
+    if gpu:
+        small, deep = model(12, 1024, 2816, 16, 32768), model(24, 2048, 5504, 16, 32768)
+        seven = model(32, 1024, 2752, 8, 8192)
+    elif quick:
+        small, deep = model(8, 256, 704, 4, 4096), model(24, 128, 344, 1, 2048)
+        seven = model(32, 128, 344, 1, 1024)
+    else:
+        small, deep = model(16, 512, 1408, 8, 8192), model(24, 256, 688, 2, 4096)
+        seven = model(32, 256, 688, 2, 2048)
     ways = {
         f"{execution} p_max={p_max}": dropout(p_max, execution)
         for p_max in (0.1, 0.2, 0.6)
@@ -128,11 +135,11 @@ def settings(device: str) -> dict[str, Setting]:
     return {
         "layers": Setting(
             "every execution of layer dropout, linear in depth",
-            small, 16, 1024 if gpu else 256, ways | {"dont_drop": DONT_DROP},
+            small, 2 if quick else 16, length, ways | {"dont_drop": DONT_DROP},
         ),
         "exits": Setting(
             "the proportions of the paper's 1.5B model: 24 layers, V = 16 D",
-            deep, 8, 1024 if gpu else 256,
+            deep, 2 if quick else 8, length,
             {
                 "exits rotational(23)": exits("rotational", interval=23),
                 "exits rotational(8)": exits("rotational", interval=8),
@@ -144,7 +151,7 @@ def settings(device: str) -> dict[str, Setting]:
         ),
         "layerskip": Setting(
             "LayerSkip's recipe at the proportions of Llama 2 7B: 32 layers, V = 8 D",
-            seven, 16, 1024 if gpu else 256,
+            seven, 2 if quick else 16, length,
             {"layerskip": LAYERSKIP, "layerskip quarter tokens": QUARTER},
         ),
     }  # fmt: skip
@@ -177,13 +184,45 @@ def compile_variant(setting: Setting, name: str, changes: dict) -> Measured:
     return Measured(name, setup, step, CostModel(config, setting.sequence_length), seconds)
 
 
+def chosen_variants(setting: Setting, only: str = "") -> dict[str, dict]:
+    """Returns the plain step and the variants with `only` in their name."""
+    return {"plain": {}} | {k: v for k, v in setting.variants.items() if only in k}
+
+
+def compile_variants(setting: Setting, name: str, only: str, bench: harness.Bench):
+    """Compiles the plain step and the variants, two at a time for a quick look."""
+
+    def compiled(item: tuple[str, dict]) -> Measured:
+        bench.begin(f"{name}: compiling {item[0]}")
+        return compile_variant(setting, *item)
+
+    with ThreadPoolExecutor(2 if bench.quick else 1) as pool:
+        return list(pool.map(compiled, chosen_variants(setting, only).items()))
+
+
 def measure(
-    setting: Setting, only: str, rounds: int, make_batch: Callable[..., Batch] = random_batch
-) -> list[Measured]:
-    """Compiles the plain step and the variants, and runs `rounds` steps of each in turns."""
-    chosen = {"plain": {}} | {k: v for k, v in setting.variants.items() if only in k}
-    compile_variant(setting, "plain", {})  # the first compilation pays for more than itself
-    variants = [compile_variant(setting, name, changes) for name, changes in chosen.items()]
+    setting: Setting,
+    variants: list[Measured],
+    rounds: int,
+    bench: harness.Bench,
+    *,
+    name: str,
+    make_batch: Callable[..., Batch] = random_batch,
+    beside: Callable[[], None] | None = None,
+    after_round: Callable[[], None] | None = None,
+) -> None:
+    """Runs `rounds` steps of each variant in turns, the first of them plain.
+
+    Args:
+      setting: what the variants were compiled from.
+      variants: take the seconds and FLOPs.
+      rounds: steps of each.
+      bench: is told of each round.
+      name: of the setting.
+      make_batch: of a setting, a setup and a seed.
+      beside: something to be timed in turns with them, which times itself.
+      after_round: called when a round's figures are complete.
+    """
     plain, rest = variants[0], variants[1:]
     with jax.set_mesh(plain.setup.mesh):
         state = plain.setup.init()
@@ -197,28 +236,33 @@ def measure(
             jax.block_until_ready(state)
             return time.perf_counter() - start, variant.cost.done(jax.device_get(metrics)).computed
 
-        for variant in variants:  # warm up
+        bench.begin(f"{name}: warming up")
+        for variant in variants:
             run(variant, 0, make_batch(setting, plain.setup, 0))
         for round_ in range(rounds):
+            bench.begin(f"{name}: round {round_ + 1} of {rounds}")
             batch = make_batch(setting, plain.setup, round_)
             at = int((round_ + 0.5) * TOTAL_STEPS / rounds)
             before, flops = run(plain, at, batch)
             for start in range(0, len(rest), 3):
                 some = rest[start : start + 3]
                 for variant in some:
-                    seconds, flops = run(variant, at, batch)
+                    seconds, done = run(variant, at, batch)
                     variant.seconds.append(seconds)
-                    variant.flops.append(flops)
+                    variant.flops.append(done)
                 after, flops = run(plain, at, batch)
                 for variant in some:
                     variant.plain_seconds.append((before + after) / 2)
                 plain.seconds.append(after)
                 before = after
-        plain.plain_seconds = plain.seconds
-        plain.flops = [flops] * len(plain.seconds)
+            plain.plain_seconds = plain.seconds
+            plain.flops = [flops] * len(plain.seconds)
+            if beside:
+                beside()
+            if after_round:
+                after_round()
     del state
     gc.collect()
-    return variants
 
 
 def naive_loss(states, head, targets, valid, weights) -> jax.Array:
@@ -247,7 +291,7 @@ def compile_loss(loss, batch: int, length: int, width: int, vocab: int, dtype: s
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
 
 
-def fused_against_naive(gpu: bool) -> dict[str, float]:
+def fused_against_naive(gpu: bool, rounds: int = 5) -> dict[str, float]:
     """Compares the fused loss of five exits with one that holds all logits.
 
     Memory is that of the compiled gradient at T 8192, D 2048, V 128k; time is taken at V 32k
@@ -268,7 +312,7 @@ def fused_against_naive(gpu: bool) -> dict[str, float]:
         jnp.full(5, 0.2) / (batch * length),
     )
     seconds = [[], []]
-    for round_ in range(6):
+    for round_ in range(rounds + 1):
         for index, program in enumerate(programs):
             start = time.perf_counter()
             jax.block_until_ready(program(*inputs))
@@ -281,81 +325,124 @@ def fused_against_naive(gpu: bool) -> dict[str, float]:
     }
 
 
-def report(console: Console, name: str, setting: Setting, variants: list[Measured]) -> dict:
-    """Prints a setting's table and returns its figures, flat."""
-    model = setting.model
-    console.print(
-        f"\n[bold]{name}[/]: {setting.about}; L {model.num_layers}, D {model.model_dim}, "
-        f"V {model.vocab_size}, S {setting.sequence_length}, batch {setting.batch_size}, "
-        f"{model.dtype}, remat {model.remat}",
-        highlight=False,
-    )
+def compiled_figures(variant: Measured, plain: Measured) -> dict[str, float]:
+    """Returns what is known of a variant before it has run, over the plain step's."""
+    temporaries = [v.step.memory_analysis().temp_size_in_bytes for v in (variant, plain)]
+    return {
+        "memory": variant.memory / plain.memory,
+        "temporaries": temporaries[0] / temporaries[1],
+        "compile": variant.compile_seconds / plain.compile_seconds,
+    }
+
+
+def timed_figures(variant: Measured) -> dict[str, float]:
+    """Returns the medians of the rounds so far."""
+    return {
+        "seconds": statistics.median(variant.seconds),
+        "measured": variant.measured,
+        "arithmetic": variant.arithmetic,
+        "quotient": variant.quotient,
+    }
+
+
+def flat(name: str, variants: list[Measured], figures: Callable) -> dict[str, float]:
+    """Returns the figures of each variant under the setting's and the variant's name."""
+    return {
+        f"{name}/{variant.name}/{key}": value
+        for variant in variants
+        for key, value in figures(variant).items()
+    }
+
+
+def summary(figures: dict) -> dict[str, float]:
+    """Returns the short names of what matters most, for what was measured."""
+    found = {
+        short: figures[key]
+        for short, key in {
+            "gather_pmax0.6_over_plain": "layers/gather p_max=0.6/measured",
+            "layerskip_over_plain": "layerskip/layerskip/measured",
+            "layerskip_quarter_tokens_over_plain": "layerskip/layerskip quarter tokens/measured",
+            "layerskip_memory_over_plain": "layerskip/layerskip/memory",
+            "dont_drop_over_plain": "layers/dont_drop/measured",
+        }.items()
+        if key in figures
+    }
+    quotients = [value for key, value in figures.items() if key.endswith("/quotient")]
+    return found | ({"worst_measured_over_arithmetic": max(quotients)} if quotients else {})
+
+
+def print_table(bench: harness.Bench, variants: list[Measured]) -> None:
+    """Prints a setting's figures."""
     table = Table()
     headings = ("variant", "s/step", "measured", "arithmetic", "quotient")
     for heading in (*headings, "memory", "temporaries", "compile"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
-    plain, figures = variants[0], {}
     for variant in variants:
-        temporaries = [v.step.memory_analysis().temp_size_in_bytes for v in (variant, plain)]
-        row = {
-            "seconds": statistics.median(variant.seconds),
-            "measured": variant.measured,
-            "arithmetic": variant.arithmetic,
-            "quotient": variant.quotient,
-            "memory": variant.memory / plain.memory,
-            "temporaries": temporaries[0] / temporaries[1],
-            "compile": variant.compile_seconds / plain.compile_seconds,
-        }
-        figures |= {f"{name}/{variant.name}/{key}": value for key, value in row.items()}
+        row = timed_figures(variant) | compiled_figures(variant, variants[0])
         table.add_row(variant.name, *(f"{value:.3f}" for value in row.values()))
-    console.print(table)
+    bench.print(table)
+
+
+def run_setting(bench: harness.Bench, name: str, setting: Setting, only: str, rounds: int) -> None:
+    """Measures one setting and adds its figures."""
+    model = setting.model
+    bench.print(
+        f"\n[bold]{name}[/]: {setting.about}; L {model.num_layers}, D {model.model_dim}, "
+        f"V {model.vocab_size}, S {setting.sequence_length}, batch {setting.batch_size}, "
+        f"{model.dtype}, remat {model.remat}"
+    )
+    variants = compile_variants(setting, name, only, bench)
+    bench.add(flat(name, variants, lambda v: compiled_figures(v, variants[0])), show=False)
+    for variant in variants:
+        memory = compiled_figures(variant, variants[0])["memory"]
+        bench.print(
+            f"{variant.name}: compiled in {variant.compile_seconds:.1f} s, memory {memory:.3f}"
+        )
+    measure(
+        setting, variants, rounds, bench, name=name,
+        after_round=lambda: bench.add(flat(name, variants, timed_figures), show=False),
+    )  # fmt: skip
+    print_table(bench, variants)
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
-        figures[f"{name}/peak_bytes"] = stats["peak_bytes_in_use"]
-        console.print(f"peak of the device so far: {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
-    return figures
+        bench.add({f"{name}/peak_bytes": stats["peak_bytes_in_use"]})
 
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[2])
-    parser.add_argument("--rounds", type=int, default=6, help="counted steps of each variant")
+    parser = harness.parser(__doc__.split("\n")[0], rounds=(6, 3))
     parser.add_argument("--setting", help="only this one: layers, exits, layerskip or fused")
     parser.add_argument("--only", default="", help="only variants with this in their name")
-    parser.add_argument("--json", type=Path, help="file to write the figures to, flat")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     known = [*settings("cpu"), "fused"]
     if options.setting not in (None, *known):
         parser.error(f"--setting={options.setting} is none of {', '.join(known)}")
     device = jax.devices()[0].platform
-    console, figures = Console(width=110), {}
-    console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", highlight=False)
-    for name, setting in settings(device).items():
-        wanted = any(options.only in variant for variant in setting.variants)
-        if options.setting in (None, name) and wanted:
-            variants = measure(setting, options.only, options.rounds)
-            figures |= report(console, name, setting, variants)
-    for short, key in {
-        "gather_pmax0.6_over_plain": "layers/gather p_max=0.6/measured",
-        "layerskip_over_plain": "layerskip/layerskip/measured",
-        "layerskip_quarter_tokens_over_plain": "layerskip/layerskip quarter tokens/measured",
-        "layerskip_memory_over_plain": "layerskip/layerskip/memory",
-        "dont_drop_over_plain": "layers/dont_drop/measured",
-    }.items():
-        if key in figures:
-            figures[short] = figures[key]
-    quotients = [value for key, value in figures.items() if key.endswith("/quotient")]
-    if quotients:
-        figures["worst_measured_over_arithmetic"] = max(quotients)
-    if options.setting in (None, "fused"):
-        figures |= fused_against_naive(device != "cpu")
-    for key, value in figures.items():
-        if "/" not in key:
-            console.print(f"{key}: {value:.3f}", highlight=False)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    chosen = {
+        name: setting
+        for name, setting in settings(device, options.quick).items()
+        if options.setting in (None, name) and any(options.only in v for v in setting.variants)
+    }
+    fused = options.setting in (None, "fused")
+    with harness.Bench(options) as bench:
+        for setting in chosen.values():  # each is compiled; then one round to warm up
+            bench.expect(len(chosen_variants(setting, options.only)) + options.rounds + 1)
+        bench.expect(bool(chosen) + fused)
+        if chosen:
+            # The first compilation in a process pays for more than itself.
+            name, setting = next(iter(chosen.items()))
+            bench.begin(f"{name}: compiling plain, to warm up")
+            compile_variant(setting, "plain", {})
+        for name, setting in chosen.items():
+            before = summary(bench.figures)
+            run_setting(bench, name, setting, options.only, options.rounds)
+            found = summary(bench.figures)
+            bench.add({key: value for key, value in found.items() if before.get(key) != value})
+        if fused:
+            bench.begin("fused: the loss of five exits with and without all logits")
+            bench.add(fused_against_naive(device != "cpu", 2 if options.quick else 5))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)

@@ -1,7 +1,11 @@
 """The benchmarks run and report what they promise; no wall-clock time is asserted."""
 
 import dataclasses
+import io
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,14 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
 import decode  # noqa: E402
 import guards  # noqa: E402
+import harness  # noqa: E402
 import train_mfu  # noqa: E402
 import train_step  # noqa: E402
 
+from layerskip_jax.config import RunConfig  # noqa: E402
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
+from layerskip_jax.training.setup import make_setup  # noqa: E402
 from tests.helpers import small_model  # noqa: E402
 
 
@@ -25,7 +33,7 @@ def tiny(monkeypatch):
     """The settings of the step benchmark with the same variants on a small model."""
     full = train_step.settings("cpu")
 
-    def settings(device):
+    def settings(device, quick=False):
         assert device == "cpu"
         keep = {
             "layers": ["gather p_max=0.6", "mask p_max=0.6", "dont_drop"],
@@ -43,13 +51,125 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train_step, "settings", settings)
 
 
-def test_the_step_benchmark_writes_the_named_figures(tiny, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs a benchmark's main with these arguments; returns its figures, as the file has them."""
+
+    def run(module, *arguments: str) -> dict:
+        file = tmp_path / "figures.json"
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", f"--json={file}", *arguments])
+        assert module.main() == 0
+        return json.loads(file.read_text())
+
+    return run
+
+
+def test_every_benchmark_starts_from_any_folder(tmp_path):
+    """By its path alone: in one process, as starting jax for each would take seconds."""
+    names = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.stem != "harness")
+    assert names == ["ablation.py", "decode.py", "guards.py", "train_mfu.py", "train_step.py"]
+    script = tmp_path / "all.py"
+    script.write_text(
+        "import contextlib, os, runpy, sys\n"
+        f"folder, names = {str(BENCHMARKS)!r}, {names!r}\n"
+        "sys.path[0] = folder  # as `python FILE` has it\n"
+        "for name in names:\n"
+        "    sys.argv = [name, '--help']\n"
+        "    print(name)\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        runpy.run_path(os.path.join(folder, name), run_name='__main__')\n"
+        "assert sys.path[0] == os.path.dirname(folder)  # and not what may be installed\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for text in done.stdout.split("usage: ")[1:]:
+        assert "--quick" in text and "--json" in text
+    assert done.stdout.count("usage: ") == len(names)
+
+
+@pytest.fixture
+def some_bench(tmp_path):
+    """A benchmark of two things, and the file of its figures."""
     file = tmp_path / "figures.json"
-    arguments = ["train_step.py", "--rounds=2", f"--json={file}"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(train_step, "fused_against_naive", lambda gpu: {"fused_over_naive_time": 1})
-    assert train_step.main() == 0
-    figures = json.loads(file.read_text())
+    return harness.Bench(harness.parse(harness.parser("x"), [f"--json={file}"])), file
+
+
+def test_figures_are_kept_and_printed_as_they_come(some_bench, capsys):
+    bench, file = some_bench
+    with pytest.raises(KeyboardInterrupt), bench:
+        bench.expect(2)
+        bench.begin("the first")
+        bench.add({"small": 0.00123, "large": 12345.678, "count": 1000})
+        assert json.loads(file.read_text()) == {"small": 0.00123, "large": 12345.678, "count": 1000}
+        bench.begin("the second")
+        raise KeyboardInterrupt
+    assert json.loads(file.read_text())["small"] == 0.00123
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # no temporary is left
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1:] == ["small: 0.00123", "large: 12,345.678", "count: 1,000"]
+    assert re.search(r"1/2 after \d+ s: the first\n2/2 after \d+ s: the second\n", err)
+    assert f"{file} has the 3 figures so far" in err
+    assert not any(ord(c) < 32 and c != "\n" for c in out + err)  # what a log file would hold
+
+
+def test_a_terminal_gets_a_bar_and_a_file_beside_it_none_of_it(some_bench, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    _, file = some_bench
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with harness.Bench(harness.parse(harness.parser("x"), [f"--json={file}"])) as bench:
+        bench.expect(2)
+        for what in ("the first", "the second"):
+            bench.begin(what)
+        bench.add({"figure": 2.0})
+    drawn = sys.stderr.getvalue()
+    assert "\x1b[" in drawn and "2/2" in drawn and "the second" in drawn
+    out = capsys.readouterr().out
+    assert out.endswith("figure: 2.000\n") and "\x1b" not in out
+
+
+def test_options_that_would_fail_at_the_end_are_refused_at_once(tmp_path, capsys):
+    parser = harness.parser("x", rounds=(6, 3))
+    assert harness.parse(parser, []).rounds == 6
+    assert harness.parse(parser, ["--quick"]).rounds == 3
+    assert harness.parse(parser, ["--quick", "--rounds=2"]).rounds == 2
+    for argument, message in {
+        "--rounds=0": "--rounds=0: give 1 or more",
+        f"--json={tmp_path}/none/x.json": f"make the folder {tmp_path}/none first",
+    }.items():
+        with pytest.raises(SystemExit):
+            harness.parse(parser, [argument])
+        assert message in capsys.readouterr().err
+
+
+def test_a_quick_look_at_the_step_has_the_names_of_the_full_one():
+    full, quick = (train_step.settings("cpu", quick=flag) for flag in (False, True))
+    assert {name: list(s.variants) for name, s in full.items()} == {
+        name: list(s.variants) for name, s in quick.items()
+    }
+    for name in full:
+        rows = [s[name].batch_size * s[name].sequence_length for s in (full, quick)]
+        assert rows[1] < rows[0] and quick[name].model.model_dim < full[name].model.model_dim
+    assert train_step.settings("gpu", quick=True) == train_step.settings("gpu")
+
+
+def test_a_quick_look_at_decoding_has_the_names_of_the_full_one():
+    """They are made of the exits' shares of the layers, and nothing else of the model."""
+    full, quick = (decode.random_model(False, quick=flag) for flag in (False, True))
+    assert quick.num_layers == full.num_layers and quick.model_dim < full.model_dim
+
+
+def test_the_step_benchmark_writes_the_named_figures(tiny, bench, monkeypatch, capsys):
+    monkeypatch.setattr(
+        train_step, "fused_against_naive", lambda gpu, rounds: {"fused_over_naive_time": 1}
+    )
+    figures = bench(train_step, "--quick", "--rounds=2")
     for name in (
         "gather_pmax0.6_over_plain",
         "layerskip_over_plain",
@@ -130,15 +250,10 @@ def test_the_formula_of_the_speed_up_by_hand():
 
 
 @pytest.mark.slow
-def test_the_decoding_benchmark_writes_the_named_figures(tmp_path, monkeypatch):
-    file = tmp_path / "figures.json"
-    monkeypatch.setattr(
-        decode, "random_model", lambda gpu: small_model(num_layers=8, max_sequence_length=128)
-    )
-    arguments = ["decode.py", "--rounds=1", "--new-tokens=8", f"--json={file}"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert decode.main() == 0
-    figures = json.loads(file.read_text())
+def test_the_decoding_benchmark_writes_the_named_figures(bench, monkeypatch):
+    small = small_model(num_layers=8, max_sequence_length=128)
+    monkeypatch.setattr(decode, "random_model", lambda gpu, quick: small)
+    figures = bench(decode, "--rounds=1", "--new-tokens=8")
     for name in (
         "plain_over_bandwidth",
         "plain_over_transformers",
@@ -168,35 +283,50 @@ def test_drafted_tokens_part_from_plain_ones_in_bfloat16_at_near_ties_only():
     assert 0 < figures["bfloat16/equal_sequences"] <= 1
 
 
-def test_the_benchmark_of_the_guards_writes_its_figures(tiny, tmp_path, monkeypatch):
-    file = tmp_path / "figures.json"
-    arguments = ["guards.py", "--rounds=2", "--host-steps=20", f"--json={file}"]
-    monkeypatch.setattr(sys, "argv", arguments)
+def test_the_benchmark_of_the_guards_writes_its_figures(tiny, bench, monkeypatch):
     monkeypatch.setattr(guards, "settings", train_step.settings)
-    assert guards.main() == 0
-    figures = json.loads(file.read_text())
+    figures = bench(guards, "--rounds=2", "--host-steps=20")
     assert figures["step_seconds"] > 0 and figures["host_seconds_per_step"] > 0
     parts = figures["guarded_over_bare_step"] - 1 + figures["host_over_step"]
     assert figures["cost_of_guards_and_metrics"] == pytest.approx(parts)
 
 
-def test_the_mfu_benchmark_compares_with_transformers(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "figures.json"
-    arguments = ["train_mfu.py", "--rounds=2", "--peak-tflops=1", f"--json={file}"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert train_mfu.main() == 0
-    figures = json.loads(file.read_text())
+def test_the_mfu_benchmark_compares_with_transformers(bench, monkeypatch, capsys):
+    full = train_mfu.setting(gpu=False)
+    small = dataclasses.replace(full.model, num_layers=2, model_dim=64, ffn_dim=64, vocab_size=64)
+    monkeypatch.setattr(
+        train_mfu, "setting", lambda gpu: dataclasses.replace(full, model=small, sequence_length=16)
+    )
+    figures = bench(train_mfu, "--quick", "--rounds=2", "--peak-tflops=1")
     assert figures["attention"] == "xla"
-    for name in ("layerskip_over_plain", "plain_over_transformers_speed", "plain/mfu"):
-        assert figures[name] > 0
-    assert "transformers" in capsys.readouterr().out
+    for remat in ("none", "full"):
+        for name in (
+            "layerskip_over_plain",
+            "plain_over_transformers_speed",
+            "layerskip_over_transformers_speed",
+            "plain/mfu",
+            "layerskip/seconds",
+            "transformers/needed_flops_per_second",
+        ):
+            assert figures[f"{remat}/{name}"] > 0
+    assert figures["plain_over_transformers_speed"] == figures["none/plain_over_transformers_speed"]
+    assert "full/plain_over_transformers_speed" in capsys.readouterr().out
+
+
+def test_a_cpu_is_compared_at_the_shape_that_the_docs_name():
+    setting = train_mfu.setting(gpu=False)
+    model, rows = setting.model, (setting.batch_size, setting.sequence_length)
+    assert (model.num_layers, model.model_dim, model.ffn_dim) == (8, 512, 1408)
+    assert (model.num_heads, model.num_kv_heads, model.vocab_size) == (8, 8, 8192)
+    assert (model.dtype, rows) == ("float32", (8, 256))
+    assert train_mfu.remats(gpu=False) == ("none", "full")
 
 
 def test_packed_windows_hold_several_documents():
     setting = train_mfu.setting(gpu=False)
-    plain = train_step.compile_variant(setting, "plain", {})
-    with jax.set_mesh(plain.setup.mesh):
-        batch = jax.device_get(train_mfu.packed_batch(setting, plain.setup, 0))
+    setup = make_setup(RunConfig(model=setting.model), jax.devices()[:1])
+    with jax.set_mesh(setup.mesh):
+        batch = jax.device_get(train_mfu.packed_batch(setting, setup, 0))
     segments, positions = batch.segment_ids[0], batch.positions[0]
     starts = np.diff(segments, axis=1, prepend=0) != 0
     assert (starts.sum(axis=1) == train_mfu.DOCUMENTS).all()
