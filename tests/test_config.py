@@ -121,7 +121,11 @@ def test_a_file_comes_before_the_recipe_of_its_name(tmp_path, monkeypatch, recip
 
 @pytest.mark.parametrize(
     "name, nearest",
-    [("quikstart", "quickstart"), ("configs/quikstart.py", "quickstart"), ("recip.py", "recipe.py")],
+    [
+        ("quikstart", "quickstart"),
+        ("configs/quikstart.py", "quickstart"),
+        ("recip.py", "recipe.py"),
+    ],
 )
 def test_an_unknown_recipe_names_the_nearest_and_how_to_list_them(
     name, nearest, tmp_path, monkeypatch, recipe

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # Set on TPU VMs, in GKE's pods with TPUs, or by who wants libtpu asked whatever the machine shows.
+# TPU_LIBRARY_PATH and TPU_SKIP_MDS_QUERY say nothing: libtpu and jax set them everywhere.
 _ASKS_FOR_TPU = (
     "JAX_FORCE_TPU_INIT",
-    "TPU_LIBRARY_PATH",
     "TPU_ACCELERATOR_TYPE",
     "TPU_WORKER_HOSTNAMES",
     "TPU_PROCESS_ADDRESSES",
