@@ -9,7 +9,7 @@ BENCH = runs/bench$(if $(FULL),-full)
 .PHONY: quickstart test ablation bench bench-gpu plan-all lint format clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m layerskip_jax quickstart --workdir=$(RUN)
+	$(BIN)/layerskip quickstart --workdir=$(RUN)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
@@ -52,8 +52,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # A stamp is newer than what it was made from only when the whole installation succeeded.
-$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# The package itself is installed as it lies here, so that $(BIN)/layerskip works from any folder;
+# with the setuptools that pyproject.toml asks for at hand, which saves pip an environment of its own.
+$(VENV)/.installed: requirements.txt pyproject.toml setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt 'setuptools>=77'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed

@@ -4,6 +4,7 @@ import importlib
 import logging
 import sys
 
+from layerskip_jax.parallel.tpu_presence import leave_absent_tpu_alone
 from layerskip_jax.schema import ConfigError, UserError, nearest
 
 VERBS = {
@@ -18,6 +19,7 @@ VERBS = {
     "verify": "compare a Hugging Face folder, as read here, with transformers",
     "lm-eval": "score any exit with the lm-evaluation-harness",
     "report": "make the HTML page of a run",
+    "settings": "every setting of a run: its default, its range and what it means",
     "quickstart": "all of these in order, on Python's standard library",
 }
 
@@ -26,14 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `layerskip VERB ARGUMENTS...` and returns the exit code (2 for bad input)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, VERBS))
-        lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
-        print("usage: layerskip VERB ...  (layerskip VERB --help tells more)\n")
-        print("\n".join(lines))
+        print(_usage())
         return 0 if argv else 2
     verb, *arguments = argv
     if verb not in VERBS:
-        print(f"layerskip: there is no verb {verb!r}.{nearest(verb, VERBS)}", file=sys.stderr)
+        hint = nearest(verb, VERBS)
+        print(f"layerskip: there is no verb {verb!r}.{hint}\n\n{_usage()}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("layerskip_jax").setLevel(logging.INFO)
@@ -43,8 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     # `import` is a keyword, and a module's name has no hyphen.
     module = {"import": "import_model"}.get(verb, verb.replace("-", "_"))
     command = importlib.import_module(f"layerskip_jax.commands.{module}")
+    leave_absent_tpu_alone()
     try:
         return command.main(arguments)
     except (ConfigError, UserError) as error:
         print(f"layerskip {verb}: {error}", file=sys.stderr)
         return 2
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    head = "usage: layerskip VERB ...  (layerskip VERB --help tells more)"
+    return "\n".join([head, "", *lines])

@@ -30,8 +30,9 @@ class DataConfig:
     Attributes:
       path: folder made by `layerskip prepare`.
       mixture: further such folders, prepared with the same tokenizer, to mix with it.
-      weights: shares of the rows that come from `path` and from each of `mixture`.
-      prefetch: batches read ahead in the background.
+      weights: shares of the rows that come from `path` and from each of `mixture`, all above 0;
+        empty without a mixture.
+      prefetch: batches read ahead in the background, at least 1.
       on_damaged: what a record that cannot be read does to the run: `stop` it, or `skip` the
         record, which then trains nothing and is logged and counted.
     """
@@ -86,11 +87,12 @@ class CheckpointConfig:
     """When a run is saved.
 
     Attributes:
-      every_steps: optimizer steps between two saves; the last step is always saved.
-      keep: checkpoints kept, newest first.
-      keep_every_steps: checkpoints of multiples of so many steps are kept for good; 0 keeps none.
-      keep_every_hours: the first checkpoint after so many hours since the last one so kept is kept
-        for good; 0 keeps none.
+      every_steps: optimizer steps between two saves, at least 1; the last step is always saved.
+      keep: checkpoints kept, newest first, at least 1.
+      keep_every_steps: checkpoints of multiples of so many steps, at least 0, are kept for good; 0
+        keeps none.
+      keep_every_hours: the first checkpoint after so many hours, at least 0, since the last one so
+        kept is kept for good; 0 keeps none.
       on_failure: what a save that fails does to the run: `stop` it, or `continue` with an error
         in the log (the last save stops it all the same).
     """
@@ -117,14 +119,15 @@ class GuardsConfig:
     """What a run does when a step goes wrong.
 
     Attributes:
-      nonfinite_limit: steps in a row that may be skipped because their loss or gradient is not
-        finite; one more ends the run.
-      roll_backs: how often a run that would so end goes back instead to the newest checkpoint
-        from before those steps, and leaves their batches out from then on.
-      spike_deviations: a loss so many standard deviations above the mean of the last
-        `SPIKE_WINDOW` steps is logged with its batch; 0 logs none.
-      step_timeout: seconds that a step, an evaluation's batch or the last save may take before
-        the process writes all stacks and ends, for the launcher to restart it; 0 waits for ever.
+      nonfinite_limit: steps in a row, at least 0, that may be skipped because their loss or
+        gradient is not finite; one more ends the run.
+      roll_backs: how often, at least 0 times, a run that would so end goes back instead to the
+        newest checkpoint from before those steps, and leaves their batches out from then on.
+      spike_deviations: a loss so many standard deviations, at least 0, above the mean of the last
+        50 steps is logged with its batch; 0 logs none.
+      step_timeout: seconds, at least 0, that a step, an evaluation's batch or the last save may
+        take before the process writes all stacks and ends, for the launcher to restart it; 0 waits
+        for ever.
     """
 
     nonfinite_limit: int = 10
@@ -143,19 +146,21 @@ class TrainingConfig:
     """The length of a run and what it reports.
 
     Attributes:
-      steps: optimizer steps, T.
-      batch_size: windows per optimizer step, over all devices and accumulation steps.
-      accumulation: microbatches a step is computed in; 0 takes as few as `rows_per_device` allows.
-      rows_per_device: windows of a microbatch that one device may get, where accumulation is 0.
-      loss_chunk: positions of the sequence scored by the head at once.
-      log_every: steps between two logged lines.
-      evaluate_every: steps between two evaluations; 0 evaluates at the end only.
-      evaluate_batches: batches per evaluation during training; 0 takes the whole set.
-      peak_tflops: dense peak of one device in TFLOP/s, which MFU is a share of; 0 takes the
-        published bfloat16 peak of known accelerators, and none elsewhere.
-      profile_step: the step from which on a trace of the devices is written; 0 writes one only
-        when the process receives SIGUSR1.
-      profile_steps: steps that a trace holds.
+      steps: optimizer steps, T, at least 1.
+      batch_size: windows per optimizer step, over all devices and accumulation steps, at least 1.
+      accumulation: microbatches a step is computed in, at least 0; 0 takes as few as
+        `rows_per_device` allows.
+      rows_per_device: windows of a microbatch that one device may get, where accumulation is 0;
+        at least 0, and 0 elsewhere.
+      loss_chunk: positions of the sequence scored by the head at once, at least 1.
+      log_every: steps between two logged lines, at least 1.
+      evaluate_every: steps between two evaluations, at least 0; 0 evaluates at the end only.
+      evaluate_batches: batches per evaluation during training, at least 0; 0 takes the whole set.
+      peak_tflops: dense peak of one device in TFLOP/s, at least 0, which MFU is a share of; 0 takes
+        the published bfloat16 peak of known accelerators, and none elsewhere.
+      profile_step: the step, at least 0, from which on a trace of the devices is written; 0 writes
+        one only when the process receives SIGUSR1.
+      profile_steps: steps that a trace holds, at least 1.
       wandb: project of Weights & Biases that the metrics go to beside TensorBoard; its package has
         to be installed. Empty sends none.
     """
@@ -195,9 +200,19 @@ class RunConfig:
     """Everything that defines a run; two runs with equal configs and data are equal.
 
     Attributes:
-      seed: of parameters, data order and layer dropout.
+      seed: of parameters, data order and layer dropout; any whole number.
       init_from: where the first parameters come from: a Hugging Face folder, a GGUF file or the
         folder of another run; its shape is then the model's. Empty draws them at random.
+      data: what the run reads.
+      model: shape and numerics of the decoder.
+      layer_dropout: when layers are skipped.
+      early_exit: which exits learn, and how much.
+      optimizer: AdamW and its learning rate.
+      training: the length of the run and what it reports.
+      checkpoint: when the run is saved.
+      guards: what the run does when a step goes wrong.
+      mesh: how the run is laid out on its devices.
+      compiler: how programs are compiled.
     """
 
     seed: int = 0
@@ -234,7 +249,7 @@ def default_config() -> ConfigDict:
 def as_variant(
     config: ConfigDict, variant: str, targets: Mapping[str, Mapping[str, Any]] | None = None
 ) -> ConfigDict:
-    """Applies what follows the colon in `--config=FILE:VARIANT`.
+    """Applies what follows the colon in `--config=RECIPE:VARIANT`.
 
     Every recipe takes `plain`: the same model trained without layer dropout and early exits. A
     recipe with targets takes the name of one too, and both with a hyphen: `plain-v5p`.
@@ -265,22 +280,52 @@ def as_variant(
     return config
 
 
-def load_config(argv: list[str]) -> RunConfig:
-    """Reads `--config=FILE[:VARIANT]` and its `--config.a.b=value` overrides.
+def recipe_folder() -> Path:
+    """Returns the folder of the recipes: within an installed package, or `configs/` beside it."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
-    Args:
-      argv: exactly these arguments, without the program's name.
+
+def recipe_names() -> list[str]:
+    """Returns the names that `--config=NAME` takes from any folder."""
+    return sorted(path.stem for path in recipe_folder().glob("*.py"))
+
+
+def recipe_path(recipe: str) -> Path:
+    """Returns the file of a recipe, given by its path or by the name of one in `configs/`.
 
     Raises:
-      ConfigError: no such file, a recipe that fails, an unknown key, a wrong type or value.
+      ConfigError: there is no such file and no such name; the message has the nearest of both.
     """
-    paths = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
-    if len(paths) != 1:
-        raise ConfigError("name one recipe: --config=configs/NAME.py")
-    recipe = Path(paths[0].partition(":")[0])
-    if not recipe.is_file():
-        hint = nearest(str(recipe), map(str, recipe.parent.glob("*.py")))
-        raise ConfigError(f"--config={paths[0]}: there is no such file.{hint}")
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    if recipe in recipe_names():
+        return recipe_folder() / f"{recipe}.py"
+    files = nearest(recipe, map(str, path.parent.glob("*.py")))
+    hint = files or nearest(path.stem, recipe_names())
+    raise ConfigError(
+        f"--config={recipe}: there is no such file and no recipe of that name.{hint} "
+        "`layerskip train --help` lists the recipes"
+    )
+
+
+def load_config(argv: list[str]) -> RunConfig:
+    """Reads `--config=RECIPE[:VARIANT]` and its `--config.a.b=value` overrides.
+
+    Args:
+      argv: exactly these arguments, without the program's name; RECIPE as `recipe_path` takes it.
+
+    Raises:
+      ConfigError: no such recipe, a recipe that fails, an unknown key, a wrong type or value.
+    """
+    given = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
+    if len(given) != 1:
+        raise ConfigError("name one recipe: --config=NAME, or --config=FILE.py for your own")
+    recipe, colon, variant = given[0].partition(":")
+    file = f"--config={recipe_path(recipe)}{colon}{variant}"
+    argv = [file if arg.startswith("--config=") else arg for arg in argv]
     known = set(_leaves(default_config()))
     for arg in argv:
         key = re.match(r"--config\.([^=]*)", arg)
@@ -295,7 +340,7 @@ def load_config(argv: list[str]) -> RunConfig:
         message, inner = error, error
         while inner := inner.__cause__ or inner.__context__:
             message = inner if isinstance(inner, ConfigError) else message
-        raise ConfigError(f"{paths[0]}: {message}") from error
+        raise ConfigError(f"{given[0]}: {message}") from error
     return RunConfig.from_dict(values.config.to_dict())
 
 
@@ -327,4 +372,7 @@ __all__ = [
     "default_config",
     "differences",
     "load_config",
+    "recipe_folder",
+    "recipe_names",
+    "recipe_path",
 ]

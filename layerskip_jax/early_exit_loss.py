@@ -52,16 +52,16 @@ class EarlyExitConfig:
       curriculum: `last` (ordinary training), `all`, `rotational` (every `interval`-th exit,
         moving down by one layer a step) or `gradual` (from the top down over the first
         `gradual_fraction` of the steps).
-      interval: R of the rotational curriculum, in layers.
-      gradual_fraction: f of the gradual curriculum.
-      scale: e_scale, the weight of the early exits against the last layer.
+      interval: R of the rotational curriculum, in layers, at least 1.
+      gradual_fraction: f of the gradual curriculum, in (0, 1].
+      scale: e_scale, the weight of the early exits against the last layer, at least 0.
       layers: the exits that may learn beside the last layer's, by the index of the layer they read
         (exit E reads layer E - 1); empty means all. For whoever knows which exits will be used.
       depth_weight: e(l), `quadratic` (LayerSkip), `uniform`, `linear`, `sqrt`, `inverse` or
         `inverse_sqrt`.
       exit_token_fraction: share of the positions that exits below the last layer are scored
         on, drawn anew every step, in (0, 1].
-      z_loss: weight of the squared log-partition in every exit's loss; 0 turns it off.
+      z_loss: weight of the squared log-partition in every exit's loss, at least 0; 0 turns it off.
     """
 
     curriculum: str = "last"

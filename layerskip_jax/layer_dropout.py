@@ -64,15 +64,18 @@ class LayerDropoutConfig:
     """When layers are skipped.
 
     Attributes:
-      p_max: the largest drop probability, reached by the last layer; 0 turns dropout off.
-      depth: schedule D(l) over the layers.
-      time: schedule S(t) over the steps.
+      p_max: the largest drop probability, reached by the last layer, in [0, 1); 0 turns dropout
+        off.
+      depth: schedule D(l) over the layers: `exp` (LayerSkip), `linear`, `uniform`, `alternating`
+        (every second layer), `log`, `sin` or `sigmoid`.
+      time: schedule S(t) over the steps: `constant`, `exp` (LayerSkip from scratch), `increasing`
+        or `decreasing`.
       residual_scale: r, `none` (1) or `inverse_keep` (1 / (1 - p) at training).
-      layers: the layer indices that may be skipped; empty means all.
+      layers: the layer indices that may be skipped, each at least 0; empty means all.
       execution: `mask` or `gather`, which draw and do the same, and `gather` saves the
         compute; or `cond`, which draws a layer for the whole batch of a step.
-      groups: equal groups of consecutive rows of the global batch that keep the same number
-        of rows. `gather` needs a multiple of (batch shards x accumulation steps). It belongs
+      groups: equal groups, at least 1, of consecutive rows of the global batch that keep the same
+        number of rows. `gather` needs a multiple of (batch shards x accumulation steps). It belongs
         to the recipe, not to the machine: the same value draws the same plans on any mesh.
     """
 

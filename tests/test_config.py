@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from layerskip_jax.cli import main
+from layerskip_jax.cli import VERBS, main
+from layerskip_jax.commands import plan
 from layerskip_jax.config import (
     ConfigError,
     RunConfig,
+    UserError,
     as_variant,
     default_config,
     differences,
     load_config,
+    recipe_names,
 )
 
 RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.py"))
@@ -92,13 +95,55 @@ def test_a_bad_override_is_refused(recipe, argument, message):
 
 
 def test_a_missing_recipe_names_the_nearest(recipe):
-    with pytest.raises(ConfigError, match="no such file. Did you mean '.*/recipe.py'"):
+    with pytest.raises(ConfigError, match="no such file .* Did you mean '.*/recipe.py'"):
         load_config([f"--config={recipe.parent / 'receipe.py'}"])
     with pytest.raises(ConfigError, match="name one recipe"):
         load_config([])
     with pytest.raises(ConfigError, match="no variant 'plane'") as raised:
         load_config([f"--config={recipe}:plane"])
     assert "Traceback" not in str(raised.value)
+
+
+def test_recipes_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names() == [path.stem for path in RECIPES]
+    by_name = load_config(["--config=llama2_7b_scratch:v5p", "--config.seed=3"])
+    path = next(path for path in RECIPES if path.stem == "llama2_7b_scratch")
+    assert by_name == load_config([f"--config={path}:v5p", "--config.seed=3"])
+    assert (by_name.mesh.topology, by_name.seed) == ("v5p:4x4x4", 3)
+
+
+def test_a_file_comes_before_the_recipe_of_its_name(tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    recipe.rename("quickstart")
+    assert load_config(["--config=quickstart"]).model.num_layers == 4
+
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("quikstart", "quickstart"),
+        ("configs/quikstart.py", "quickstart"),
+        ("recip.py", "recipe.py"),
+    ],
+)
+def test_an_unknown_recipe_names_the_nearest_and_how_to_list_them(
+    name, nearest, tmp_path, monkeypatch, recipe
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"no recipe of that name. Did you mean '{nearest}'") as e:
+        load_config([f"--config={name}:plain"])
+    assert "`layerskip train --help` lists the recipes" in str(e.value)
+
+
+def test_every_target_is_planned_from_any_folder(tmp_path, monkeypatch, capsys):
+    def planned(config, topology):
+        raise UserError(f"{topology} is planned")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "plan_step_apart", planned)
+    assert main(["plan", "--all", "--only=v5p"]) == 2
+    assert "v5p:4x4x4 is planned" in capsys.readouterr().err
 
 
 def test_a_typo_inside_a_recipe_is_named(recipe):
@@ -141,9 +186,11 @@ def test_differences_name_the_keys():
     ]
 
 
-def test_an_unknown_verb_names_the_nearest(capsys):
+def test_an_unknown_verb_names_the_nearest_and_all_verbs(capsys):
     assert main(["trian"]) == 2
-    assert "there is no verb 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "there is no verb 'trian'. Did you mean 'train'?" in error
+    assert all(f"\n  {verb} " in error for verb in VERBS)
 
 
 def test_a_bad_config_is_one_line_on_the_terminal(capsys, recipe, tmp_path):

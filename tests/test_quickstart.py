@@ -1,6 +1,10 @@
 """The whole way in one go, as the quickstart takes it, on a smaller corpus and model."""
 
+import contextlib
+import io
 import json
+import os
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -42,7 +46,7 @@ def get_config(variant=""):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """The folder of a quickstart, and the command that made it."""
+    """The folder of a quickstart, and the command that made it; beside it, what it printed."""
     top = tmp_path_factory.mktemp("quickstart")
     recipe = top / "recipe.py"
     recipe.write_text(RECIPE)
@@ -57,7 +61,10 @@ def quickstart(tmp_path_factory):
         "--steps=80",
         "--plain-steps=5",
     ]
-    assert main(command) == 0
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(command) == 0
+    (top / "printed.txt").write_text(printed.getvalue())
     return top / "run", command
 
 
@@ -173,3 +180,30 @@ def test_streamed_text_never_holds_half_a_character(quickstart):
     pieces = list(replay.stream("x", 24))
     assert all("\ufffd" not in piece.text for piece in pieces)
     assert "".join(piece.text for piece in pieces if not piece.is_draft) == "naïve – 日本語 😀"
+
+
+@pytest.mark.slow
+def test_the_commands_it_ends_with_run_as_they_are_pasted(quickstart):
+    top, _ = quickstart
+    printed = (top.parent / "printed.txt").read_text().partition("Go on with:\n\n# ")[2]
+    generate, report, train = (block.partition("\n") for block in printed.split("\n\n# "))
+    assert "browser" in report[0]
+    assert train[0].startswith("train on your own text")
+    # Pasted where the tests stand, by a user for whom jax and the browser are not set.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment["BROWSER"] = "echo opened %s"
+    said = {}
+    for name, (_, _, command), more in (
+        ("generate", generate, ""),
+        ("report", report, ""),
+        ("train", train, " --config.training.steps=2"),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", command.rstrip() + more], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "TPU" not in done.stderr
+        said[name] = done.stdout
+    assert said["generate"].startswith("def main(")
+    assert f"opened {(top / 'model' / 'report.html').as_uri()}" in said["report"]
+    assert (top / "my-model" / "config.json").is_file()

@@ -1,8 +1,11 @@
 """What the verbs share in reading their command lines."""
 
 import argparse
+import textwrap
 from pathlib import Path
 
+from layerskip_jax.config import recipe_names
+from layerskip_jax.settings import setting_groups
 from layerskip_jax.storage import require_local
 
 
@@ -44,6 +47,7 @@ def split_config_arguments(
       A parser for the verb's own arguments, the config arguments as `--name=value`, the rest.
     """
     parser = make_parser(verb, description)
+    parser.epilog = _config_help()
     config, rest = [], []
     arguments = iter(argv)
     for argument in arguments:
@@ -52,3 +56,20 @@ def split_config_arguments(
             argument = f"{argument}={next(arguments, '')}"
         (config if is_config else rest).append(argument)
     return parser, config, rest
+
+
+def _config_help() -> str:
+    """Returns what a verb's help says of `--config`: the recipes, and the groups of settings."""
+    wrap = textwrap.TextWrapper(78, initial_indent="  ", subsequent_indent="  ")
+    groups = [group for group in setting_groups() if group.name]
+    width = max(len(group.name) for group in groups)
+    return "\n".join(
+        [
+            "recipes, by name from any folder (your own by its path, --config=FILE.py):",
+            wrap.fill(", ".join(recipe_names())),
+            "",
+            "settings, each --config.GROUP.NAME=VALUE; `layerskip settings [GROUP|WORD]` prints",
+            "them with default, range and meaning:",
+            *(f"  {group.name:<{width}}  {group.summary}" for group in groups),
+        ]
+    )

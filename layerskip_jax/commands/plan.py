@@ -1,6 +1,6 @@
 """layerskip plan: memory, traffic and time of a training step on devices that are not here.
 
-usage: layerskip plan --config=configs/NAME.py[:VARIANT] [--topology=v5p:4x4x8] [--slices=2]
+usage: layerskip plan --config=RECIPE[:VARIANT] [--topology=v5p:4x4x8] [--slices=2]
                       [--config.a.b=value ...] [--search[=TRIES]]
        layerskip plan --all [--only=v5e] [--json=FILE]
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layerskip_jax.commands.arguments import split_config_arguments
-from layerskip_jax.config import RunConfig, load_config
+from layerskip_jax.config import RunConfig, load_config, recipe_folder
 from layerskip_jax.parallel.chips import GIB
 from layerskip_jax.parallel.compiler import compiler_table
 from layerskip_jax.parallel.mesh import AXES
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="every target of every recipe")
     parser.add_argument("--only", default="", help="with --all: targets whose name has this in it")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="with --all: where")
+    parser.add_argument("--configs", type=Path, default=recipe_folder(), help="with --all: where")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     # Nothing runs here, and on a TPU machine the TPU is left to whoever uses it.
@@ -87,7 +87,7 @@ def _read(config_arguments: list[str], options: argparse.Namespace) -> tuple[Run
     if not name:
         raise ConfigError(
             "no devices are named: add --topology=v5p:4x4x8, or a recipe's target, as in "
-            "--config=configs/llama2_7b_scratch.py:v5p"
+            "--config=llama2_7b_scratch:v5p"
         )
     if config.model.vocab_size == 0:
         raise ConfigError(

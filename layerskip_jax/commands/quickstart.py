@@ -7,7 +7,10 @@ evaluates every exit, measures self-speculative decoding, exports, reports. Each
 
 import argparse
 import json
+import os
 import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +35,7 @@ def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = argparse.ArgumentParser(prog="layerskip quickstart", description=__doc__)
     parser.add_argument("--workdir", type=local_path, required=True, help="folder for everything")
-    parser.add_argument("--config", default="configs/quickstart.py", help="recipe to train")
+    parser.add_argument("--config", default="quickstart", help="recipe to train")
     parser.add_argument("--plain-steps", type=int, default=PLAIN_STEPS)
     parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
     parser.add_argument("--vocab-size", type=int, default=2048)
@@ -77,6 +80,7 @@ def main(argv: list[str]) -> int:
         "--draft=best",
     )
     _print_summary(folder, exported, time.monotonic() - start)
+    _print_next_steps(options)
     return 0
 
 
@@ -146,3 +150,45 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_next_steps(options: argparse.Namespace) -> None:
+    """Prints three commands to go on with, as they can be pasted where the user stands."""
+    layerskip, top = _layerskip(), options.workdir
+    model, data, run = (_shortest(top / name) for name in ("model", "my-data", "my-model"))
+    generate = ["generate", f"--workdir={model}", "--prompt=def main(", "--draft=best", "--stream"]
+    prepare = [
+        "prepare",
+        f"--source={options.source}",
+        f"--output={data}",
+        f"--vocab-size={options.vocab_size}",
+        f"--sequence-length={options.sequence_length}",
+        f"--validation-fraction={options.validation_fraction}",
+    ]
+    train = ["train", f"--config={options.config}", f"--workdir={run}"]
+    steps = {
+        "write some code with it": [generate],
+        "see the report in a browser": [["report", f"--workdir={model}", "--open"]],
+        f"train on your own text (put a folder of it for {options.source})": [
+            prepare,
+            [*train, f"--config.data.path={data}"],
+        ],
+    }
+    print("\nGo on with:")
+    for purpose, commands in steps.items():
+        lines = [shlex.join([*layerskip, *command]) for command in commands]
+        print(f"\n# {purpose}\n" + " && \\\n  ".join(lines))
+
+
+def _layerskip() -> list[str]:
+    """Returns how the user can call this very installation, from where they stand."""
+    script = Path(sys.executable).with_name("layerskip")
+    if not script.is_file():
+        return [_shortest(sys.executable), "-m", "layerskip_jax"]
+    on_path = shutil.which("layerskip")
+    return ["layerskip"] if on_path and script.samefile(on_path) else [_shortest(script)]
+
+
+def _shortest(path: str | Path) -> str:
+    """Returns the path from here or from the root, whichever is shorter."""
+    return min(os.path.relpath(path), os.path.abspath(path), key=len)

@@ -1,7 +1,10 @@
 """layerskip report: one self-contained HTML page of a run, or a single figure of it."""
 
+import webbrowser
+
 from layerskip_jax.commands.arguments import make_parser
 from layerskip_jax.report.page import FIGURES, save_figure, write_report
+from layerskip_jax.storage import require_local
 
 
 def main(argv: list[str]) -> int:
@@ -15,7 +18,10 @@ def main(argv: list[str]) -> int:
         metavar="NAME",
         help=f"write only this figure to --output=FILE.svg or .png: {', '.join(FIGURES)}",
     )
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
     options = parser.parse_args(argv)
+    if options.open:
+        require_local(options.output or options.workdir, "what a browser opens")
     if options.figure is None:
         path = write_report(options.workdir, options.output)
     else:
@@ -23,4 +29,8 @@ def main(argv: list[str]) -> int:
             options.workdir, options.figure, options.output or f"{options.figure}.svg"
         )
     print(f"{path}  {len(path.read_bytes()) / 1e6:.2f} MB")
+    if options.open:
+        address = path.resolve().as_uri()
+        if not webbrowser.open(address):
+            print(f"no browser was found here; open {address} in one")
     return 0

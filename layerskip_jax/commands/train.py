@@ -1,6 +1,6 @@
 """layerskip train: pretrain a model, or go on where a run was stopped.
 
-usage: layerskip train --workdir=RUN --config=configs/NAME.py [--config.a.b=value ...]
+usage: layerskip train --workdir=RUN --config=RECIPE[:VARIANT] [--config.a.b=value ...]
 
 The same command goes on from the newest checkpoint in RUN, with the batches the run would
 have seen. It exits with 75 when a signal stopped it before the last step.

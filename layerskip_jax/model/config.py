@@ -19,10 +19,12 @@ class RopeScaling:
     Attributes:
       kind: `none`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1: long wavelengths
         divided by `factor`, short ones left alone, those between interpolated).
-      factor: how much longer the context becomes.
-      low_freq_factor: `llama3` divides wavelengths above `original_length` over this.
-      high_freq_factor: `llama3` leaves wavelengths below `original_length` over this alone.
-      original_length: the context before, in tokens.
+      factor: how much longer the context becomes, at least 1.
+      low_freq_factor: `llama3` divides wavelengths above `original_length` over this, which is
+        above 0 and below `high_freq_factor`.
+      high_freq_factor: `llama3` leaves wavelengths below `original_length` over this alone; above
+        `low_freq_factor`.
+      original_length: the context before, in tokens, at least 1.
     """
 
     kind: str = "none"
@@ -50,22 +52,23 @@ class ModelConfig:
     """A decoder of the Llama family.
 
     Attributes:
-      vocab_size: V; 0 takes it from the prepared data's tokenizer.
-      vocab_multiple: embedding and head have V rounded up to a multiple of this, so that devices
-        can share them. What is added is never a target, never drawn, and never exported.
-      num_layers: L.
-      model_dim: D, the width of the residual stream.
-      ffn_dim: F, the hidden width of the SwiGLU MLP.
-      num_heads: H, query heads.
-      num_kv_heads: K, key/value heads; H must be a multiple of it (grouped-query attention).
-      head_dim: h; 0 means D / H.
-      max_sequence_length: longest context the model is meant for, in tokens.
-      rope_theta: base of the rotary position embedding.
+      vocab_size: V, at least 0; 0 takes it from the prepared data's tokenizer.
+      vocab_multiple: embedding and head have V rounded up to a multiple of this, at least 1, so
+        that devices can share them. What is added is never a target, drawn or exported.
+      num_layers: L, at least 1.
+      model_dim: D, the width of the residual stream, at least 1.
+      ffn_dim: F, the hidden width of the SwiGLU MLP, at least 1.
+      num_heads: H, query heads, at least 1.
+      num_kv_heads: K, key/value heads, at least 1; H must be a multiple of it (grouped-query
+        attention).
+      head_dim: h, the width of a head, even and at least 0; 0 means D / H.
+      max_sequence_length: longest context the model is meant for, in tokens, at least 1.
+      rope_theta: base of the rotary position embedding, above 1.
       rope_scaling: how its frequencies are stretched.
       qkv_bias: whether queries, keys and values have biases, as in Qwen2.
-      norm_eps: epsilon of RMSNorm.
+      norm_eps: epsilon of RMSNorm, above 0.
       tie_embeddings: whether the head is the transposed embedding.
-      dtype: dtype of activations and matrix products; parameters stay float32.
+      dtype: `float32` or `bfloat16`, of activations and matrix products; parameters stay float32.
       remat: what the backward pass computes again: `none`; `dots` (all but the matrix products);
         `save_attention` (everything inside a block but attention, which the kernel `splash` then
         does not run again); `full` (everything inside a block); or `offload` (the same, and what

@@ -23,11 +23,14 @@ class MeshShape:
     """Devices along each mesh axis; one of them may be -1, for all that are left.
 
     Attributes:
-      data: copies of the parameters within a slice, each with its rows of the batch.
-      fsdp: parts of the parameters and of the optimizer's state, each with its rows.
-      tensor: parts of each layer's heads and hidden units, and of the vocabulary.
-      context: parts of each sequence.
-      slice: TPU slices, or groups of GPUs with a faster network inside; each has all parameters.
+      data: copies of the parameters within a slice, each with its rows of the batch; -1 or at
+        least 1.
+      fsdp: parts of the parameters and of the optimizer's state, each with its rows; -1 or at
+        least 1.
+      tensor: parts of each layer's heads and hidden units, and of the vocabulary; -1 or at least 1.
+      context: parts of each sequence; -1 or at least 1.
+      slice: TPU slices, or groups of GPUs with a faster network inside, each of which has all
+        parameters; -1 or at least 1.
     """
 
     data: int = -1

@@ -20,6 +20,8 @@ BATCH = "batch"
 class ShardingRules:
     """The mesh axes that each logical axis is split over; () keeps it whole.
 
+    An axis is one of `slice`, `data`, `fsdp`, `context` and `tensor`.
+
     Attributes:
       batch: rows of the batch.
       sequence: positions, inside attention and MLP.

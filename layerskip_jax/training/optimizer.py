@@ -16,17 +16,18 @@ class OptimizerConfig:
     """AdamW and its learning rate.
 
     Attributes:
-      learning_rate: the peak.
+      learning_rate: the peak, above 0.
       schedule: `cosine` (to `final_fraction` of the peak), `wsd` (warm up, stay, then decay
         linearly over the last `decay_fraction` of the steps) or `constant`.
-      warmup_steps: optimizer steps of linear warm-up from 0.
-      decay_fraction: share of the steps that `wsd` decays over.
-      final_fraction: the last learning rate as a share of the peak.
-      beta1: decay of the first moment.
-      beta2: decay of the second moment.
-      eps: AdamW epsilon.
-      weight_decay: decoupled decay of matrices and embeddings; norms and biases are left alone.
-      clip_norm: largest global gradient norm; 0 turns clipping off.
+      warmup_steps: optimizer steps of linear warm-up from 0, at least 0.
+      decay_fraction: share of the steps that `wsd` decays over, in [0, 1].
+      final_fraction: the last learning rate as a share of the peak, in [0, 1].
+      beta1: decay of the first moment, in [0, 1].
+      beta2: decay of the second moment, in [0, 1].
+      eps: AdamW epsilon, above 0.
+      weight_decay: decoupled decay of matrices and embeddings, at least 0; norms and biases are
+        left alone.
+      clip_norm: largest global gradient norm, at least 0; 0 turns clipping off.
     """
 
     learning_rate: float = 3e-4
