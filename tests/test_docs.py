@@ -42,7 +42,7 @@ TINY_MODEL = [
     "--config.model.num_kv_heads=2",
 ]
 TINY = {
-    "prepare": ["--vocab-size=512", "--sequence-length=64", "--validation-fraction=0.3"],
+    "prepare": ["--vocab-size=512", "--validation-fraction=0.3"],
     "train": [
         "--config.training.steps=4",
         "--config.training.batch_size=8",
@@ -433,6 +433,8 @@ class Scratch:
         added = list(TINY[verb])
         if verb == "train" and not any(word.startswith("--config.init_from") for word in rest):
             added += TINY_MODEL
+        if verb == "prepare" and any(word.startswith("--tokenizer") for word in rest):
+            added += ["--sequence-length=64"]  # the small model's context is shorter than SmolLM2's
         if verb == "sweep" and "--draft-vocabulary=64" in rest:
             added += ["--exits=1", "--drafts=1"]
         if verb == "plan" and "--all" in rest:
