@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,11 +104,18 @@ def shell_blocks(page: Path) -> list[Block]:
     return [block for block in blocks(page) if block.language == "sh"]
 
 
+def unmarked(page: Path) -> list[list[str]]:
+    """Returns the commands of a page that are run."""
+    return [w for block in shell_blocks(page) if not block.mark for w in block.commands()]
+
+
 def prose(page: Path) -> str:
     return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY))
+)
 
 
 def test_the_readme_is_short():
@@ -184,9 +192,8 @@ def test_an_unmarked_block_has_only_commands_that_are_run(page):
             known = words[0] == "make" or words[:2] == ["python", "launch/local.py"]
             known |= words[0] == "layerskip" and words[1] in TINY
             assert known, f"{block}: no test runs {shlex.join(words)}; run it or say what it needs"
-    if any(b.language == "python" and not b.mark for b in blocks(page)):
-        elsewhere = PYTHON_ELSEWHERE.get(page.name)
-        assert elsewhere is None or page.name in (REPOSITORY / elsewhere).read_text()
+    if page.name in PYTHON_ELSEWHERE:
+        assert page.name in (REPOSITORY / PYTHON_ELSEWHERE[page.name]).read_text()
 
 
 @pytest.mark.parametrize(
@@ -372,16 +379,17 @@ class Scratch:
         self.folder = folder
         patch.chdir(folder)
 
-    def run_page(self, page: Path, done: tuple[list[str], ...] = ()) -> list[list[str]]:
-        """Runs a page's commands and its Python, and returns the former.
+    def run_page(self, page: Path, done: Sequence[list[str]] = ()) -> None:
+        """Runs a page's commands and its Python.
 
         Args:
           page: the page.
           done: commands whose results are here already; they are run again if the page makes
             anything anew before them.
         """
-        commands = [w for b in shell_blocks(page) if not b.mark for w in b.commands()]
-        removed = [words for words in commands if words not in done and self._remove_result(words)]
+        removed = [
+            words for words in unmarked(page) if words not in done and self._remove_result(words)
+        ]
         names: dict = {}
         for block in blocks(page):
             if block.mark:
@@ -391,7 +399,6 @@ class Scratch:
             for words in block.commands() if block.language == "sh" else ():
                 if words[0] != "make" and (removed or words not in done):
                     self._run([replaced(word) for word in words], str(block))
-        return commands
 
     def _remove_result(self, words: list[str]) -> bool:
         """Takes away the folder that this command makes, if there is one."""
@@ -443,25 +450,28 @@ class Scratch:
 
 
 @pytest.fixture(scope="module")
-def after_readme(tmp_path_factory):
-    """The folder in which the commands of the README were run, and these commands."""
-    folder = tmp_path_factory.mktemp("docs") / "readme"
-    library = Path(sysconfig.get_path("stdlib"))
-    shutil.copytree(library / "email", folder / "texts", ignore=shutil.ignore_patterns("mime"))
-    (folder / "logs").mkdir()
-    lines = [{"text": file.read_text()} for file in sorted((library / "json").glob("*.py"))]
-    (folder / "logs" / "some.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    shutil.copy(library / "textwrap.py", folder / "some.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        commands = Scratch(folder, patch).run_page(README)
-    return folder, tuple(commands)
+def after_readme(made_once):
+    """The folder in which the commands of the README were run."""
+
+    def make(folder):
+        library = Path(sysconfig.get_path("stdlib"))
+        ignored = shutil.ignore_patterns("mime", "__pycache__")
+        shutil.copytree(library / "email", folder / "texts", ignore=ignored)
+        (folder / "logs").mkdir()
+        lines = [{"text": file.read_text()} for file in sorted((library / "json").glob("*.py"))]
+        (folder / "logs" / "some.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        shutil.copy(library / "textwrap.py", folder / "some.txt")
+        with pytest.MonkeyPatch.context() as patch:
+            Scratch(folder, patch).run_page(README)
+
+    return made_once("after_readme", make)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+@each_page
 def test_the_commands_of_a_page_work(page, after_readme, tmp_path, monkeypatch):
-    made, done = after_readme
-    if not any(b.language in ("sh", "python") and not b.mark for b in blocks(page)):
-        return  # the README's, which made the folder, are of use to the other pages
-    folder = shutil.copytree(made, tmp_path / "page")
-    Scratch(folder, monkeypatch).run_page(page, done)
+    runs = any(block.language in ("sh", "python") and not block.mark for block in blocks(page))
+    if page == README or not runs:
+        return
+    folder = shutil.copytree(after_readme, tmp_path / "page")
+    Scratch(folder, monkeypatch).run_page(page, done=unmarked(README))
