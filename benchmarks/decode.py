@@ -39,7 +39,7 @@ BATCH_1_PROMPTS = 4
 
 
 def speedup_formula(acceptance: float, exit_share: float, head_share: float, length: int) -> float:
-    """Returns METHOD 4's speed-up where reading the weights is all the cost.
+    """Returns the speed-up where reading weights is all the cost (docs/method.md, section 4).
 
     Args:
       acceptance: a, of each draft.

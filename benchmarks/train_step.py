@@ -98,9 +98,9 @@ def exits(curriculum: str, **changes) -> dict:
     return {"early_exit": EarlyExitConfig(curriculum, **changes)}
 
 
-# Don't Drop Dropout (METHOD 1), with a mean probability of .15.
+# Don't Drop Dropout (docs/method.md, section 1), with a mean probability of .15.
 DONT_DROP = dropout(0.6, "gather", time="decreasing", residual_scale="inverse_keep")
-# LayerSkip's continual pretraining (METHOD 3): p_max .1 exp over depth, rotational 8.
+# LayerSkip's continual pretraining (docs/method.md, section 3): p_max .1, rotational 8.
 LAYERSKIP = dropout(0.1, "gather", "exp") | exits("rotational", interval=8)
 QUARTER = dropout(0.1, "gather", "exp") | exits("rotational", interval=8, exit_token_fraction=0.25)
 

@@ -98,7 +98,7 @@ def start(
 
 
 def promised_tokens(arm: Arm, acceptance: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns the tokens expected of a cycle: the sum of a^i over i = 0..G (METHOD 4)."""
+    """Returns the tokens expected of a cycle: sum of a^i, i = 0..G (docs/method.md, section 4)."""
     return sum(acceptance**i for i in range(arm.draft_length + 1)) + jnp.zeros(())
 
 

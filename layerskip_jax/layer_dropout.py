@@ -125,7 +125,7 @@ class KeepPlan(NamedTuple):
 
 
 def depth_schedule(name: str, num_layers: int) -> Float[Array, "L"]:
-    """Returns D(l) for every layer (METHOD: LayerSkip section 4.1, Don't Drop Dropout)."""
+    """Returns D(l) for every layer (docs/method.md, section 1)."""
     if num_layers == 1:
         return jnp.ones(1)
     layers = jnp.arange(num_layers, dtype=jnp.float32)

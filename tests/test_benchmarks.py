@@ -243,7 +243,7 @@ def test_a_misspelt_variant_of_the_ablation_is_refused(capsys):
 def test_the_formula_of_the_speed_up_by_hand():
     # a = .8, G = 4: 3.3616 tokens for 5 drafts of a quarter each and three quarters of a pass
     assert decode.speedup_formula(0.8, 0.25, 0.0, 4) == pytest.approx(3.3616 / 2)
-    # METHOD 4: the head at 21% of the weights, E = 4 of 16, a = .8
+    # docs/method.md, section 4: the head at 21% of the weights, E = 4 of 16, a = .8
     best = max(decode.speedup_formula(0.8, 0.25, 0.21, length) for length in range(1, 9))
     assert best == pytest.approx(1.34, abs=0.005)
     assert decode.speedup_formula(1.0, 0.5, 0.0, 1) == pytest.approx(2 / 1.5)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,40 @@ def test_overrides_of_every_type(recipe):
         ("--config.training.steps=-5", "config.training.steps=-5 must be at least 1"),
         ("--config.mesh.rules.embed=('fdsp',)", "'fdsp' is no mesh axis"),
         ("--config.early_exit.curriculum=rotate", "Did you mean 'rotational'"),
+        (
+            "--config.mesh.shape.fsdp=-1",  # beside the default data=-1
+            r"config.mesh.shape.data=-1 and fsdp=-1 .* set --config.mesh.shape.data=1$",
+        ),
+        ("--config.model.rope_scaling.factor=0.5", r"^config.model.rope_scaling.factor=0.5 must"),
     ],
 )
 def test_a_bad_override_is_refused(recipe, argument, message):
     with pytest.raises(ConfigError, match=message):
         load_config([f"--config={recipe}", argument])
+
+
+@pytest.mark.parametrize("value", [-1, -7, 0.5, "nonsense", ("nonsense",), (-1.0,)], ids=str)
+def test_every_refusal_names_the_setting(value):
+    """Whatever a dataclass refuses, its message begins with the whole name of a setting."""
+    names, refused = _settings(RunConfig().to_dict()), 0
+    for name in names:
+        values = value
+        for key in reversed(name.split(".")):
+            values = {key: values}
+        try:
+            RunConfig.from_dict(values)
+        except ConfigError as error:
+            named = re.match(r"config\.([a-z0-9_.]+)", str(error))
+            assert named and named[1].rstrip(".") in names, f"{name}={value!r}: {error}"
+            refused += 1
+    assert refused >= 5
+
+
+def _settings(values, prefix=""):
+    names = []
+    for key, value in values.items():
+        names += _settings(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return names
 
 
 def test_a_missing_recipe_names_the_nearest(recipe):

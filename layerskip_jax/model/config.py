@@ -34,16 +34,19 @@ class RopeScaling:
     original_length: int = 8192
 
     def __post_init__(self):
-        require_choice("rope_scaling.kind", self.kind, ROPE_SCALINGS)
-        require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1")
+        require_choice("kind", self.kind, ROPE_SCALINGS)
+        require(
+            self.factor >= 1,
+            f"factor={self.factor} must be at least 1: it stretches the rotary frequencies",
+        )
         require(
             0 < self.low_freq_factor < self.high_freq_factor,
-            f"rope_scaling.low_freq_factor={self.low_freq_factor} must be above 0 and below "
+            f"low_freq_factor={self.low_freq_factor} must be above 0 and below "
             f"high_freq_factor={self.high_freq_factor}",
         )
         require(
             self.original_length >= 1,
-            f"rope_scaling.original_length={self.original_length} must be at least 1",
+            f"original_length={self.original_length} must be at least 1",
         )
 
 

@@ -43,8 +43,13 @@ class MeshShape:
         for axis in AXES:
             size = getattr(self, axis)
             require(size == -1 or size >= 1, f"{axis}={size} must be -1 or at least 1")
-        sizes = [getattr(self, axis) for axis in AXES]
-        require(sizes.count(-1) <= 1, f"only one of {AXES} may be -1, not {tuple(sizes)}")
+        first, *others = [axis for axis in AXES if getattr(self, axis) == -1] or [None]
+        require(
+            not others,
+            f"{first}=-1 and {' and '.join(f'{axis}=-1' for axis in others)} exclude each other: "
+            "-1 stands for all devices that are left, so one axis at most may have it; set "
+            + " ".join(f"--config.mesh.shape.{axis}=1" for axis in (first, *others[:-1])),
+        )
 
     def resolve(self, num_devices: int) -> tuple[int, ...]:
         """Returns the sizes of `AXES` for this many devices.

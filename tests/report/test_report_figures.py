@@ -36,7 +36,7 @@ def test_exit_shares_and_weights_over_the_whole_run():
     np.testing.assert_allclose(share, [0.25] * 7 + [1], rtol=1e-6)
     assert weights.sum() == pytest.approx(1)
     assert weights[0] == 0
-    # All four exits of a small model, e_scale 0.2: METHOD's check values.
+    # All four exits of a small model, e_scale 0.2 (docs/method.md, section 2).
     config = small_config(layers=4, curriculum="all")
     share, weights = schedule_figures.exit_means(config)
     np.testing.assert_allclose(share, 1)
