@@ -13,6 +13,55 @@ from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch
 
 SEQUENCE = 12
+# Of a run of 12 steps with a save every fifth, which many tests stop, damage or go on with.
+RUN_RECIPE = """
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.num_layers = 4
+    config.model.model_dim = 32
+    config.model.ffn_dim = 48
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.max_sequence_length = 64
+    config.model.dtype = "float32"
+    config.layer_dropout.p_max = 0.4
+    config.layer_dropout.time = "exp"
+    config.layer_dropout.groups = 8
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 2
+    config.optimizer.learning_rate = 3e-3
+    config.training.steps = 12
+    config.training.batch_size = 24
+    config.training.log_every = 1
+    config.checkpoint.every_steps = 5
+    return as_variant(config, variant)
+"""
+QUICKSTART_RECIPE = """
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.num_layers = 4
+    config.model.model_dim = 48
+    config.model.ffn_dim = 96
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.max_sequence_length = 256
+    config.model.dtype = "float32"
+    config.layer_dropout.p_max = 0.2
+    config.layer_dropout.groups = 8
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 2
+    config.optimizer.learning_rate = 1e-2
+    config.training.batch_size = 8
+    config.training.evaluate_every = 40
+    config.training.evaluate_batches = 2
+    return as_variant(config, variant)
+"""
 
 
 def small_model(**changes) -> ModelConfig:

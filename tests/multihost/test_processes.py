@@ -14,7 +14,7 @@ import pytest
 
 from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE, VARIABLES
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
-from tests.training.test_train import RECIPE, REPOSITORY
+from tests.training.test_train import REPOSITORY
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 900  # ends what hangs; other tests may load the machine
@@ -30,11 +30,10 @@ SAME = ("step", "layers_run", "tokens", "batches")
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory, prepared):
+def train(arguments):
     """The arguments of a run of 12 steps, but its folder and mesh."""
-    recipe = tmp_path_factory.mktemp("recipe") / "small.py"
-    recipe.write_text(RECIPE)
-    return ["train", f"--config={recipe}", f"--config.data.path={prepared}", *SETTINGS]
+    recipe, data, _ = arguments
+    return ["train", recipe, data, *SETTINGS]
 
 
 def launch(processes, devices, arguments, *options):

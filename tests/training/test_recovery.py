@@ -29,23 +29,9 @@ from layerskip_jax.training.guards import Guards
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch, StepMetrics
 from tests.helpers import SEQUENCE, random_batch, run_steps, small_run, with_training
-from tests.training.test_train import RECIPE, REPOSITORY, _command
+from tests.training.test_train import REPOSITORY, _command
 
 KILLS = int(os.environ.get("LAYERSKIP_TEST_KILLS", "10"))
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory, prepared):
-    recipe = tmp_path_factory.mktemp("recipe") / "small.py"
-    recipe.write_text(RECIPE)
-    return [f"--config={recipe}", f"--config.data.path={prepared}", "--config.mesh.shape.data=8"]
-
-
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(["train", f"--workdir={workdir}", *arguments]) == 0
-    return workdir
 
 
 def state_checksums(workdir, step=12):
