@@ -1,6 +1,7 @@
 """Small models, configs and batches that several tests share."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -13,6 +14,9 @@ from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch
 
 SEQUENCE = 12
+# What tests that read compiled programs compile with; others run with the little effort that
+# conftest.py sets.
+REAL_EFFORT = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 # Of a run of 12 steps with a save every fifth, which many tests stop, damage or go on with.
 RUN_RECIPE = """
 from layerskip_jax.config import as_variant, default_config
@@ -112,13 +116,20 @@ def random_batch(seed: int, rows: int = 16, vocab: int = 64, length: int = SEQUE
     )
 
 
+@functools.lru_cache(maxsize=4)
+def _compiled(config: RunConfig, devices: int):
+    """Several tests in turn begin with the same run."""
+    setup: TrainSetup = make_setup(config, jax.devices()[:devices])
+    with jax.set_mesh(setup.mesh):
+        return setup, setup.compile_step(SEQUENCE)
+
+
 def run_steps(config: RunConfig, steps: int, devices: int = 1, batch=random_batch):
     """Trains on random batches and returns the setup, the last state and all metrics."""
-    setup: TrainSetup = make_setup(config, jax.devices()[:devices])
+    setup, step = _compiled(config, devices)
     history = []
     with jax.set_mesh(setup.mesh):
         state = setup.init()
-        step = setup.compile_step(SEQUENCE)
         for index in range(steps):
             rows = batch(index, rows=config.training.batch_size)
             rows = Batch(*(array[setup.placement.rows] for array in rows))

@@ -20,7 +20,6 @@ from layerskip_jax.training.guards import RollBack
 from layerskip_jax.training.workdir import opened_workdir
 from tests.stores import gs_store, s3_store
 
-pytestmark = pytest.mark.slow
 train_module = sys.modules["layerskip_jax.training.train"]
 
 
@@ -96,6 +95,7 @@ def test_the_folder_on_the_store_holds_what_one_on_a_disk_holds(finished, resume
         assert json.load(file)["step"] == 12
 
 
+@pytest.mark.slow
 def test_the_verbs_read_the_run_and_write_beside_it(finished, resumed, tmp_path, capsys):
     figures = {}
     for name, workdir in (("store", resumed), ("disk", finished)):
@@ -132,6 +132,7 @@ def test_the_verbs_read_the_run_and_write_beside_it(finished, resumed, tmp_path,
     assert "<title>resumed" in page and f"--workdir={resumed}" in page
 
 
+@pytest.mark.slow
 def test_a_run_on_the_store_starts_another_and_lends_its_tokenizer(
     resumed, store, arguments, tmp_path, prepared, capsys
 ):
@@ -172,6 +173,7 @@ def test_a_bucket_that_is_not_there_is_named(store, arguments, capsys):
 
 
 # Reads that orbax leaves under way when one of them fails end after its event loop.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_moved_aside_whole(finished, store, arguments, caplog):
     workdir = f"{store}/damaged"
@@ -232,6 +234,7 @@ def test_on_google_cloud_storage_a_stopped_run_goes_on_as_well(finished, argumen
         jax.tree.map(np.testing.assert_array_equal, ours.parameters, theirs.parameters)
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_device_arrives(store, arguments):
     flags = ["--config.training.steps=3", "--config.training.profile_step=2"]
     assert main(["train", f"--workdir={store}/traced", *arguments, *flags]) == 0

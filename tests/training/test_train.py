@@ -142,7 +142,6 @@ def test_the_same_command_again_does_nothing(finished, arguments, tmp_path):
     [(signal.SIGTERM, "step 6/12"), (signal.SIGKILL, "step 10/12  saving")],
     ids=["SIGTERM", "SIGKILL-in-a-save"],
 )
-@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_very_same_parameters(
     finished, arguments, prepared, tmp_path, number, at
 ):
@@ -251,7 +250,6 @@ def test_a_workdir_that_cannot_be_written_is_named(arguments, capsys):
     assert "--workdir=/proc/run cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_spares_what_is_saved(arguments, tmp_path):
     """The kernel refuses to let any file grow past a limit, as a full disk would."""
     workdir = tmp_path / "run"
@@ -281,8 +279,7 @@ def test_with_a_full_disk_a_run_goes_on_where_that_is_asked_for(arguments, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+@pytest.mark.parametrize("on_failure", ["stop", pytest.param("continue", marks=pytest.mark.slow)])
 def test_a_folder_that_has_become_read_only_is_said_so(finished, arguments, tmp_path, on_failure):
     workdir = shutil.copytree(finished, tmp_path / "run")
     saved = RunFolder(workdir).checkpoints
