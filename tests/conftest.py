@@ -46,7 +46,7 @@ def pytest_sessionstart(session):
     for entry in sorted(stats, key=lambda entry: stats[entry].st_atime, reverse=True):
         room -= stats[entry].st_size
         if room < 0:
-            entry.unlink()
+            entry.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
