@@ -26,6 +26,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
@@ -69,6 +70,17 @@ def made_once(tmp_path_factory):
         return folder
 
     return made
+
+
+@pytest.fixture
+def uncached(monkeypatch):
+    """For programs of TPUs: without a TPU jax keeps them, but cannot read them back."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # of processes
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,11 @@ from layerskip_jax.parallel.topology import parse_topology, tpu_devices
 from layerskip_jax.training.plan import plan_step
 from layerskip_jax.training.setup import make_setup
 
-# The TPU's compiler leaves a file of its own open.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+pytestmark = [
+    # The TPU's compiler leaves a file of its own open.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.usefixtures("uncached"),
+]
 slow = pytest.mark.slow
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Without it the compiler splits gathers into steps that it runs beside the product they feed; one
