@@ -2,13 +2,15 @@
 
 import jax
 
+from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.training.setup import make_setup
 from tests.helpers import REAL_EFFORT, SEQUENCE, small_model, small_run
 
 
 def test_little_effort_leaves_the_optimised_program_and_its_memory_as_they_are():
     """Only the code that is generated from it differs, so losses may be tested with either."""
-    setup = make_setup(small_run(model=small_model(num_layers=2)), jax.devices()[:2])
+    config = small_run(model=small_model(num_layers=2), layer_dropout=LayerDropoutConfig())
+    setup = make_setup(config, jax.devices()[:2])
     with jax.set_mesh(setup.mesh):
         lowered = setup.lower_step(SEQUENCE)
         little, real = lowered.compile(), lowered.compile(REAL_EFFORT)
