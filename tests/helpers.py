@@ -1,6 +1,7 @@
 """Small models, configs and batches that several tests share."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -13,6 +14,58 @@ from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch
 
 SEQUENCE = 12
+# What tests that read compiled programs compile with; others run with the little effort that
+# conftest.py sets.
+REAL_EFFORT = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+# Of a run of 12 steps with a save every fifth, which many tests stop, damage or go on with.
+RUN_RECIPE = """
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.num_layers = 4
+    config.model.model_dim = 32
+    config.model.ffn_dim = 48
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.max_sequence_length = 64
+    config.model.dtype = "float32"
+    config.layer_dropout.p_max = 0.4
+    config.layer_dropout.time = "exp"
+    config.layer_dropout.groups = 8
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 2
+    config.optimizer.learning_rate = 3e-3
+    config.training.steps = 12
+    config.training.batch_size = 24
+    config.training.log_every = 1
+    config.checkpoint.every_steps = 5
+    return as_variant(config, variant)
+"""
+QUICKSTART_RECIPE = """
+from layerskip_jax.config import as_variant, default_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.model.num_layers = 4
+    config.model.model_dim = 48
+    config.model.ffn_dim = 96
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.max_sequence_length = 256
+    config.model.dtype = "float32"
+    config.layer_dropout.p_max = 0.2
+    config.layer_dropout.groups = 8
+    config.early_exit.curriculum = "rotational"
+    config.early_exit.interval = 2
+    config.optimizer.learning_rate = 1e-2
+    config.training.batch_size = 8
+    config.training.evaluate_every = 40
+    config.training.evaluate_batches = 2
+    return as_variant(config, variant)
+"""
 
 
 def small_model(**changes) -> ModelConfig:
@@ -63,13 +116,20 @@ def random_batch(seed: int, rows: int = 16, vocab: int = 64, length: int = SEQUE
     )
 
 
+@functools.lru_cache(maxsize=4)
+def _compiled(config: RunConfig, devices: int):
+    """Several tests in turn begin with the same run."""
+    setup: TrainSetup = make_setup(config, jax.devices()[:devices])
+    with jax.set_mesh(setup.mesh):
+        return setup, setup.compile_step(SEQUENCE)
+
+
 def run_steps(config: RunConfig, steps: int, devices: int = 1, batch=random_batch):
     """Trains on random batches and returns the setup, the last state and all metrics."""
-    setup: TrainSetup = make_setup(config, jax.devices()[:devices])
+    setup, step = _compiled(config, devices)
     history = []
     with jax.set_mesh(setup.mesh):
         state = setup.init()
-        step = setup.compile_step(SEQUENCE)
         for index in range(steps):
             rows = batch(index, rows=config.training.batch_size)
             rows = Batch(*(array[setup.placement.rows] for array in rows))

@@ -1,12 +1,8 @@
 """The whole way in one go, as the quickstart takes it, on a smaller corpus and model."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,54 +14,6 @@ from layerskip_jax.generator import Generator, StreamEvent
 from layerskip_jax.language_model import LanguageModel
 from layerskip_jax.runs import RunFolder, load_run
 from layerskip_jax.schema import ConfigError
-
-RECIPE = """
-from layerskip_jax.config import as_variant, default_config
-
-
-def get_config(variant=""):
-    config = default_config()
-    config.model.num_layers = 4
-    config.model.model_dim = 48
-    config.model.ffn_dim = 96
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
-    config.model.max_sequence_length = 256
-    config.model.dtype = "float32"
-    config.layer_dropout.p_max = 0.2
-    config.layer_dropout.groups = 8
-    config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 2
-    config.optimizer.learning_rate = 1e-2
-    config.training.batch_size = 8
-    config.training.evaluate_every = 40
-    config.training.evaluate_batches = 2
-    return as_variant(config, variant)
-"""
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The folder of a quickstart, and the command that made it; beside it, what it printed."""
-    top = tmp_path_factory.mktemp("quickstart")
-    recipe = top / "recipe.py"
-    recipe.write_text(RECIPE)
-    command = [
-        "quickstart",
-        f"--workdir={top / 'run'}",
-        f"--config={recipe}",
-        f"--source={Path(sysconfig.get_path('stdlib')) / 'email'}",
-        "--vocab-size=512",
-        "--sequence-length=64",
-        "--validation-fraction=0.2",
-        "--steps=80",
-        "--plain-steps=5",
-    ]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert main(command) == 0
-    (top / "printed.txt").write_text(printed.getvalue())
-    return top / "run", command
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 
 from layerskip_jax.runs import RunFolder, read_json_lines
 from tests.launch.scripts import AWKWARD, LAUNCH, REPOSITORY, Fakes, run
-from tests.training.test_train import RECIPE
 
 COMMAND = ["python3", "-m", "layerskip_jax"]
 
@@ -132,16 +131,16 @@ sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 
 
 @pytest.mark.slow
-def test_a_run_of_two_tasks_is_stopped_requeued_and_gone_on_with(slurm, tmp_path, prepared):
+def test_a_run_of_two_tasks_is_stopped_requeued_and_gone_on_with(slurm, tmp_path, arguments):
     """The real batch script and the real run; SLURM alone is played."""
-    pids, workdir, recipe = tmp_path / "srun.pid", tmp_path / "run", tmp_path / "small.py"
-    recipe.write_text(RECIPE)
+    pids, workdir = tmp_path / "srun.pid", tmp_path / "run"
+    recipe, data, _ = arguments
     (slurm.bin / "srun").write_text(SRUN.format(python=sys.executable, pids=str(pids)))
     slurm.answer("squeue", (0, "RUNNING"))
     command = ["bash", str(LAUNCH / "slurm.sbatch"), f"--python={sys.executable}", "--restarts=0"]
-    command += ["--", "train", f"--config={recipe}", f"--workdir={workdir}"]
-    command += [f"--config.data.path={prepared}", "--config.mesh.shape.fsdp=-1"]
-    command += ["--config.mesh.shape.data=1", "--config.layer_dropout.execution=mask"]
+    command += ["--", "train", recipe, data, f"--workdir={workdir}"]
+    command += ["--config.mesh.shape.fsdp=-1", "--config.mesh.shape.data=1"]
+    command += ["--config.layer_dropout.execution=mask"]
     # The service that tells the other task looks once a second, so the run has to last a while.
     command += ["--config.training.steps=300", "--config.checkpoint.every_steps=100"]
     path = f"{slurm.bin}:{os.environ['PATH']}"

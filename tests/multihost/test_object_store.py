@@ -9,15 +9,13 @@ import pytest
 from layerskip_jax.runs import open_run, read_json_lines
 from tests.multihost.test_processes import FSDP, SAME, SETTINGS, interrupt, launch, run
 from tests.stores import s3_store
-from tests.training.test_train import RECIPE
 
 pytestmark = pytest.mark.slow
 
 
-def test_processes_share_a_folder_on_a_store(tmp_path, prepared):
-    recipe = tmp_path / "small.py"
-    recipe.write_text(RECIPE)
-    train = ["train", f"--config={recipe}", f"--config.data.path={prepared}", *SETTINGS, *FSDP]
+def test_processes_share_a_folder_on_a_store(tmp_path, arguments):
+    recipe, data, _ = arguments
+    train = ["train", recipe, data, *SETTINGS, *FSDP]
     run(launch(2, 2, [*train, f"--workdir={tmp_path / 'whole'}"]))
     with s3_store() as address:
         workdir = f"{address}/run"

@@ -14,9 +14,9 @@ import pytest
 
 from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE, VARIABLES
 from layerskip_jax.runs import RunFolder, load_run, read_json_lines
-from tests.training.test_train import RECIPE, REPOSITORY
+from tests.training.test_train import REPOSITORY
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 TIMEOUT = 900  # ends what hangs; other tests may load the machine
 SETTINGS = [
     "--config.layer_dropout.execution=gather",
@@ -30,11 +30,10 @@ SAME = ("step", "layers_run", "tokens", "batches")
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory, prepared):
+def train(arguments):
     """The arguments of a run of 12 steps, but its folder and mesh."""
-    recipe = tmp_path_factory.mktemp("recipe") / "small.py"
-    recipe.write_text(RECIPE)
-    return ["train", f"--config={recipe}", f"--config.data.path={prepared}", *SETTINGS]
+    recipe, data, _ = arguments
+    return ["train", recipe, data, *SETTINGS]
 
 
 def launch(processes, devices, arguments, *options):
@@ -82,13 +81,16 @@ def checksums(workdir, step=12):
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def whole(train, made_once):
     """Twelve steps by two processes of two devices that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    run(launch(2, 2, [*train, *FSDP, f"--workdir={workdir}"]))
-    return workdir
+
+    def make(folder):
+        run(launch(2, 2, [*train, *FSDP, f"--workdir={folder / 'whole'}"]))
+
+    return made_once("processes", make) / "whole"
 
 
+@slow
 def test_two_processes_train_as_one_does(whole, train, tmp_path):
     run(launch(1, 4, [*train, *FSDP, f"--workdir={tmp_path / 'one'}"]))
     assert records(whole) == records(tmp_path / "one")
@@ -104,7 +106,7 @@ def test_two_processes_train_as_one_does(whole, train, tmp_path):
     [
         (1, 4, FSDP, 1),
         (4, 1, FSDP, 1),
-        (1, 1, FSDP, 4),
+        pytest.param(1, 1, FSDP, 4, marks=slow),
         (2, 2, ["--config.mesh.shape.fsdp=2", "--config.mesh.shape.tensor=2"], 2),
     ],
     ids=["1x4", "4x1", "1x1", "tensor"],
@@ -127,6 +129,7 @@ def test_saved_by_two_processes_and_gone_on_with_elsewhere(
     assert records(workdir) == records(whole)
 
 
+@slow
 def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(train, tmp_path):
     """The service that tells the others looks once a second, so the run has to last a while."""
     long = [*train, *FSDP, "--config.training.steps=300", "--config.checkpoint.every_steps=100"]
@@ -144,6 +147,7 @@ def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(train, tmp_pa
     assert checksums(workdir, 300) == checksums(tmp_path / "whole", 300)
 
 
+@slow
 def test_a_process_killed_takes_the_run_to_its_last_checkpoint(whole, train, tmp_path):
     workdir = tmp_path / "run"
     command = launch(2, 2, [*train, *FSDP, f"--workdir={workdir}"], "--restarts=1")
@@ -155,6 +159,7 @@ def test_a_process_killed_takes_the_run_to_its_last_checkpoint(whole, train, tmp
     assert checksums(workdir) == checksums(whole)
 
 
+@slow
 def test_four_processes_restart_when_one_is_killed(whole, train, tmp_path):
     """Four of one device each, started again by the launcher, end where two of two devices do."""
     workdir = tmp_path / "run"
@@ -176,6 +181,7 @@ def test_four_processes_restart_when_one_is_killed(whole, train, tmp_path):
     )
 
 
+@slow
 def test_a_damaged_checkpoint_is_left_by_all_processes_together(whole, train, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     folder = RunFolder(workdir)
@@ -189,6 +195,7 @@ def test_a_damaged_checkpoint_is_left_by_all_processes_together(whole, train, tm
     assert checksums(workdir) == checksums(whole)
 
 
+@slow
 def test_processes_that_disagree_say_how(train, tmp_path):
     """Two processes, started by hand with different configs."""
     workdir = tmp_path / "run"
@@ -213,6 +220,7 @@ def test_processes_that_disagree_say_how(train, tmp_path):
     assert not workdir.exists()
 
 
+@slow
 def test_bad_input_is_not_tried_again(train, tmp_path):
     done = run(
         launch(2, 2, [*train, f"--workdir={tmp_path / 'run'}", "--config.mesh.shape.fsdp=3"]), 2

@@ -45,6 +45,7 @@ def test_devices_of_several_slices_know_theirs():
     assert chip_of(devices[0]) is CHIPS["v5e"]
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
 def test_the_compiler_for_tpus_takes_every_option(name):
     device = tpu_devices(parse_topology(f"{name}:2x2" + "x1" * (CHIPS[name].dimensions == 3)))[0]

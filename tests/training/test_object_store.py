@@ -19,9 +19,7 @@ from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.guards import RollBack
 from layerskip_jax.training.workdir import opened_workdir
 from tests.stores import gs_store, s3_store
-from tests.training.test_train import RECIPE
 
-pytestmark = pytest.mark.slow
 train_module = sys.modules["layerskip_jax.training.train"]
 
 
@@ -29,21 +27,6 @@ train_module = sys.modules["layerskip_jax.training.train"]
 def store():
     with s3_store() as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory, prepared):
-    recipe = tmp_path_factory.mktemp("recipe") / "small.py"
-    recipe.write_text(RECIPE)
-    return [f"--config={recipe}", f"--config.data.path={prepared}", "--config.mesh.shape.data=8"]
-
-
-@pytest.fixture(scope="module")
-def whole(arguments, tmp_path_factory):
-    """A run on this disk that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(["train", f"--workdir={workdir}", *arguments]) == 0
-    return workdir
 
 
 def stopped_at(step, monkeypatch):
@@ -88,16 +71,16 @@ def records(workdir):
     return [[line[key] for key in keys] for line in lines]
 
 
-def test_a_stopped_run_goes_on_to_the_very_same_parameters(whole, resumed):
-    ours, theirs = load_run(resumed), load_run(whole)
+def test_a_stopped_run_goes_on_to_the_very_same_parameters(finished, resumed):
+    ours, theirs = load_run(resumed), load_run(finished)
     assert ours.step == theirs.step == 12
     jax.tree.map(np.testing.assert_array_equal, ours.parameters, theirs.parameters)
-    assert checksums(resumed) == checksums(whole)  # of the optimizer's arrays, too
-    assert records(resumed) == records(whole)
+    assert checksums(resumed) == checksums(finished)  # of the optimizer's arrays, too
+    assert records(resumed) == records(finished)
 
 
-def test_the_folder_on_the_store_holds_what_one_on_a_disk_holds(whole, resumed):
-    on_disk = {p.relative_to(whole).parts[0] for p in whole.rglob("*") if p.is_file()}
+def test_the_folder_on_the_store_holds_what_one_on_a_disk_holds(finished, resumed):
+    on_disk = {p.relative_to(finished).parts[0] for p in finished.rglob("*") if p.is_file()}
     on_store = names(resumed)
     assert {name.split("/")[0] for name in on_store} == on_disk
     steps = {name.split("/")[1] for name in on_store if name.startswith("checkpoints/")}
@@ -112,9 +95,10 @@ def test_the_folder_on_the_store_holds_what_one_on_a_disk_holds(whole, resumed):
         assert json.load(file)["step"] == 12
 
 
-def test_the_verbs_read_the_run_and_write_beside_it(whole, resumed, tmp_path, capsys):
+@pytest.mark.slow
+def test_the_verbs_read_the_run_and_write_beside_it(finished, resumed, tmp_path, capsys):
     figures = {}
-    for name, workdir in (("store", resumed), ("disk", whole)):
+    for name, workdir in (("store", resumed), ("disk", finished)):
         file = tmp_path / f"{name}.json"
         assert main(["evaluate", f"--workdir={workdir}", f"--json={file}"]) == 0
         assert main(["export", f"--workdir={workdir}", f"--output={tmp_path / name}"]) == 0
@@ -126,7 +110,7 @@ def test_the_verbs_read_the_run_and_write_beside_it(whole, resumed, tmp_path, ca
     imported = f"{resumed}-imported"
     source = [f"--source={tmp_path / 'store'}", "--dtype=float32"]
     assert main(["import", f"--workdir={imported}", *source]) == 0
-    run, exported = load_run(imported), load_run(whole)
+    run, exported = load_run(imported), load_run(finished)
     assert run.step == 0
     jax.tree.map(np.testing.assert_array_equal, run.parameters, exported.parameters)
     assert main(["import", f"--workdir={imported}", *source]) == 2
@@ -135,7 +119,7 @@ def test_the_verbs_read_the_run_and_write_beside_it(whole, resumed, tmp_path, ca
     sweep = ["--exits=1", "--drafts=1", "--prompts=2", "--prompt-tokens=4", "--new-tokens=4"]
     assert main(["sweep", f"--workdir={resumed}", *sweep]) == 0
     assert {"speculation.json", "speculation.csv", "speculation.svg"} <= set(names(resumed))
-    texts = [load(path).generate("Document", 8).texts for path in (resumed, whole)]
+    texts = [load(path).generate("Document", 8).texts for path in (resumed, finished)]
     assert texts[0] == texts[1]
     prompt = ["--prompt=Document", "--max-new-tokens=4", "--draft=best"]
     assert main(["generate", f"--workdir={resumed}", *prompt]) == 0
@@ -148,6 +132,7 @@ def test_the_verbs_read_the_run_and_write_beside_it(whole, resumed, tmp_path, ca
     assert "<title>resumed" in page and f"--workdir={resumed}" in page
 
 
+@pytest.mark.slow
 def test_a_run_on_the_store_starts_another_and_lends_its_tokenizer(
     resumed, store, arguments, tmp_path, prepared, capsys
 ):
@@ -188,8 +173,9 @@ def test_a_bucket_that_is_not_there_is_named(store, arguments, capsys):
 
 
 # Reads that orbax leaves under way when one of them fails end after its event loop.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_moved_aside_whole(whole, store, arguments, caplog):
+def test_a_damaged_checkpoint_is_moved_aside_whole(finished, store, arguments, caplog):
     workdir = f"{store}/damaged"
     command = ["train", f"--workdir={workdir}", *arguments]
     assert main(command) == 0
@@ -204,7 +190,7 @@ def test_a_damaged_checkpoint_is_moved_aside_whole(whole, store, arguments, capl
     assert "going on from the checkpoint of step 10" in caplog.text
     aside = [name.split("/", 1)[1] for name in names(f"{workdir}/checkpoints_damaged")]
     assert aside == sorted(name.removeprefix(f"{root}/") for name in objects)
-    assert checksums(workdir) == checksums(whole)
+    assert checksums(workdir) == checksums(finished)
 
 
 def test_a_checkpoint_half_saved_does_not_count(resumed, store):
@@ -234,7 +220,7 @@ def test_a_roll_back_is_on_the_store_before_the_run_ends(resumed, store):
     }  # fmt: skip
 
 
-def test_on_google_cloud_storage_a_stopped_run_goes_on_as_well(whole, arguments, monkeypatch):
+def test_on_google_cloud_storage_a_stopped_run_goes_on_as_well(finished, arguments, monkeypatch):
     with gs_store() as address:
         workdir = f"{address}/experiments/run"
         command = ["train", f"--workdir={workdir}", *arguments]
@@ -242,12 +228,13 @@ def test_on_google_cloud_storage_a_stopped_run_goes_on_as_well(whole, arguments,
             stopped_at(6, patch)
             assert main(command) == RESTART_EXIT_CODE
         assert main(command) == 0
-        assert checksums(workdir) == checksums(whole)
-        assert records(workdir) == records(whole)
-        ours, theirs = load_run(workdir), load_run(whole)
+        assert checksums(workdir) == checksums(finished)
+        assert records(workdir) == records(finished)
+        ours, theirs = load_run(workdir), load_run(finished)
         jax.tree.map(np.testing.assert_array_equal, ours.parameters, theirs.parameters)
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_device_arrives(store, arguments):
     flags = ["--config.training.steps=3", "--config.training.profile_step=2"]
     assert main(["train", f"--workdir={store}/traced", *arguments, *flags]) == 0

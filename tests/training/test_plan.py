@@ -112,6 +112,7 @@ def test_what_does_not_fit_leads_to_the_nearest_that_does():
     assert plan.fits and candidate.changes
 
 
+@pytest.mark.usefixtures("uncached")
 def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--no_such_setting=1")
     plan = plan_step_apart(_run(fsdp=4), parse_topology("v5e:2x2"), 16)

@@ -29,23 +29,9 @@ from layerskip_jax.training.guards import Guards
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch, StepMetrics
 from tests.helpers import SEQUENCE, random_batch, run_steps, small_run, with_training
-from tests.training.test_train import RECIPE, REPOSITORY, _command
+from tests.training.test_train import REPOSITORY, _command
 
-KILLS = int(os.environ.get("LAYERSKIP_TEST_KILLS", "10"))
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory, prepared):
-    recipe = tmp_path_factory.mktemp("recipe") / "small.py"
-    recipe.write_text(RECIPE)
-    return [f"--config={recipe}", f"--config.data.path={prepared}", "--config.mesh.shape.data=8"]
-
-
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(["train", f"--workdir={workdir}", *arguments]) == 0
-    return workdir
+KILLS = int(os.environ.get("LAYERSKIP_TEST_KILLS", "10"))  # of the long lane
 
 
 def state_checksums(workdir, step=12):
@@ -329,21 +315,21 @@ def test_a_hang_is_ended_with_the_stacks_in_the_log(arguments, tmp_path):
     assert re.search(r'Thread 0x.*\n(.*\n)*.*train.py", line \d+ in train', done.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("steps, kills", [(12, 2), pytest.param(60, KILLS, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
-    arguments, tmp_path_factory
+    arguments, tmp_path_factory, steps, kills
 ):
     """SIGKILL after a random number of lines, again and again, a save every second step."""
     flags = [
-        "--config.training.steps=60",
+        f"--config.training.steps={steps}",
         "--config.checkpoint.every_steps=2",
         "--config.layer_dropout.p_max=0.0",
     ]
     whole, workdir = (tmp_path_factory.mktemp("kills") / name for name in ("whole", "killed"))
     assert main(["train", f"--workdir={whole}", *arguments, *flags]) == 0
     command, draw = _command(workdir, arguments, *flags), random.Random(0)
-    done, kills = False, 0
-    while kills < KILLS:
+    done, killed = False, 0
+    while killed < kills:
         lines = draw.randrange(1, 8)  # one for each step, one more where it is saved
         with subprocess.Popen(
             command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
@@ -357,12 +343,12 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
         assert "damaged" not in errors
         if done:
             assert process.returncode == 0, errors
-            shutil.rmtree(RunFolder(workdir).checkpoints / "60")
+            shutil.rmtree(RunFolder(workdir).checkpoints / str(steps))
             continue
-        kills += 1
+        killed += 1
     last = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert last.returncode == 0, last.stderr
-    assert state_checksums(workdir, 60) == state_checksums(whole, 60)
+    assert state_checksums(workdir, steps) == state_checksums(whole, steps)
     # The last line of each step counts: no step is missing, each has the batch it should have.
     assert same_batches(workdir, whole)
     jax.tree.map(

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -24,58 +23,6 @@ from layerskip_jax.schema import UserError
 from layerskip_jax.training.cost import CostModel
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPE = """
-from layerskip_jax.config import as_variant, default_config
-
-
-def get_config(variant=""):
-    config = default_config()
-    config.model.num_layers = 4
-    config.model.model_dim = 32
-    config.model.ffn_dim = 48
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
-    config.model.max_sequence_length = 64
-    config.model.dtype = "float32"
-    config.layer_dropout.p_max = 0.4
-    config.layer_dropout.time = "exp"
-    config.layer_dropout.groups = 8
-    config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 2
-    config.optimizer.learning_rate = 3e-3
-    config.training.steps = 12
-    config.training.batch_size = 24
-    config.training.log_every = 1
-    config.checkpoint.every_steps = 5
-    return as_variant(config, variant)
-"""
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "small.py"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def arguments(recipe, prepared):
-    return [f"--config={recipe}", f"--config.data.path={prepared}", "--config.mesh.shape.data=8"]
-
-
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    """A run of 12 steps that nothing interrupted, and what was logged while it ran."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    compiler = logging.getLogger("jax._src.dispatch")
-    compiler.addHandler(handler)
-    with jax.log_compiles():
-        assert main(["train", f"--workdir={workdir}", *arguments]) == 0
-    compiler.removeHandler(handler)
-    return workdir, records
 
 
 def _command(workdir, arguments, *extra):
@@ -106,26 +53,25 @@ def _assert_equal_runs(a, b):
 
 
 def test_the_train_step_is_compiled_once_a_run(finished):
-    _, records = finished
+    records = json.loads((finished.parent / "compiled.json").read_text())
     steps = [r for r in records if "Finished XLA compilation" in r and "train_step" in r]
     assert len(steps) == 1, records
 
 
 def test_a_run_leaves_what_it_should(finished):
-    workdir, _ = finished
-    folder = RunFolder(workdir)
+    folder = RunFolder(finished)
     steps = [record["step"] for record in read_json_lines(folder.metrics_file)]
     assert steps == list(range(1, 13))
     assert sorted(int(p.name) for p in folder.checkpoints.iterdir()) == [5, 10, 12]
     assert list(folder.tensorboard.iterdir())
     (evaluation,) = read_json_lines(folder.evaluations_file)
     assert [e["layers"] for e in evaluation["exits"]] == [1, 2, 3, 4]
-    assert load_run(workdir).step == 12
+    assert load_run(finished).step == 12
 
 
 def test_the_cost_is_logged_as_planned_and_as_done(finished, arguments, tmp_path, capsys):
-    records = read_json_lines(RunFolder(finished[0]).metrics_file)
-    plain = CostModel(load_run(finished[0]).config, 12).step(1.0, 0)
+    records = read_json_lines(RunFolder(finished).metrics_file)
+    plain = CostModel(load_run(finished).config, 12).step(1.0, 0)
     for record in records:
         assert record["step_flops"] != record["step_flops_planned"] or record["layers_run"] == 1
         # one early exit a step (layer 0 has no weight) and the layers that ran
@@ -142,7 +88,7 @@ def test_the_cost_is_logged_as_planned_and_as_done(finished, arguments, tmp_path
 def test_a_run_older_than_a_setting_goes_on_with_its_default(finished, arguments, tmp_path):
     """A folder written before `z_loss` existed is the same run."""
     workdir = tmp_path / "older"
-    shutil.copytree(finished[0], workdir)
+    shutil.copytree(finished, workdir)
     folder = RunFolder(workdir)
     config = json.loads(folder.config_file.read_text())
     del config["early_exit"]["z_loss"]
@@ -153,7 +99,7 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default(finished, arguments
 
 
 def test_a_run_says_where_its_time_went_and_that_it_lives(finished):
-    folder = RunFolder(finished[0])
+    folder = RunFolder(finished)
     *_, last = read_json_lines(folder.metrics_file)
     assert {"start", "data", "checkpoint"} <= last["lost"].keys()
     assert 0 < last["goodput"] < 1
@@ -174,12 +120,12 @@ def test_a_trace_is_written_at_the_step_asked_for(arguments, tmp_path):
 
 
 def test_training_learns(finished):
-    records = read_json_lines(RunFolder(finished[0]).metrics_file)
+    records = read_json_lines(RunFolder(finished).metrics_file)
     assert records[-1]["loss"] < records[0]["loss"] - 0.1
 
 
-def test_the_same_command_again_does_nothing(finished, arguments):
-    workdir, _ = finished
+def test_the_same_command_again_does_nothing(finished, arguments, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
     grows = ("tensorboard", "logs")
     before = {
         p: p.stat().st_mtime_ns
@@ -196,7 +142,6 @@ def test_the_same_command_again_does_nothing(finished, arguments):
     [(signal.SIGTERM, "step 6/12"), (signal.SIGKILL, "step 10/12  saving")],
     ids=["SIGTERM", "SIGKILL-in-a-save"],
 )
-@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_very_same_parameters(
     finished, arguments, prepared, tmp_path, number, at
 ):
@@ -221,27 +166,26 @@ def test_a_stopped_run_ends_with_the_very_same_parameters(
     resumed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from the checkpoint of step" in resumed.stderr
-    _assert_equal_runs(finished[0], workdir)
+    _assert_equal_runs(finished, workdir)
 
 
 def test_evaluate_prints_every_exit(finished, tmp_path, capsys):
-    workdir, _ = finished
     file = tmp_path / "evaluation.json"
-    assert main(["evaluate", f"--workdir={workdir}", f"--json={file}"]) == 0
+    assert main(["evaluate", f"--workdir={finished}", f"--json={file}"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(file.read_text())
-    (recorded,) = read_json_lines(RunFolder(workdir).evaluations_file)
+    (recorded,) = read_json_lines(RunFolder(finished).evaluations_file)
     assert result["step"] == 12
     for ours, theirs in zip(result["exits"], recorded["exits"], strict=True):
         assert ours["layers"] == theirs["layers"]
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
         assert f"{ours['loss']:.4f}" in printed
     with pytest.raises(UserError, match=r"no checkpoint of step 7; it has \[5, 10, 12\]"):
-        evaluate(workdir, step=7)
+        evaluate(finished, step=7)
 
 
-def test_another_config_is_refused_and_named(finished, arguments, capsys):
-    workdir, _ = finished
+def test_another_config_is_refused_and_named(finished, arguments, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "run")
     config = (workdir / "config.json").read_bytes()
     code = main(["train", f"--workdir={workdir}", *arguments, "--config.optimizer.beta1=0.8"])
     assert code == 2
@@ -252,7 +196,7 @@ def test_another_config_is_refused_and_named(finished, arguments, capsys):
 def test_other_data_is_refused(finished, arguments, prepared, tmp_path, capsys):
     from layerskip_jax.commands import prepare
 
-    workdir, _ = finished
+    workdir = shutil.copytree(finished, tmp_path / "run")
     other = tmp_path / "other"
     texts = prepared.parent / "texts"
     options = ["--vocab-size=300", "--sequence-length=12", "--validation-fraction=0.3"]
@@ -306,7 +250,6 @@ def test_a_workdir_that_cannot_be_written_is_named(arguments, capsys):
     assert "--workdir=/proc/run cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_spares_what_is_saved(arguments, tmp_path):
     """The kernel refuses to let any file grow past a limit, as a full disk would."""
     workdir = tmp_path / "run"
@@ -336,10 +279,9 @@ def test_with_a_full_disk_a_run_goes_on_where_that_is_asked_for(arguments, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+@pytest.mark.parametrize("on_failure", ["stop", pytest.param("continue", marks=pytest.mark.slow)])
 def test_a_folder_that_has_become_read_only_is_said_so(finished, arguments, tmp_path, on_failure):
-    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    workdir = shutil.copytree(finished, tmp_path / "run")
     saved = RunFolder(workdir).checkpoints
     for step in (10, 12):
         shutil.rmtree(saved / str(step))
@@ -361,13 +303,13 @@ def test_a_folder_that_has_become_read_only_is_said_so(finished, arguments, tmp_
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "going on from the checkpoint of step 5" in done.stderr
-    assert _record(workdir)["checksums"] == _record(finished[0])["checksums"]
+    assert _record(workdir)["checksums"] == _record(finished)["checksums"]
 
 
 @pytest.mark.slow
 def test_the_curves_go_to_weights_and_biases_too(finished, arguments, tmp_path):
     """The real package, offline: what it would send lies in a file for each start of the run."""
-    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    workdir = shutil.copytree(finished, tmp_path / "run")
     command = _command(workdir, arguments, "--config.training.wandb=trial")
     environment = {**os.environ, "WANDB_MODE": "offline"}
     for _ in range(2):
