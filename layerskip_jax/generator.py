@@ -37,7 +37,6 @@ from layerskip_jax.request import Drafting, Generation, Request
 from layerskip_jax.schema import require
 
 SMALLEST_BUCKET = 16
-OPTS = None
 COST_CYCLES = 6
 
 
@@ -133,7 +132,6 @@ class Generator:
         self._evidence: dict = {}
         by_inputs = mesh is None and lies_by_inputs(jax.devices()[0].platform)
         weights = decoder_weights(model, by_inputs=by_inputs)
-        self._compiler_options = OPTS
         if draft_tokens is not None:
             tokens = sorted(set(map(int, draft_tokens)))
             require(
@@ -338,7 +336,7 @@ class Generator:
                 second = (
                     jax.jit(go_on, donate_argnums=1, out_shardings=shardings)
                     .lower(self.weights, state, *arguments[2:4], *rest)
-                    .compile(self._compiler_options)
+                    .compile()
                 )
             self._programs[job.key] = _Programs(first, second)
             self.compilations += 1

@@ -43,6 +43,10 @@ class Piece(NamedTuple):
     text: str
 
 
+# The pair of no drafts at all.
+PLAIN = (0, 0)
+
+
 class LanguageModel:
     """A model with its tokenizer.
 
@@ -51,7 +55,8 @@ class LanguageModel:
       tokenizer: of the data the model was trained on.
       end_token: id of the token that ends a document, if there is one.
       more_end_tokens: ids of others that end a text too, such as that of a chat's turn.
-      best_pair: (E, G) that `layerskip sweep` found best, if it was run.
+      best_pair: (E, G) that `layerskip sweep` found best, `PLAIN` where it found plain decoding
+        the fastest, None if it was not run.
     """
 
     def __init__(
@@ -84,9 +89,9 @@ class LanguageModel:
         Args:
           prompts: texts.
           max_new_tokens: the most new tokens of each.
-          draft: None decodes plainly; `best` drafts as `layerskip sweep` found best; `auto`
-            chooses from cycle to cycle; a pair (E, G) drafts G tokens with E layers. None of
-            them changes the tokens.
+          draft: None decodes plainly; `best` drafts as `layerskip sweep` found best, or not at
+            all if it found nothing faster than plain decoding; `auto` chooses from cycle to cycle;
+            a pair (E, G) drafts G tokens with E layers. None of them changes the tokens.
           exit_layer: E, to decode with the first E layers only: faster, and other tokens.
           stop: texts that end a row, as the tokens that they are encoded to.
           **options: further attributes of `Request`: temperature, top_k, top_p, seed, ...
@@ -166,7 +171,7 @@ class LanguageModel:
                 raise ConfigError(
                     "draft='best' needs what `layerskip sweep` finds; run it, or use draft='auto'"
                 )
-            draft = self.best_pair
+            draft = None if self.best_pair == PLAIN else self.best_pair
         if exit_layer is not None:
             request |= {"mode": "early_exit", "exit_layer": exit_layer}
         elif draft == "auto":
@@ -221,6 +226,8 @@ def load(
     if run.folder.speculation_file.is_file():
         found = json.loads(run.folder.speculation_file.read_text())
         best = (found["best"]["exit_layer"], found["best"]["draft_length"])
+        if found["best"]["speedup"] < 1:
+            best = PLAIN
         if draft_tokens is None:
             draft_tokens = found.get("draft_tokens")
     return LanguageModel(

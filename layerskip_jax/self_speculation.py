@@ -74,6 +74,7 @@ class Drafts(NamedTuple):
     exit_cache: Float[Array, "B G1 D"]
 
 
+@jax.named_scope("draft")
 def draft(
     weights: DecoderWeights,
     cache: Cache,
@@ -122,6 +123,7 @@ def draft(
     return Drafts(tokens, log_p, jnp.concatenate([states, last_state], axis=1)), cache
 
 
+@jax.named_scope("verify")
 def verify(
     weights: DecoderWeights,
     cache: Cache,
@@ -148,6 +150,7 @@ def verify(
     return chosen, matching(drafts.tokens, chosen), cache
 
 
+@jax.named_scope("count")
 def count_drafts(
     drafts: Int[Array, "B G"], accepted: Int[Array, "B"], rows: Rows, limits: Limits
 ) -> SpeculationCounts:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from layerskip_jax.commands.arguments import make_run_parser
-from layerskip_jax.language_model import Draft, LanguageModel, load
+from layerskip_jax.language_model import PLAIN, Draft, LanguageModel, load
 from layerskip_jax.model.config import DTYPES
 from layerskip_jax.runs import read_prompt, write_json
 from layerskip_jax.schema import UserError
@@ -85,6 +85,8 @@ def main(argv: list[str]) -> int:
             figures["acceptance_by_position"] = list(map(_number, drafting.acceptance_by_position))
             line += f", {drafting.acceptance:.0%} of the drafts accepted"
         line += f", {drafting.tokens_per_cycle:.2f} tokens a cycle"
+    if options.draft == "best" and model.best_pair == PLAIN:
+        line += ", decoded plainly, which the sweep found fastest"
     print(f"[{line}; reading the prompt included, compilation not]")
     if options.json:
         write_json(

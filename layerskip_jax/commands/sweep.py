@@ -1,10 +1,11 @@
 """layerskip sweep: measure self-speculation over exits and draft lengths.
 
 Prompts are cut from the validation set, or are your own (`--prompt-file`). For each exit E the
-drafts that were accepted are counted in one run over them, for each pair (E, G) the time of a
-cycle is measured; together they give the speed of every pair. The best is then measured against
-plain decoding. The result goes into the run's folder as speculation.json, .csv and .svg, where
-`layerskip generate --draft=best` and `layerskip report` find it.
+drafts that were accepted are counted in one run over them, and the time of a cycle is measured
+against plain decoding; together they give the speed of every pair (E, G). The best is then
+measured on all prompts, in turns with plain decoding. The result goes into the run's folder as
+speculation.json, .csv and .svg, where `layerskip generate --draft=best` and `layerskip report`
+find it. Where no pair is faster than plain decoding, that is what `best` then does.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from layerskip_jax.schema import ConfigError, UserError, require
 
 # Enough to know the most frequent tokens by.
 MOST_WINDOWS = 4096
+DRAFTS = (1, 2, 3, 4, 6)
 COLUMNS = (
-    "exit_layer", "draft_length", "acceptance", "tokens_per_cycle", "seconds_per_cycle",
+    "exit_layer", "draft_length", "acceptance", "tokens_per_cycle", "seconds_per_cycle", "timed",
     "tokens_per_second", "speedup", "identical", "verified",
 )  # fmt: skip
 
@@ -37,8 +39,8 @@ def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = make_run_parser("sweep", __doc__)
     add = parser.add_argument
-    add("--exits", type=_numbers, help="values of E (default: L/4, L/2)")
-    add("--drafts", type=_numbers, default=(1, 2, 4), help="values of G (default: 1,2,4)")
+    add("--exits", type=_numbers, help="values of E (default: L/8, L/4, L/2)")
+    add("--drafts", type=_numbers, default=DRAFTS, help="values of G (default: 1,2,3,4,6)")
     add("--data", help="prepared data (default: what the run trained on)")
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
     add("--prompts", type=int, default=32, help="prompts cut from the validation set")
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{options.workdir} was trained on no data here; name prepared data with --data"
         )
-    exits = options.exits or sorted({max(1, layers // n) for n in (4, 2)} - {layers})
+    exits = options.exits or sorted({max(1, layers // n) for n in (8, 4, 2)} - {layers})
     if options.prompt_file:
         tokenizer = load_tokenizer(run.folder.tokenizer_file)
         prompts = [encode_prompt(tokenizer, read_prompt(path)) for path in options.prompt_file]
@@ -67,15 +69,13 @@ def main(argv: list[str]) -> int:
     draft_tokens = None
     if options.draft_vocabulary is not None:
         draft_tokens = frequent_tokens(data, options.draft_vocabulary, config.model.vocab_size)
-    print(
-        f"compiling and measuring {1 + len(exits) * len(options.drafts)} ways to decode", flush=True
-    )
     result = sweep(
         Generator(run.model, draft_tokens=draft_tokens),
         prompts,
         options.new_tokens,
         exits=exits,
         draft_lengths=options.drafts,
+        progress=lambda text: print(f"measuring {text}", flush=True),
     )
     result = {
         "step": run.step,
@@ -170,8 +170,8 @@ def _print(result: dict) -> None:
         title=f"Greedy decoding, batch 1, {result['prompts']} prompts of up to "
         f"{result['prompt_tokens']} tokens, {result['new_tokens']} new ones",
         title_justify="left",
-        caption="predicted from the acceptance of each exit and the cost of each cycle; the last "
-        "line is measured",
+        caption="E: layers that draft; G: drafts a cycle. Predicted from the acceptance of each "
+        "exit and the cost of a cycle; the last line is measured.",
         caption_justify="left",
     )
     for heading in ("E", "G", "accepted", "tokens/cycle", "tokens/s", "speed-up", "same tokens"):
@@ -196,3 +196,5 @@ def _print(result: dict) -> None:
     table.add_section()
     add(result["best"], style="bold")
     Console().print(table)
+    if result["best"]["speedup"] < 1:
+        print("Plain decoding is the fastest here, and --draft=best decodes plainly.")

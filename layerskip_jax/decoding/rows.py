@@ -76,6 +76,7 @@ def stops_at(rows: Rows, tokens: Int[Array, "B S"], stop: Int[Array, "Z W"]) -> 
     return equal.all(axis=-1).any(axis=-1)
 
 
+@jax.named_scope("append")
 def append(rows: Rows, tokens: Int[Array, "B S"], offered: Int[Array, "B"], limits: Limits) -> Rows:
     """Gives each row the first `offered` of its tokens, as far as it may have them.
 

@@ -7,11 +7,12 @@ token. And one wide product reads the memory faster than three narrow ones.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from layerskip_jax.model.rope import apply_rope
@@ -25,15 +26,15 @@ class Matrix:
     """A matrix that multiplies rows, in one of two orders of memory (see `lies_by_inputs`).
 
     Attributes:
-      values: `[O, I]`, or `[I, O]` where `by_inputs`.
+      values: `[O, I]`, or `[I, O]` where `by_inputs`; in a tree of shapes or shardings, its own.
       by_inputs: whether the outputs of one input lie together.
     """
 
-    values: Float[Array, "..."]
+    values: Any
     by_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __call__(
-        self, x: Float[Array, "*batch I"], dtype: jnp.dtype | None = None
+        self, x: Float[Array, "*batch I"], dtype: DTypeLike | None = None
     ) -> Float[Array, "*batch O"]:
         """Multiplies the rows of x, as one plain product, summed and returned in `dtype`."""
         rows = x.reshape(-1, x.shape[-1])

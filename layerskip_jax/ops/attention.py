@@ -314,23 +314,25 @@ def _products(axes: str, a: Array, b: Array) -> Array:
 
 def cached_attention(
     q: Float[Array, "B K G S h"],
-    k: Float[Array, "B K T h"],
-    v: Float[Array, "B K T h"],
+    k: Float[Array, "*BK m n"],
+    v: Float[Array, "*BK T h"],
     q_positions: Int[Array, "B S"],
 ) -> Float[Array, "B K G S h"]:
     """Attention of new tokens over a cache of T slots, slot j holding position j.
 
     A query at position p sees the slots 0..p; whatever lies beyond, such as the keys of
     rejected drafts, is masked. Only the first slots of the cache are read, as many as the
-    furthest query needs, rounded up to one of a few sizes.
+    furthest query needs, rounded up to one of a few sizes. B and K may be one axis of the cache,
+    whose keys are then transposed, `[B K, h, T]`.
     """
-    slots = k.shape[2]
+    slots = v.shape[-2]
     sizes = [size for size in CACHE_SIZES if size < slots] + [slots]
 
     def over(size: int):
         def attend(q, k, v, q_positions):
             visible = jnp.arange(size) <= q_positions[:, :, None]
-            return _attend(q, k[:, :, :size], v[:, :, :size], visible)
+            keys = k[..., :size] if k.ndim == 3 else k[..., :size, :].swapaxes(-1, -2)
+            return _attend(q, keys, v[..., :size, :], visible)
 
         return attend
 
@@ -342,18 +344,20 @@ def cached_attention(
 
 def _attend(
     q: Float[Array, "B K G S h"],
-    k: Float[Array, "B K T h"],
-    v: Float[Array, "B K T h"],
+    k: Float[Array, "*BK h T"],
+    v: Float[Array, "*BK T h"],
     mask: Bool[Array, "B S T"],
 ) -> Float[Array, "B K G S h"]:
     """Softmax attention in float32, in the plain XLA operations that a CPU runs best.
 
-    Heads in front make each product a plain batched matrix product.
-    `jax.nn.dot_product_attention(implementation="xla")` gives the same numbers and took 1.6
-    times as long forward and backward here (2 cores, B 8, S 256, H 4, K 2, h 32).
+    Heads in front make each product a plain batched matrix product, over the queries of a
+    key/value head in one.
     """
     q = q * q.shape[-1] ** -0.5
-    logits = jnp.einsum("bkgsh,bkth->bkgst", q, k, preferred_element_type=jnp.float32)
+    shape, rows = q.shape, k.shape[:-2]
+    queries = q.reshape(*rows, -1, shape[-1])
+    logits = jnp.einsum("...mh,...ht->...mt", queries, k, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*shape[:-1], -1)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,bkth->bkgsh", weights, v)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(*rows, queries.shape[-2], -1)
+    return jnp.einsum("...mt,...th->...mh", weights, v).reshape(shape)

@@ -35,7 +35,9 @@ def sentence(run: RunRecord) -> str:
     try:
         best = run.best_pair()
         speedup = number(best.get("speedup"))
-        if speedup:
+        if speedup and speedup < 1:
+            parts.append("No pair that the sweep tried decodes faster than plain decoding.")
+        elif speedup:
             parts.append(
                 f"Drafting with {best['exit_layer']} layers and verifying with the rest decodes "
                 f"{times(speedup)} as fast as plain decoding."
