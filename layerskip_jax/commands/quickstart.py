@@ -143,8 +143,14 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
         "yes" if best["identical"] else "NO",
     )
     console.print(table)
+    slower = (
+        "No pair decodes faster than plain decoding here, so --draft=best does not draft: at this "
+        "size a pass over a few tokens costs this CPU as much as several of one (docs/decoding.md)"
+        "\n"
+    )
     console.print(
-        "E: layers that draft; G: drafts a cycle; same: token for token plain decoding's\n\n"
+        "E: layers that draft; G: drafts a cycle; same: token for token plain decoding's\n"
+        f"{slower if best['speedup'] < 1 else ''}\n"
         f"report:   {folder.report_file}\nexported: {exported} (a Hugging Face folder)\n"
         f"{seconds:.0f} s in all",
         highlight=False,
