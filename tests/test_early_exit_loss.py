@@ -43,6 +43,21 @@ def test_gradual_curriculum_goes_from_the_top_down():
     assert np.flatnonzero(ee.active_exits(config, 4, 10, 80)).tolist() == [2, 3]
 
 
+def test_only_listed_exits_learn():
+    every = ee.EarlyExitConfig("all", layers=(1, 3), depth_weight="uniform", scale=1.0)
+    assert np.flatnonzero(ee.active_exits(every, 8, 0, 10)).tolist() == [1, 3, 7]
+    assert ee.max_active_exits(every, 8) == 3
+    chosen = ee.select_exits(every, 8, 0, 10)
+    assert chosen.layers.tolist() == [1, 3, 7]
+    np.testing.assert_allclose(chosen.weights, [1 / 3] * 3, rtol=1e-6)
+    turning = ee.EarlyExitConfig("rotational", interval=4, layers=(1, 3))
+    shown = [np.flatnonzero(ee.active_exits(turning, 8, t, 10)).tolist() for t in range(4)]
+    assert shown == [[7], [1, 7], [7], [3, 7]]
+    assert ee.max_active_exits(turning, 8) == 2
+    with pytest.raises(ConfigError, match="names layer 8, but the model's layers are 0 to 7"):
+        ee.check_exits(ee.EarlyExitConfig(layers=(8,)), 8)
+
+
 def test_last_and_all():
     assert np.flatnonzero(ee.active_exits(ee.EarlyExitConfig("last"), 4, 3, 9)).tolist() == [3]
     assert ee.active_exits(ee.EarlyExitConfig("all"), 4, 3, 9).all()

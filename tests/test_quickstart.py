@@ -1,7 +1,10 @@
 """The whole way in one go, as the quickstart takes it, on a smaller corpus and model."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -79,8 +82,9 @@ def test_the_api_on_the_trained_model(quickstart, capsys, monkeypatch):
     assert len(plain.texts) == 2
     for draft in ("best", "auto", (1, 3)):
         assert model.generate(prompts, 24, draft=draft).texts == plain.texts
-    pieces = list(model.stream(prompts[0], 24, draft="best"))
-    assert "".join(piece.text for piece in pieces if not piece.is_draft) == plain.texts[0]
+    for draft in ("best", (1, 3)):
+        pieces = list(model.stream(prompts[0], 24, draft=draft))
+        assert "".join(piece.text for piece in pieces if not piece.is_draft) == plain.texts[0]
     assert any(piece.is_draft and piece.text for piece in pieces)
     stop = plain.texts[0][3:6]
     stopped = model.generate(prompts[0], 24, stop=[stop]).texts[0]
@@ -106,6 +110,25 @@ def test_the_api_on_the_trained_model(quickstart, capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR")
     assert main([*command, "--prompt=def", "--stream"]) == 2
     assert "one prompt at a time, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_best_is_never_slower_than_plain(quickstart, tmp_path):
+    """Where the sweep measured nothing faster, `best` decodes plainly, and generate says so."""
+    top, _ = quickstart
+    run = shutil.copytree(top / "model", tmp_path / "model")
+    file = RunFolder(run).speculation_file
+    found = json.loads(file.read_text())
+    for speedup, drafts in ((1.3, True), (0.9, False)):
+        found["best"]["speedup"] = speedup
+        file.write_text(json.dumps(found))
+        generation = layerskip_jax.load(run).generate("import", 8, draft="best").generation
+        assert (generation.drafting is not None) == drafts
+    command = ["generate", f"--workdir={run}", "--prompt=import", "--max-new-tokens=8"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*command, "--draft=best"]) == 0
+    assert "decoded plainly, which the sweep found fastest" in printed.getvalue()
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layerskip_jax.decoding.tuning import accepted_per_cycle, sweep
+from layerskip_jax.decoding.tuning import accepted_per_cycle, expected_cycles, sweep
 from layerskip_jax.generator import Generator, bucket, prompt_bucket
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import ConfigError
@@ -134,6 +134,21 @@ def test_accepted_drafts_of_a_cycle_by_hand():
     assert accepted_per_cycle([0.5, 0.8], 1) == 0.5
     assert accepted_per_cycle([0.5, 0.8], 2) == 0.5 + 0.4
     assert accepted_per_cycle([0.5, 0.8], 3) == pytest.approx(0.5 + 0.4 + 0.32)
+
+
+def test_expected_cycles_by_hand():
+    assert expected_cycles([0.5], 1, 1) == 1
+    assert expected_cycles([0.5], 1, 2) == 1.5  # half of the first cycles make both
+    assert expected_cycles([1.0], 3, 8) == 2
+    assert expected_cycles([0.0], 3, 8) == 8
+
+
+def test_a_pair_that_is_not_timed_lies_on_the_line_between(generator):
+    result = sweep(generator, [[1, 2]], 8, exits=(1,), draft_lengths=(1, 2, 3), repeats=1)
+    first, between, last = (pair["seconds_per_cycle"] for pair in result["pairs"])
+    assert [result["pairs"][i]["timed"] for i in (0, 2)] == [True, True]
+    if not result["pairs"][1]["timed"]:
+        assert between == pytest.approx((first + last) / 2)
 
 
 def test_a_sweep_predicts_every_pair_and_measures_the_best(generator):

@@ -41,8 +41,9 @@ def _value_and_gradients(attend, q, k, v, w, segments):
     return jax.jit(attend)(q, k, v, jnp.asarray(segments)), gradients
 
 
+# 256 is long enough for `xla` to attend in two halves.
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("length", [24, 128, 131])
+@pytest.mark.parametrize("length", [24, 128, 131, 256])
 def test_a_kernel_equals_the_definition(kernel, length):
     """With packed documents and grouped heads, at lengths that no block divides."""
     q, k, v, w, segments = _case(length)
