@@ -2,6 +2,7 @@ r"""How fast decoding is: against the memory, the formula, `transformers`, and i
 
     python benchmarks/decode.py --json=decode.json                   # --quick for a first look
     python benchmarks/decode.py --setting=trained --workdir=runs/quickstart/model
+    python benchmarks/decode.py --setting=rows      # what a pass over a few tokens costs
 
 One process, one set of weights for all that are compared, and the ways to decode take turns, so
 that a machine whose speed drifts slows all of them; medians of ratios are reported. Times are of
@@ -25,7 +26,7 @@ import numpy as np
 from layerskip_jax.commands.sweep import validation_prompts
 from layerskip_jax.decoding.bandwidth import read_bandwidth
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
-from layerskip_jax.decoding.weights import decoder_weights
+from layerskip_jax.decoding.weights import decoder_weights, lies_by_inputs
 from layerskip_jax.generator import Generator
 from layerskip_jax.interop.huggingface import to_hugging_face, to_hugging_face_config
 from layerskip_jax.model.config import ModelConfig
@@ -36,6 +37,9 @@ from layerskip_jax.training.state import ModelDefinition
 PROMPT_TOKENS = 32
 # Decoded one by one where batch 1 is measured.
 BATCH_1_PROMPTS = 4
+# Tokens of a pass, and passes that are timed together.
+ROWS = (1, 2, 3, 4, 5, 7)
+PASSES = 100
 
 
 def speedup_formula(acceptance: float, exit_share: float, head_share: float, length: int) -> float:
@@ -399,10 +403,59 @@ def trained_setting(bench: harness.Bench, options) -> None:
         )
 
 
+def rows_setting(bench: harness.Bench, gpu: bool, options) -> None:
+    """What a pass of a few tokens through a layer costs over one of a single token.
+
+    Verifying G drafts is a pass of G + 1. With a layer of the quickstart's and, in full, one that
+    is as wide as the random model's.
+    """
+    small = dataclasses.replace(
+        random_model(False), model_dim=128, ffn_dim=352, num_heads=4, num_kv_heads=2, head_dim=0
+    )
+    widths = {"small": small}
+    if not bench.quick:
+        widths["large"] = random_model(gpu)
+    bench.expect(len(widths) * (1 + options.rounds))
+    for name, config in widths.items():
+        bench.begin(f"{name}: compiling")
+        config = dataclasses.replace(config, num_layers=8)
+        by_inputs = lies_by_inputs(jax.devices()[0].platform)
+        weights = decoder_weights(Transformer(config, jax.random.key(0)), by_inputs=by_inputs)
+        programs = {rows: compile_pass(config, weights, rows) for rows in ROWS}
+        seconds = {rows: [] for rows in ROWS}
+        for round_ in range(options.rounds):
+            bench.begin(f"{name}: round {round_ + 1} of {options.rounds}")
+            for rows, (program, arguments) in programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(program(*arguments))
+                seconds[rows].append(time.perf_counter() - start)
+        layer = statistics.median(seconds[1]) / PASSES / config.num_layers
+        bench.add({f"rows/{name}/microseconds_a_layer": layer * 1e6})
+        for rows in ROWS[1:]:
+            ratios = [many / one for many, one in zip(seconds[rows], seconds[1], strict=True)]
+            bench.add({f"rows/{name}/{rows}_over_1": statistics.median(ratios)})
+
+
+def compile_pass(config: ModelConfig, weights, rows: int):
+    """Compiles `PASSES` passes of so many tokens through all layers; returns it and its inputs."""
+
+    def run(weights, x, cache):
+        def one(index, state):
+            positions = (PROMPT_TOKENS + index + jnp.arange(rows))[None]
+            return run_layers(weights, state[1], state[0], positions, 0, config.num_layers)
+
+        return jax.lax.fori_loop(0, PASSES, one, (x, cache))[0]
+
+    x = jnp.full((1, rows, config.model_dim), 0.01, config.compute_dtype)
+    cache = empty_cache(config, config.num_layers, 1, PROMPT_TOKENS + PASSES + rows)
+    arguments = weights, x, cache
+    return jax.jit(run).lower(*arguments).compile(), arguments
+
+
 def main() -> int:
     """Runs the benchmark."""
     parser = harness.parser(__doc__.split("\n")[0], rounds=(5, 2))
-    parser.add_argument("--setting", choices=("random", "trained"), default="random")
+    parser.add_argument("--setting", choices=("random", "trained", "rows"), default="random")
     parser.add_argument("--workdir", type=Path, help="a trained run, for --setting=trained")
     parser.add_argument("--new-tokens", type=int, help="default: 128, with --quick 32")
     options = harness.parse(parser)
@@ -413,6 +466,8 @@ def main() -> int:
     with harness.Bench(options) as bench:
         if options.setting == "trained":
             trained_setting(bench, options)
+        elif options.setting == "rows":
+            rows_setting(bench, jax.devices()[0].platform != "cpu", options)
         else:
             random_setting(bench, jax.devices()[0].platform != "cpu", options)
     return 0

@@ -1,4 +1,4 @@
-"""Products and elementwise parts with gradients of their own, against what autodiff makes of them."""
+"""Products and elementwise parts with gradients of their own, against those of autodiff."""
 
 import jax
 import jax.numpy as jnp
