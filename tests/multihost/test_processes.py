@@ -101,6 +101,7 @@ def test_two_processes_train_as_one_does(whole, train, tmp_path):
     )
 
 
+# Over 20 s, since up to four processes start at once, on two cores.
 @pytest.mark.parametrize(
     "processes, devices, mesh, microbatches",
     [

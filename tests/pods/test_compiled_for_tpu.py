@@ -16,23 +16,15 @@ from layerskip_jax.training.plan import plan_step
 from layerskip_jax.training.setup import make_setup
 
 pytestmark = [
+    pytest.mark.slow,
     # The TPU's compiler leaves a file of its own open.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.usefixtures("uncached"),
 ]
-slow = pytest.mark.slow
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Without it the compiler splits gathers into steps that it runs beside the product they feed; one
 # gather is then many permutations, and cannot be counted.
 WHOLE = "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-# The 7B's recipe for a few devices: the same program at other sizes, no two of them alike.
-SMALL = [
-    "--config.model.num_layers=4", "--config.model.model_dim=1024", "--config.model.ffn_dim=3072",
-    "--config.model.num_heads=8", "--config.model.num_kv_heads=8", "--config.model.vocab_size=8192",
-    "--config.model.max_sequence_length=512", "--config.early_exit.interval=3",
-    "--config.training.batch_size=32", "--config.training.steps=100",
-    "--config.layer_dropout.groups=16",
-]  # fmt: skip
 
 
 def _config(recipe, variant="", *changes):
@@ -43,7 +35,6 @@ def _target(config):
     return parse_topology(config.mesh.topology, config.mesh.shape.slice)
 
 
-@slow
 @pytest.mark.parametrize(
     "recipe, target, most",
     # measured: 1.084, where the aim of 1.05 is not reached, and 0.991
@@ -63,7 +54,6 @@ def test_a_recipe_fits_its_devices_at_the_memory_of_its_plain_twin(recipe, targe
         assert 0 < plan.mfu < 1
 
 
-@slow
 def test_two_slices():
     """Llama 2 7B: parameters stay within a slice, gradients alone cross the network."""
     config = _config("llama2_7b_continual", "v5e")
@@ -93,34 +83,27 @@ def _per_layer(program, layers):
     return found
 
 
-# Over 20 s, since the TPU's compiler takes nearly as long for small matrices as for large ones.
-@pytest.mark.parametrize(
-    "devices, changes",
-    [("v5e:2x4", SMALL), pytest.param("v5p:2x4x4", [], marks=slow)],
-    ids=["small", "7B"],
-)
-def test_fsdp_gathers_and_scatters_weights_and_nothing_else(devices, changes):
-    """Seven matrices gathered forward and backward, their gradients scattered."""
-    topology = parse_topology(devices)
+def test_fsdp_gathers_and_scatters_weights_and_nothing_else():
+    """7B on v5p: seven matrices gathered forward and backward, their gradients scattered."""
+    topology = parse_topology("v5p:2x4x4")
     counts = []
     for variant in ("", "plain"):
         config = _config(
             "llama2_7b_scratch", variant, "--config.model.remat=full",
-            f"--config.compiler.options=('{WHOLE}',)", *changes,
+            f"--config.compiler.options=('{WHOLE}',)",
         )  # fmt: skip
-        counts.append(_per_layer(_program(config, topology), config.model.num_layers))
+        counts.append(_per_layer(_program(config, topology), 32))
     ours, plain = counts
     assert plain == {"all-gather": 14, "reduce-scatter": 7}
     assert ours == plain, "layer dropout and exits add none"
 
 
-@pytest.mark.parametrize("changes", [SMALL, pytest.param([], marks=slow)], ids=["small", "7B"])
-def test_a_vocabulary_shared_over_tensor_gathers_no_logits(changes):
+def test_a_vocabulary_shared_over_tensor_gathers_no_logits():
     config = _config(
-        "llama2_7b_scratch", "", *changes, "--config.model.remat=full",
-        "--config.model.num_layers=2", "--config.early_exit.interval=1",
-        "--config.training.batch_size=16", "--config.layer_dropout.groups=4",
-        f"--config.compiler.options=('{WHOLE}',)", "--config.training.steps=100",
+        "llama2_7b_scratch", "", "--config.model.remat=full", "--config.model.num_layers=2",
+        "--config.early_exit.interval=1", "--config.training.batch_size=16",
+        "--config.layer_dropout.groups=4", f"--config.compiler.options=('{WHOLE}',)",
+        "--config.training.steps=100",
     )  # fmt: skip
     shape = MeshShape(data=1, fsdp=4, tensor=4)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, shape=shape))
@@ -131,12 +114,10 @@ def test_a_vocabulary_shared_over_tensor_gathers_no_logits(changes):
     shapes = {tuple(n for n in one.shape if n > 1) for one in gathered}
     with_vocabulary = {sizes for sizes in shapes if vocabulary & set(sizes)}
     assert with_vocabulary
-    width = config.model.model_dim
-    weight = {n for size in vocabulary for n in ((size, width), (width, size))}
+    weight = {n for size in vocabulary for n in ((size, 4096), (4096, size))}
     assert with_vocabulary <= weight
 
 
-@slow
 def test_what_does_not_fit_says_so_with_the_compilers_figure_and_what_does(capsys, tmp_path):
     arguments = [
         f"--config={CONFIGS / 'scratch_1_5b'}.py", "--topology=v5e:2x2",

@@ -137,6 +137,7 @@ def test_the_same_command_again_does_nothing(finished, arguments, tmp_path):
     assert files == {p: before[p] for p in files}
 
 
+# Over 20 s, as are the full disk and the read-only folder below: a process starts twice.
 @pytest.mark.parametrize(
     "number, at",
     [(signal.SIGTERM, "step 6/12"), (signal.SIGKILL, "step 10/12  saving")],
