@@ -22,7 +22,7 @@ import harness  # noqa: E402
 import train_mfu  # noqa: E402
 import train_step  # noqa: E402
 
-from layerskip_jax.config import RunConfig  # noqa: E402
+from layerskip_jax.config import RunConfig, TrainingConfig  # noqa: E402
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
 from layerskip_jax.training.setup import make_setup  # noqa: E402
 from tests.helpers import small_model  # noqa: E402
@@ -324,7 +324,8 @@ def test_a_cpu_is_compared_at_the_shape_that_the_docs_name():
 
 def test_packed_windows_hold_several_documents():
     setting = train_mfu.setting(gpu=False)
-    setup = make_setup(RunConfig(model=setting.model), jax.devices()[:1])
+    training = TrainingConfig(batch_size=setting.batch_size)
+    setup = make_setup(RunConfig(model=setting.model, training=training), jax.devices()[:1])
     with jax.set_mesh(setup.mesh):
         batch = jax.device_get(train_mfu.packed_batch(setting, setup, 0))
     segments, positions = batch.segment_ids[0], batch.positions[0]
