@@ -226,6 +226,16 @@ def _pad_positions(x: Array, length: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
+def computed_pairs(length: int, whole: bool) -> int:
+    """Returns the pairs of a query and a key that the kernel `xla` computes for one row and head.
+
+    Args:
+      length: S.
+      whole: whether one device holds all positions.
+    """
+    return sum((end - start) * end for start, end in _blocks(length, whole))
+
+
 def _blocks(length: int, whole: bool) -> list[tuple[int, int]]:
     """Returns the parts of the queries that attend in turn, each to no key beyond its own end.
 

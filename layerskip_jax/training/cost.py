@@ -23,6 +23,7 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights, scored_positions
 from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.ops.attention import computed_pairs
 from layerskip_jax.training.step import StepMetrics
 
 MFU_DEFINITION = (
@@ -39,7 +40,7 @@ class StepFlops(NamedTuple):
       layers: projections and MLPs, forward and backward.
       attention: scores and values, causal.
       exits: the head, at every exit that is scored.
-      recomputed: what rematerialisation computes a second time.
+      recomputed: what rematerialisation, and attention's backward pass, compute a second time.
       masked: what the device computes beyond that although nothing needs it: attention above
         the diagonal, and dropped rows under the `mask` execution.
     """
@@ -86,17 +87,26 @@ class CostModel:
         run = all_layers * layers_run
         matrices, down, attention = _layer_forward(model, length)
         # What lies above the diagonal; kernels skip it, a block at a time.
-        square = attention * (length - 1) / (length + 1) * (model.attention in ("auto", "xla"))
+        square = scores_again = 0.0
+        if model.attention in ("auto", "xla"):
+            whole = max(self.config.mesh.shape.context, 1) == 1
+            pairs = computed_pairs(length, whole)
+            square = attention * (2 * pairs / (length * (length + 1)) - 1)
+            # Its backward pass makes the scores, one product of two, a second time.
+            scores_again = (attention + square) / 2
+        # These save what their backward pass needs under the name that the policy keeps.
+        kernel_again = attention if model.attention in ("triton", "cudnn") else 0.0
         # The last product of a layer feeds no other one, so it is not computed again.
-        kernel_again = 0.0 if model.attention == "splash" else attention + square
-        again = {
-            "none": 0.0,
-            "dots": attention + square,
-            # Attention's result is saved, but only `splash` saves what its backward pass needs.
-            "save_attention": matrices - down + kernel_again,
-            "full": matrices - down + attention + square,
-            "offload": matrices + attention + square,
-        }[model.remat]
+        again = (
+            scores_again
+            + {
+                "none": 0.0,
+                "dots": attention + square,
+                "save_attention": matrices - down + kernel_again,
+                "full": matrices - down + attention + square,
+                "offload": matrices + attention + square,
+            }[model.remat]
+        )
         masked = run * 3 * square
         if self.config.layer_dropout.execution == "mask":
             masked += (all_layers - run) * (3 * (matrices + attention + square) + again)
