@@ -156,11 +156,11 @@ def may_learn(config: EarlyExitConfig, num_layers: int) -> Bool[np.ndarray, "L"]
 
 def check_exits(config: EarlyExitConfig, num_layers: int) -> None:
     """Raises `ConfigError` unless every listed exit is one of the model's."""
-    for layer in config.layers:
+    for layer in config.layers if config.curriculum != "last" else ():
         require(
             layer < num_layers,
-            f"config.early_exit.layers={config.layers} names layer {layer}, but the model's "
-            f"layers are 0 to {num_layers - 1}",
+            f"config.early_exit.layers={config.layers} names layer {layer}, but the model's layers "
+            f"are 0 to {num_layers - 1}; name others, or none with --config.early_exit.layers=()",
         )
 
 

@@ -55,7 +55,8 @@ def test_only_listed_exits_learn():
     assert shown == [[7], [1, 7], [7], [3, 7]]
     assert ee.max_active_exits(turning, 8) == 2
     with pytest.raises(ConfigError, match="names layer 8, but the model's layers are 0 to 7"):
-        ee.check_exits(ee.EarlyExitConfig(layers=(8,)), 8)
+        ee.check_exits(ee.EarlyExitConfig("all", layers=(8,)), 8)
+    ee.check_exits(ee.EarlyExitConfig("last", layers=(8,)), 8)  # where none learns, none is missed
 
 
 def test_last_and_all():
