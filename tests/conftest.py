@@ -18,9 +18,12 @@ REPOSITORY = Path(__file__).parents[1]
 CACHE = REPOSITORY / ".cache" / "jax"
 CACHE_BYTES = 2**30
 LITTLE_EFFORT = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Eight devices share two cores with another worker: the last to come to a collective may be late,
+# and XLA ends the process when it has waited for 40 s.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 # Read once a process; the processes that tests start have them as well.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LITTLE_EFFORT}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LITTLE_EFFORT} {PATIENCE}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
