@@ -77,7 +77,7 @@ def test_real_commands_say_nothing_of_tpus(prepared, tmp_path):
         f"--config.data.path={prepared}",
     ]  # fmt: skip
     plan = [
-        "plan", "--config=quickstart:plain", "--topology=v5e:1x1", *small,
+        "plan", "--config=quickstart:plain", "--topology=v5e:2x2", *small,
         "--config.model.vocab_size=64", "--sequence-length=128",
     ]  # fmt: skip
     for command in (
