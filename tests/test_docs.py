@@ -55,7 +55,7 @@ TINY = {
     "evaluate": [],
     "sweep": ["--prompts=2", "--prompt-tokens=16", "--new-tokens=8", "--drafts=1,2"],
     "generate": ["--max-new-tokens=8"],
-    "export": [],
+    "export": ["--overwrite"],  # pages follow the README in one folder
     "verify": ["--tokens=32", "--new-tokens=4"],
     "import": [],
     "report": [],
