@@ -251,20 +251,6 @@ class Generator:
             )
         return self._programs[key]
 
-    def seconds_per_cycle(self, prompt: Sequence[int], max_new_tokens: int, **options) -> float:
-        """Measures what a cycle of a mode costs, at batch 1 and right after this prompt.
-
-        Args:
-          prompt: token ids.
-          max_new_tokens: as for `generate`, whose programs are the ones that are measured.
-          **options: the other attributes of `Request`; any mode but `auto`.
-        """
-        request = Request([prompt], max_new_tokens, **options)
-        request.check(self.config)
-        job = self._job(request)
-        require(len(job.arms) == 1, "mode='auto' has no cycle of one cost; ask for its pairs")
-        return min(self._time_cycle(job, 0) for _ in range(4))
-
     def _job(self, request: Request) -> _Job:
         """Pads a request to its bucket."""
         context = self.config.max_sequence_length

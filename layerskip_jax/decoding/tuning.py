@@ -8,7 +8,9 @@ E the shortest and the longest drafts are timed, those between follow on a line,
 looks best by that line is timed before it is believed. The best is then run on all prompts.
 """
 
+import itertools
 import math
+import operator
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,11 +29,13 @@ def accepted_per_cycle(by_position: Sequence[float], draft_length: int) -> float
         beyond it go on with the last one.
       draft_length: G.
     """
-    total, product = 0.0, 1.0
-    for position in range(draft_length):
-        product *= by_position[min(position, len(by_position) - 1)]
-        total += product
-    return total
+    return sum(itertools.accumulate(_rates(by_position, draft_length), operator.mul))
+
+
+def _rates(by_position: Sequence[float], draft_length: int) -> list[float]:
+    """Returns the rates of G positions; those beyond what is known go on with the last one."""
+    known = list(by_position[:draft_length])
+    return known + [known[-1]] * (draft_length - len(known))
 
 
 def expected_cycles(by_position: Sequence[float], draft_length: int, tokens: int) -> float:
@@ -44,8 +48,7 @@ def expected_cycles(by_position: Sequence[float], draft_length: int, tokens: int
     """
     reach = 1.0  # of so many drafts, all being accepted
     chances = []  # of a cycle that makes 1, 2, ... G + 1 tokens
-    for position in range(draft_length):
-        rate = by_position[min(position, len(by_position) - 1)]
+    for rate in _rates(by_position, draft_length):
         chances.append(reach * (1 - rate))
         reach *= rate
     chances.append(reach)
@@ -134,7 +137,7 @@ def sweep(
                 "draft_length": length,
                 "seconds_per_cycle": timing.cost((exit_layer, length)),
                 "timed": (exit_layer, length) in timing.costs,
-                "acceptance_by_position": (rates + [rates[-1]] * length)[:length],
+                "acceptance_by_position": _rates(rates, length),
                 "acceptance": accepted / length,
                 "tokens_per_cycle": 1 + accepted,
                 "tokens_per_second": speedup * speed,
@@ -181,15 +184,15 @@ class _Timing:
         modes = [None, *pairs]
         for mode in modes:
             self.run(mode, prompts[:1])  # compiles
-        rounds = [
-            [_cycle_seconds(self.run(mode, prompts)) for mode in modes] for _ in range(TIMED_ROUNDS)
-        ]
-        plain = [costs[0] for costs in rounds]
+        rounds, firsts = [], []
+        for _ in range(TIMED_ROUNDS):
+            generations = [self.run(mode, prompts) for mode in modes]
+            rounds.append([_cycle_seconds(of_mode) for of_mode in generations])
+            firsts += [generation.seconds_to_first_token for generation in generations[0]]
         for index, pair in enumerate(pairs, 1):
             self.costs[pair] = statistics.median(costs[index] / costs[0] for costs in rounds)
         if not self._plain_cycle:
-            self._plain_cycle = statistics.median(plain)
-            firsts = [generation.seconds_to_first_token for generation in self.run(None, prompts)]
+            self._plain_cycle = statistics.median(costs[0] for costs in rounds)
             self._first = statistics.median(firsts) / self._plain_cycle
 
     def cost(self, pair: tuple[int, int]) -> float:
