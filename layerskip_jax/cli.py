@@ -4,6 +4,7 @@ import importlib
 import logging
 import sys
 
+from layerskip_jax.parallel.cpu_threads import spare_threads_for_waiting
 from layerskip_jax.parallel.tpu_presence import leave_absent_tpu_alone
 from layerskip_jax.schema import ConfigError, UserError, nearest
 
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     module = {"import": "import_model"}.get(verb, verb.replace("-", "_"))
     command = importlib.import_module(f"layerskip_jax.commands.{module}")
     leave_absent_tpu_alone()
+    spare_threads_for_waiting()
     try:
         return command.main(arguments)
     except (ConfigError, UserError) as error:

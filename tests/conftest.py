@@ -20,7 +20,7 @@ CACHE_BYTES = 2**30
 LITTLE_EFFORT = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Eight devices share two cores with another worker: the last to come to a collective may be late,
 # and XLA ends the process when it has waited for 40 s.
-PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=120"
 
 # Read once a process; the processes that tests start have them as well.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LITTLE_EFFORT} {PATIENCE}".strip()
@@ -34,8 +34,15 @@ from filelock import FileLock  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+from layerskip_jax.parallel.cpu_threads import VARIABLE, spare_threads_for_waiting  # noqa: E402
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+_threads = os.environ.get(VARIABLE)
+spare_threads_for_waiting()
+jax.devices()  # reads it; the processes that tests start choose for themselves
+if _threads is None:
+    del os.environ[VARIABLE]
 install_import_hook("layerskip_jax", "beartype.beartype")
 
 

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.parallel.clusters import VARIABLES, distributed_arguments
+from layerskip_jax.parallel.cpu_threads import spare_threads_for_waiting
 from layerskip_jax.parallel.mesh import parts
 from layerskip_jax.schema import UserError
 
@@ -37,6 +38,7 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> None:
     arguments = distributed_arguments(environment)
     if arguments is None:
         return
+    spare_threads_for_waiting(several_processes=True)
     # What CPU devices exchange arrays with; GPUs and TPUs have their own and do not ask.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**arguments)
