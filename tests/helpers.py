@@ -16,7 +16,12 @@ from layerskip_jax.training.step import Batch
 SEQUENCE = 12
 # What tests that read compiled programs compile with; others run with the little effort that
 # conftest.py sets.
-REAL_EFFORT = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+REAL_EFFORT = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
 # Of a run of 12 steps with a save every fifth, which many tests stop, damage or go on with.
 RUN_RECIPE = """
 from layerskip_jax.config import as_variant, default_config
