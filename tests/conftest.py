@@ -3,7 +3,7 @@
 Eight virtual CPU devices, and every public signature's shapes checked in every test. Tests ask
 what is computed, not how fast: programs are compiled with little effort. They are kept in one
 cache for all workers, for the processes that tests start, and for the next time. Tests that read a
-program, its memory or collectives, compile it with `REAL_EFFORT`.
+program, its memory or collectives, compile it with `REAL_PROGRAM`.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _threads = os.environ.get(VARIABLE)
 spare_threads_for_waiting()
 jax.devices()  # reads it; the processes that tests start choose for themselves
 if _threads is None:
-    del os.environ[VARIABLE]
+    os.environ.pop(VARIABLE, None)
 install_import_hook("layerskip_jax", "beartype.beartype")
 
 

@@ -14,12 +14,13 @@ from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch
 
 SEQUENCE = 12
-# What tests that read compiled programs compile with; others run with the little effort that
-# conftest.py sets.
+# How programs are compiled whose text or memory is read: to what users get, up to the code that is
+# generated from it, as `tests/test_effort.py` shows.
+REAL_PROGRAM = {"xla_cpu_use_fusion_emitters": True}
 REAL_EFFORT = {
+    **REAL_PROGRAM,
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
     "xla_cpu_parallel_codegen_split_count": 32,
 }
 # Of a run of 12 steps with a save every fifth, which many tests stop, damage or go on with.

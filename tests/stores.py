@@ -1,6 +1,7 @@
 """Object stores on this machine, which answer as Amazon's and Google's do."""
 
 import contextlib
+import http
 import logging
 import os
 import socket
@@ -50,9 +51,27 @@ def s3_store() -> Iterator[str]:
             server.stop()
 
 
+def _download_telling_generations():
+    """Returns the emulator's function that reads an object, made to tell its generation.
+
+    As Google's server does, and tensorstore needs whenever it writes to a checkpoint twice. The
+    emulator leaves it out, which fails as soon as a save is slow enough to be written in two parts.
+    """
+    from gcp_storage_emulator.handlers.objects import download
+
+    def telling(request, response, storage, *rest):
+        download(request, response, storage, *rest)
+        if response.status < http.HTTPStatus.BAD_REQUEST:
+            name = request.params["bucket_name"], request.params["object_id"]
+            response["x-goog-generation"] = storage.get_file_obj(*name)["generation"]
+
+    return telling
+
+
 @contextlib.contextmanager
 def gs_store() -> Iterator[str]:
     """Serves Google Cloud Storage likewise; yields `gs://BUCKET`."""
+    from gcp_storage_emulator.handlers import objects
     from gcp_storage_emulator.server import create_server
 
     with socket.socket() as free:
@@ -64,7 +83,8 @@ def gs_store() -> Iterator[str]:
         "TENSORSTORE_GCS_HTTP_URL": address,
         "GOOGLE_CLOUD_PROJECT": "tests",
     }
-    with mock.patch.dict(os.environ, variables):
+    reading = mock.patch.object(objects, "download", _download_telling_generations())
+    with mock.patch.dict(os.environ, variables), reading:
         server = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
         server.start()
         forget_stores()

@@ -165,6 +165,7 @@ def test_a_quick_look_at_decoding_has_the_names_of_the_full_one():
     assert quick.num_layers == full.num_layers and quick.model_dim < full.model_dim
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_writes_the_named_figures(tiny, bench, monkeypatch, capsys):
     monkeypatch.setattr(
         train_step, "fused_against_naive", lambda gpu, rounds: {"fused_over_naive_time": 1}
@@ -291,6 +292,7 @@ def test_the_benchmark_of_the_guards_writes_its_figures(tiny, bench, monkeypatch
     assert figures["cost_of_guards_and_metrics"] == pytest.approx(parts)
 
 
+@pytest.mark.slow
 def test_the_mfu_benchmark_compares_with_transformers(bench, monkeypatch, capsys):
     full = train_mfu.setting(gpu=False)
     small = dataclasses.replace(full.model, num_layers=2, model_dim=64, ffn_dim=64, vocab_size=64)

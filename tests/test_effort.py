@@ -11,7 +11,7 @@ import numpy as np
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.training.setup import make_setup
 from tests.conftest import REPOSITORY
-from tests.helpers import REAL_EFFORT, SEQUENCE, random_batch, small_model, small_run
+from tests.helpers import REAL_EFFORT, REAL_PROGRAM, SEQUENCE, random_batch, small_model, small_run
 
 CONFIG = small_run(model=small_model(num_layers=2), layer_dropout=LayerDropoutConfig())
 
@@ -44,8 +44,8 @@ def _instructions(text):
 
 
 def test_what_tests_read_is_what_users_get():
-    """The program of `REAL_EFFORT` here, and the one of a process without the tests' flags."""
-    _, ours = _step(REAL_EFFORT)
+    """The program of `REAL_PROGRAM` here, and the one of a process without the tests' flags."""
+    _, ours = _step(REAL_PROGRAM)
     # The flags of `tests.conftest` come too late here: jax has its devices already.
     code = (
         "import jax; jax.config.update('jax_num_cpu_devices', 8); jax.devices(); "

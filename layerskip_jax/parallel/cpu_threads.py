@@ -23,16 +23,17 @@ def spare_threads_for_waiting(
 ) -> None:
     """Gives XLA's CPU backend threads to spare, where devices wait for each other.
 
-    Call it before any use of a device. Nothing changes for one device in one process, whose
-    products had best be split over as many threads as there are cores, nor where the variable is
-    set.
+    Nothing changes for one device in one process, whose products had best be split over as many
+    threads as there are cores, nor where the variable is set, nor once jax has found its devices.
 
     Args:
       environment: the process's variables, of which `NPROC` is set.
       several_processes: whether the devices of other processes are waited for too.
     """
+    from jax._src import xla_bridge
+
     devices = _cpu_devices(environment)
-    if devices == 1 and not several_processes:
+    if xla_bridge.backends_are_initialized() or (devices == 1 and not several_processes):
         return
     threads = max(os.cpu_count() or 1, THREADS_PER_DEVICE * devices)
     environment.setdefault(VARIABLE, str(threads))

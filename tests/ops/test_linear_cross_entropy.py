@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from layerskip_jax.ops.linear_cross_entropy import HeadInputs, Layout
 from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy as score_parts
 from layerskip_jax.parallel.mesh import MeshShape, make_mesh
-from tests.helpers import REAL_EFFORT
+from tests.helpers import REAL_PROGRAM
 
 
 def linear_cross_entropy(states, head, targets, valid, weights, **settings):
@@ -178,7 +178,7 @@ def test_the_logits_of_all_tokens_are_never_held():
         lambda s, h: linear_cross_entropy(s, h, targets, valid, jnp.ones(slots), chunk=16)[0],
         argnums=(0, 1),
     )
-    memory = jax.jit(function).lower(*shapes).compile(REAL_EFFORT).memory_analysis()
+    memory = jax.jit(function).lower(*shapes).compile(REAL_PROGRAM).memory_analysis()
     assert memory.temp_size_in_bytes < slots * batch * length * vocab * 4 / 4
 
 
@@ -202,7 +202,7 @@ def test_devices_add_the_heads_gradient_up_once():
             jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=rows),
             jax.ShapeDtypeStruct((16, 32), jnp.bool_, sharding=rows),
         )
-        .compile(REAL_EFFORT)
+        .compile(REAL_PROGRAM)
         .as_text()
     )
     before_entry, entry = text.split("\nENTRY ")

@@ -7,6 +7,7 @@ import types
 
 import jax
 import pytest
+from jax._src import xla_bridge
 
 from layerskip_jax.parallel import cpu_threads
 from tests.conftest import REPOSITORY
@@ -28,10 +29,18 @@ def test_devices_that_wait_have_threads_to_spare(
     monkeypatch, environment, devices, several, threads
 ):
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
     monkeypatch.setattr(jax, "config", types.SimpleNamespace(jax_num_cpu_devices=devices))
     given = dict(environment)
     cpu_threads.spare_threads_for_waiting(given, several_processes=several)
     assert given.get("NPROC") == threads
+
+
+def test_once_there_are_devices_it_is_too_late():
+    jax.devices()
+    given = {}
+    cpu_threads.spare_threads_for_waiting(given, several_processes=True)
+    assert given == {}
 
 
 def test_xla_starts_so_many_threads():

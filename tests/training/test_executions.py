@@ -14,7 +14,7 @@ from layerskip_jax.parallel.hlo import Program
 from layerskip_jax.parallel.mesh import MeshShape
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
-from tests.helpers import REAL_EFFORT, SEQUENCE, random_batch, small_model, small_run
+from tests.helpers import REAL_PROGRAM, SEQUENCE, random_batch, small_model, small_run
 
 DROPOUT = LayerDropoutConfig(0.6, "linear", residual_scale="inverse_keep", groups=8)
 MESHES = [MeshShape(8, 1, 1), MeshShape(1, 8, 1), MeshShape(2, 2, 2)]
@@ -84,7 +84,7 @@ def test_offload_computes_and_holds_what_full_does():
     for remat in ("full", "offload"):
         setup = make_setup(_config("gather", MeshShape(1, 1, 1), remat=remat), jax.devices()[:1])
         with jax.set_mesh(setup.mesh):
-            compiled = setup.lower_step(SEQUENCE).compile(REAL_EFFORT)
+            compiled = setup.lower_step(SEQUENCE).compile(REAL_PROGRAM)
         products[remat] = compiled.as_text().count(" dot(")
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert products["offload"] == products["full"]
@@ -104,7 +104,7 @@ def test_gather_adds_no_collective_to_any_branch(shape):
     for execution in ("mask", "gather"):
         setup = make_setup(_config(execution, shape, remat="full"))
         with jax.set_mesh(setup.mesh):
-            compiled = setup.lower_step(SEQUENCE).compile(REAL_EFFORT)
+            compiled = setup.lower_step(SEQUENCE).compile(REAL_PROGRAM)
         programs[execution] = Program(compiled.as_text())
     mask, gather = programs["mask"], programs["gather"]
     assert not mask.branches()
