@@ -155,8 +155,10 @@ def may_learn(config: EarlyExitConfig, num_layers: int) -> Bool[np.ndarray, "L"]
 
 
 def check_exits(config: EarlyExitConfig, num_layers: int) -> None:
-    """Raises `ConfigError` unless every listed exit is one of the model's."""
-    for layer in config.layers if config.curriculum != "last" else ():
+    """Raises `ConfigError` where exits learn and a listed one is not the model's."""
+    if config.curriculum == "last":
+        return
+    for layer in config.layers:
         require(
             layer < num_layers,
             f"config.early_exit.layers={config.layers} names layer {layer}, but the model's layers "

@@ -13,6 +13,7 @@ import logging
 import os
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 REPOSITORY = Path(__file__).parents[1]
 CACHE = REPOSITORY / ".cache" / "jax"
@@ -38,15 +39,13 @@ from filelock import FileLock  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-from layerskip_jax.parallel.cpu_threads import VARIABLE, spare_threads_for_waiting  # noqa: E402
+from layerskip_jax.parallel.cpu_threads import spare_threads_for_waiting  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-_threads = os.environ.get(VARIABLE)
-spare_threads_for_waiting()
-jax.devices()  # reads it; the processes that tests start choose for themselves
-if _threads is None:
-    os.environ.pop(VARIABLE, None)
+with mock.patch.dict(os.environ):  # the processes that tests start choose for themselves
+    spare_threads_for_waiting()
+    jax.devices()
 install_import_hook("layerskip_jax", "beartype.beartype")
 
 

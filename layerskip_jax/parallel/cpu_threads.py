@@ -35,8 +35,15 @@ def spare_threads_for_waiting(
     devices = _cpu_devices(environment)
     if xla_bridge.backends_are_initialized() or (devices == 1 and not several_processes):
         return
-    threads = max(os.cpu_count() or 1, THREADS_PER_DEVICE * devices)
+    threads = max(_cores(), THREADS_PER_DEVICE * devices)
     environment.setdefault(VARIABLE, str(threads))
+
+
+def _cores() -> int:
+    """Returns the cores that this process may use, as XLA counts them: few on a shared node."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_devices(environment) -> int:

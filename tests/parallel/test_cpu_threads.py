@@ -28,7 +28,8 @@ FORCED = {"XLA_FLAGS": "--xla_dump_to=x --xla_force_host_platform_device_count=4
 def test_devices_that_wait_have_threads_to_spare(
     monkeypatch, environment, devices, several, threads
 ):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
     monkeypatch.setattr(jax, "config", types.SimpleNamespace(jax_num_cpu_devices=devices))
     given = dict(environment)
