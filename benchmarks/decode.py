@@ -24,15 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from layerskip_jax.commands.sweep import validation_prompts
-from layerskip_jax.decoding.bandwidth import read_bandwidth
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
 from layerskip_jax.decoding.weights import decoder_weights, lies_by_inputs
-from layerskip_jax.generator import Generator
+from layerskip_jax.generation.generator import Generator
+from layerskip_jax.hardware.bandwidth import read_bandwidth
 from layerskip_jax.interop.huggingface import to_hugging_face, to_hugging_face_config
 from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.runs import load_run
-from layerskip_jax.training.state import ModelDefinition
+from layerskip_jax.training.restore import load_run
 
 PROMPT_TOKENS = 32
 # Decoded one by one where batch 1 is measured.

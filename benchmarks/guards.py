@@ -21,8 +21,8 @@ import numpy as np
 from train_step import LAYERSKIP, random_batch, settings
 
 from layerskip_jax.config import GuardsConfig, RunConfig, TrainingConfig
-from layerskip_jax.runs import RunFolder
-from layerskip_jax.training.cost import CostModel
+from layerskip_jax.run_folder.paths import RunFolder
+from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.guards import Guards, Watchdog
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, heartbeat, process_log

@@ -23,8 +23,8 @@ from rich.progress import (  # noqa: E402
     TimeRemainingColumn,
 )
 
-from layerskip_jax.parallel.tpu_presence import leave_absent_tpu_alone  # noqa: E402
-from layerskip_jax.runs import write_json  # noqa: E402
+from layerskip_jax.hardware.tpu_presence import leave_absent_tpu_alone  # noqa: E402
+from layerskip_jax.run_folder.atomic import write_json  # noqa: E402
 from layerskip_jax.schema import ConfigError, UserError  # noqa: E402
 
 leave_absent_tpu_alone()  # or jax would look for one, and say at length that there is none

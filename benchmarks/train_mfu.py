@@ -39,8 +39,8 @@ from train_step import (
     measure,
 )
 
+from layerskip_jax.hardware.chips import peak_flops
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.parallel.chips import peak_flops
 from layerskip_jax.training.setup import TrainSetup
 from layerskip_jax.training.step import Batch
 

@@ -6,7 +6,7 @@ For each setting, the plain step and its variants are compiled, then run in turn
 each a round, on the same batch and from the same state, with a plain step after every third
 variant. `measured` is the median over the rounds of a variant's time over the mean of the plain
 steps before and after it, so that a machine whose speed drifts does not decide it; `arithmetic`
-is the ratio of the FLOPs in `layerskip_jax.training.cost`, for the rows that were dropped and the
+is the ratio of the FLOPs in `layerskip_jax.training.flops`, for the rows that were dropped and the
 exits that were scored in those very steps; `quotient` is measured over arithmetic. Steps are
 spread over the run, so that schedules over time count as a whole. Memory is that of the compiled
 step, arguments and temporaries; on a GPU the measured peak is printed too. The file has the
@@ -32,7 +32,7 @@ from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.ops.linear_cross_entropy import HeadInputs, linear_cross_entropy
-from layerskip_jax.training.cost import CostModel
+from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch, TrainState
 

@@ -4,8 +4,8 @@ import importlib
 import logging
 import sys
 
-from layerskip_jax.parallel.cpu_threads import spare_threads_for_waiting
-from layerskip_jax.parallel.tpu_presence import leave_absent_tpu_alone
+from layerskip_jax.distributed.cpu_threads import spare_threads_for_waiting
+from layerskip_jax.hardware.tpu_presence import leave_absent_tpu_alone
 from layerskip_jax.schema import ConfigError, UserError, nearest
 
 VERBS = {

@@ -14,13 +14,56 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from layerskip_jax.distributed.mesh import MeshShape
+from layerskip_jax.distributed.sharding import ShardingRules
 from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.parallel.mesh import MeshShape
-from layerskip_jax.parallel.sharding import ShardingRules
 from layerskip_jax.schema import ConfigError, UserError, build, nearest, require, require_choice
-from layerskip_jax.training.optimizer import OptimizerConfig
+
+LEARNING_RATE_SCHEDULES = ("cosine", "wsd", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+      learning_rate: the peak, above 0.
+      schedule: `cosine` (to `final_fraction` of the peak), `wsd` (warm up, stay, then decay
+        linearly over the last `decay_fraction` of the steps) or `constant`.
+      warmup_steps: optimizer steps of linear warm-up from 0, at least 0.
+      decay_fraction: share of the steps that `wsd` decays over, in [0, 1].
+      final_fraction: the last learning rate as a share of the peak, in [0, 1].
+      beta1: decay of the first moment, in [0, 1].
+      beta2: decay of the second moment, in [0, 1].
+      eps: AdamW epsilon, above 0.
+      weight_decay: decoupled decay of matrices and embeddings, at least 0; norms and biases are
+        left alone.
+      clip_norm: largest global gradient norm, at least 0; 0 turns clipping off.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        require_choice("schedule", self.schedule, LEARNING_RATE_SCHEDULES)
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}={value} must not be negative")
+        for name in ("beta1", "beta2", "final_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name}={value} must be in [0, 1]")
+        require(self.eps > 0, f"eps={self.eps} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +116,7 @@ class CompilerConfig:
 
     Attributes:
       options: `xla_NAME=VALUE` adds to the compiler's settings for the chip, or replaces one;
-        `xla_NAME=` takes one out (see `parallel/compiler.py`).
+        `xla_NAME=` takes one out (see `hardware/compiler_options.py`).
       cache: folder of compiled programs, which a restarted run need not compile again; `auto` is
         one in the run's folder for TPUs and GPUs, and none for CPUs. Empty keeps none.
     """

@@ -11,13 +11,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
-from layerskip_jax.generator import Generator
+from layerskip_jax.generation.generator import Generator
+from layerskip_jax.generation.options import Generation
 from layerskip_jax.interop.pretrained import end_token_ids, open_pretrained
-from layerskip_jax.request import Generation
-from layerskip_jax.runs import is_run, load_run
+from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.run_folder.object_store import as_path
+from layerskip_jax.run_folder.paths import is_run
 from layerskip_jax.schema import ConfigError, require
-from layerskip_jax.storage import as_path
-from layerskip_jax.training.state import ModelDefinition
+from layerskip_jax.training.restore import load_run
 
 # How to draft: not at all, as the sweep found best, as the model finds out, or (E, G).
 Draft = str | tuple[int, int] | None

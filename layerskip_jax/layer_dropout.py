@@ -33,6 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from layerskip_jax.ops.capacity_switch import (
+    permute_rows,
+    switch_with_shared_residuals,
+    take_rows,
+)
+from layerskip_jax.ops.remat import rematerialised, run_block
 from layerskip_jax.schema import require, require_choice
 
 # D(l) as a function of the layer index l and the depth L; L = 1 gives 1 (see `depth_schedule`).
@@ -244,10 +250,10 @@ class Execution:
         # Rows are reordered in the branches, where they need not be saved for each layer.
         fixed = (jax.lax.stop_gradient(rows), order, plan.residual_scale)
         branches = [functools.partial(self._run_first, count) for count in self.menu]
-        switch = _switch_with_shared_residuals(branches, remat, self.groups)
-        y = _permute_rows(x.reshape(*grouped, *x.shape[1:]), order, inverse)
+        switch = switch_with_shared_residuals(branches, remat, self.groups)
+        y = permute_rows(x.reshape(*grouped, *x.shape[1:]), order, inverse)
         y = switch(plan.capacity_index, (block, y), fixed)
-        return _permute_rows(y, inverse, order).reshape(x.shape)
+        return permute_rows(y, inverse, order).reshape(x.shape)
 
     def _run_first(self, count, differentiable, fixed):
         """Runs a block on the first `count` rows of each group; the others stay as they are."""
@@ -257,149 +263,11 @@ class Execution:
 
         def kept(array):
             array = array.reshape(*order.shape, *array.shape[1:])
-            return _take_rows(array, order[:, :count]).reshape(-1, *array.shape[2:])
+            return take_rows(array, order[:, :count]).reshape(-1, *array.shape[2:])
 
         y = self.constrain(x[:, :count].reshape(-1, *x.shape[2:]))
         y = self.constrain(block(y, *map(kept, rows), scale))
         return jnp.concatenate([y.reshape(-1, count, *y.shape[1:]), x[:, count:]], axis=1)
-
-
-def run_block(block: Callable, x: Array, rows: tuple, residual_scale: Array | None) -> Array:
-    """Calls `block(x, *rows, residual_scale)`, with the block an argument that can be saved."""
-    return block(x, *rows, residual_scale)
-
-
-def rematerialised(function: Callable, policy: str) -> Callable:
-    """Wraps a function so that its backward pass computes again what `policy` names.
-
-    Args:
-      function: of arrays.
-      policy: `none`, `dots` (all but the matrix products), `save_attention` (all but what bears
-        the name `attention`) or `full`.
-    """
-    if policy == "none":
-        return function
-    saved = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
-        "full": None,
-    }[policy]
-    return jax.checkpoint(function, policy=saved)
-
-
-def _take_rows(x: Array, index: Int[Array, "G C"]) -> Array:
-    return jax.vmap(lambda rows, i: rows[i])(x, index)
-
-
-@jax.custom_vjp
-def _permute_rows(x: Array, order: Int[Array, "G g"], inverse: Int[Array, "G g"]) -> Array:
-    """Reorders the rows of each group; the gradient goes back by a gather, not a scatter."""
-    return _take_rows(x, order)
-
-
-def _permute_forward(x, order, inverse):
-    return _take_rows(x, order), inverse
-
-
-def _permute_backward(inverse, gradient):
-    return _take_rows(gradient, inverse), None, None
-
-
-_permute_rows.defvjp(_permute_forward, _permute_backward)
-
-
-def _switch_with_shared_residuals(branches: list[Callable], remat: str, groups: int) -> Callable:
-    """Returns `lax.switch` over branches that differ in their number of rows only.
-
-    Automatic differentiation of a switch makes every branch return the residuals of all of them,
-    each with its own shapes. Here a branch returns its residuals padded to those of the last
-    one, which has the most rows, so that they take the room of one branch.
-
-    Args:
-      branches: functions of (differentiable, fixed), by rising number of rows; the first may
-        have none and return the second of `differentiable`. Gradients flow to the first argument.
-      remat: what the backward pass computes again (see `rematerialised`).
-      groups: every residual's rows come in so many equal groups.
-    """
-    pull_backs = {}  # by branch: how to make its pull-back again from residuals
-
-    def with_residuals(number, differentiable, fixed):
-        function = rematerialised(branches[number], remat)
-        y, pull_back = jax.vjp(lambda inputs: function(inputs, fixed), differentiable)
-        leaves, structure = jax.tree.flatten(pull_back)
-        # Inputs are at hand in the backward pass: they are not saved a second time.
-        given = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves((differentiable, fixed)))}
-        # Constants of a kernel, such as its masks, are the same for every layer.
-        sources = [leaf if isinstance(leaf, np.ndarray) else given.get(id(leaf)) for leaf in leaves]
-        saved = [leaf for leaf, source in zip(leaves, sources, strict=True) if source is None]
-        pull_backs[number] = structure, sources, [leaf.shape for leaf in saved]
-        return y, saved
-
-    @jax.custom_vjp
-    def switch(index, differentiable, fixed):
-        return jax.lax.switch(index, branches, differentiable, fixed)
-
-    def forward(index, differentiable, fixed):
-        last = functools.partial(with_residuals, len(branches) - 1)
-        _, largest = jax.eval_shape(last, differentiable, fixed)
-
-        def padded(number):
-            def run(differentiable, fixed):
-                y, saved = with_residuals(number, differentiable, fixed)
-                if len(saved) < len(largest):  # a branch that runs nothing saves nothing
-                    return y, [jnp.zeros(leaf.shape, leaf.dtype) for leaf in largest]
-                return y, [
-                    _fit_rows(leaf, wanted.shape, groups)
-                    for leaf, wanted in zip(saved, largest, strict=True)
-                ]
-
-            return run
-
-        every = [padded(number) for number in range(len(branches))]
-        y, saved = jax.lax.switch(index, every, differentiable, fixed)
-        return y, (index, differentiable, fixed, saved)
-
-    def backward(residuals, gradient):
-        index, differentiable, fixed, saved = residuals
-
-        def pull(number):
-            def run(differentiable, fixed, saved, gradient):
-                structure, sources, shapes = pull_backs[number]
-                given = jax.tree.leaves((differentiable, fixed))
-                fitted = [
-                    _fit_rows(a, shape, groups) for a, shape in zip(saved, shapes, strict=False)
-                ]
-                fitted = iter(fitted)
-                leaves = [
-                    next(fitted) if source is None
-                    else given[source] if isinstance(source, int)
-                    else source
-                    for source in sources
-                ]  # fmt: skip
-                return jax.tree.unflatten(structure, leaves)(gradient)[0]
-
-            return run
-
-        every = [pull(number) for number in range(len(branches))]
-        return None, jax.lax.switch(index, every, differentiable, fixed, saved, gradient), None
-
-    switch.defvjp(forward, backward)
-    return switch
-
-
-def _fit_rows(x: Array, shape: tuple[int, ...], groups: int) -> Array:
-    """Pads or cuts the rows of each group, along the axis in which `shape` differs from x's."""
-    for axis, (have, want) in enumerate(zip(x.shape, shape, strict=True)):
-        if have == want:
-            continue
-        x = jnp.moveaxis(x, axis, 0)
-        x = x.reshape(groups, have // groups, *x.shape[1:])
-        if want < have:
-            x = x[:, : want // groups]
-        else:
-            x = jnp.pad(x, [(0, 0), (0, (want - have) // groups)] + [(0, 0)] * (x.ndim - 2))
-        x = jnp.moveaxis(x.reshape(want, *x.shape[2:]), 0, axis)
-    return x
 
 
 def check_layers(config: LayerDropoutConfig, num_layers: int) -> None:

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from layerskip_jax.decoding.cache import Cache, read_draft_head, read_head, run_layers
-from layerskip_jax.decoding.rows import Limits, Rows, append, stops_at
 from layerskip_jax.decoding.sampling import (
     Sampling,
     choose,
@@ -31,6 +30,7 @@ from layerskip_jax.decoding.sampling import (
     processed,
     reject,
 )
+from layerskip_jax.decoding.sequences import Limits, SequenceState, append, stops_at
 from layerskip_jax.decoding.weights import DecoderWeights
 
 ACCEPTANCES = ("same_noise", "rejection")
@@ -78,7 +78,7 @@ class Drafts(NamedTuple):
 def draft(
     weights: DecoderWeights,
     cache: Cache,
-    rows: Rows,
+    sequences: SequenceState,
     sampling: Sampling | None,
     *,
     exit_layer: int,
@@ -90,7 +90,7 @@ def draft(
     Args:
       weights: of the model.
       cache: of all layers.
-      rows: the rows.
+      sequences: what is known of each.
       sampling: None decodes greedily.
       exit_layer: E, the layers that draft.
       draft_length: G, drafts a cycle.
@@ -103,7 +103,7 @@ def draft(
 
     def propose(state, offset):
         token, cache = state
-        position = rows.position[:, None] + offset
+        position = sequences.position[:, None] + offset
         x, cache = early_layers(token, cache, position)
         logits = read_draft_head(weights, x)
         if acceptance == "rejection" and sampling is not None:
@@ -113,13 +113,13 @@ def draft(
         token = choose(logits, position + 1, sampling)[:, 0]
         return (token, cache), (token, None, x[:, 0])
 
-    start = (rows.last, cache)
+    start = (sequences.last, cache)
     unrolled = draft_length * exit_layer <= MOST_UNROLLED
     (last, cache), proposed = jax.lax.scan(
         propose, start, jnp.arange(draft_length), unroll=draft_length if unrolled else 1
     )
     tokens, log_p, states = jax.tree.map(lambda x: x.swapaxes(0, 1), proposed)
-    last_state, cache = early_layers(last, cache, rows.position[:, None] + draft_length)
+    last_state, cache = early_layers(last, cache, sequences.position[:, None] + draft_length)
     return Drafts(tokens, log_p, jnp.concatenate([states, last_state], axis=1)), cache
 
 
@@ -127,7 +127,7 @@ def draft(
 def verify(
     weights: DecoderWeights,
     cache: Cache,
-    rows: Rows,
+    sequences: SequenceState,
     drafts: Drafts,
     sampling: Sampling | None,
     *,
@@ -137,7 +137,7 @@ def verify(
 
     One token more than the accepted drafts is the whole model's own; what follows is not.
     """
-    positions = rows.position[:, None] + jnp.arange(drafts.exit_cache.shape[1])
+    positions = sequences.position[:, None] + jnp.arange(drafts.exit_cache.shape[1])
     num_layers = len(weights.layers)
     x, cache = run_layers(weights, cache, drafts.exit_cache, positions, exit_layer, num_layers)
     logits = read_head(weights, x)
@@ -152,18 +152,18 @@ def verify(
 
 @jax.named_scope("count")
 def count_drafts(
-    drafts: Int[Array, "B G"], accepted: Int[Array, "B"], rows: Rows, limits: Limits
+    drafts: Int[Array, "B G"], accepted: Int[Array, "B"], sequences: SequenceState, limits: Limits
 ) -> SpeculationCounts:
-    """Counts one cycle, given the rows before it and how many drafts agreed."""
+    """Counts one cycle, given the sequences before it and how many drafts agreed."""
     index = jnp.arange(drafts.shape[1])
-    ends = stops_at(rows, drafts, limits.stop).astype(jnp.int32)
+    ends = stops_at(sequences, drafts, limits.stop).astype(jnp.int32)
     ended_before = jnp.cumsum(ends, axis=1) - ends > 0
-    room = limits.max_new_tokens - rows.count
-    usable = (index < room[:, None]) & ~ended_before & ~rows.done[:, None]
+    room = limits.max_new_tokens - sequences.count
+    usable = (index < room[:, None]) & ~ended_before & ~sequences.done[:, None]
     kept = usable & (index < accepted[:, None])
     examined = usable & (index <= accepted[:, None])
     return SpeculationCounts(
-        cycles=(~rows.done).astype(jnp.int32),
+        cycles=(~sequences.done).astype(jnp.int32),
         drafted=usable.sum(axis=1),
         accepted=kept.sum(axis=1),
         examined=examined.astype(jnp.int32),
@@ -172,26 +172,54 @@ def count_drafts(
 
 
 def accept(
+    sequences: SequenceState,
+    drafts: Drafts,
+    tokens: Int[Array, "B G1"],
+    accepted: Int[Array, "B"],
+    limits: Limits,
+) -> tuple[SequenceState, SpeculationCounts]:
+    """Gives the sequences their tokens: the last part of a cycle.
+
+    Args:
+      sequences: those that are not done get 1 to G + 1 tokens.
+      drafts: of `draft`.
+      tokens: of `verify`.
+      accepted: of `verify`, how many drafts begin them.
+      limits: when sequences end.
+    """
+    counts = count_drafts(drafts.tokens, accepted, sequences, limits)
+    return append(sequences, tokens, accepted + 1, limits), counts
+
+
+def cycle(
     weights: DecoderWeights,
     cache: Cache,
-    rows: Rows,
-    drafts: Drafts,
+    sequences: SequenceState,
     limits: Limits,
     sampling: Sampling | None,
     *,
     exit_layer: int,
-) -> tuple[Rows, Cache, SpeculationCounts]:
-    """Verifies drafts and gives the rows their tokens: the second half of a cycle.
+    draft_length: int,
+    acceptance: str,
+) -> tuple[SequenceState, Cache, SpeculationCounts]:
+    """Runs one cycle: drafts, verifies and accepts.
 
     Args:
       weights: of the model.
       cache: of all layers.
-      rows: those that are not done get 1 to G + 1 tokens.
-      drafts: of `draft`.
-      limits: when rows end.
+      sequences: those that are not done get 1 to G + 1 tokens.
+      limits: when sequences end.
       sampling: None decodes greedily.
-      exit_layer: E, the layers that drafted.
+      exit_layer: E, the layers that draft.
+      draft_length: G, drafts a cycle.
+      acceptance: for sampling, `same_noise` (drafter-invariant) or `rejection`.
     """
-    tokens, accepted, cache = verify(weights, cache, rows, drafts, sampling, exit_layer=exit_layer)
-    counts = count_drafts(drafts.tokens, accepted, rows, limits)
-    return append(rows, tokens, accepted + 1, limits), cache, counts
+    drafts, cache = draft(
+        weights, cache, sequences, sampling,
+        exit_layer=exit_layer, draft_length=draft_length, acceptance=acceptance,
+    )  # fmt: skip
+    tokens, accepted, cache = verify(
+        weights, cache, sequences, drafts, sampling, exit_layer=exit_layer
+    )
+    sequences, counts = accept(sequences, drafts, tokens, accepted, limits)
+    return sequences, cache, counts

@@ -39,7 +39,7 @@ from filelock import FileLock  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-from layerskip_jax.parallel.cpu_threads import spare_threads_for_waiting  # noqa: E402
+from layerskip_jax.distributed.cpu_threads import spare_threads_for_waiting  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

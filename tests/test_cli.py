@@ -15,7 +15,7 @@ import pytest
 from layerskip_jax.cli import VERBS, main
 from layerskip_jax.commands import settings as settings_command
 from layerskip_jax.config import ConfigError, RunConfig, recipe_names
-from layerskip_jax.parallel.tpu_presence import may_have_tpu
+from layerskip_jax.hardware.tpu_presence import may_have_tpu
 from layerskip_jax.settings import _groups, setting_groups
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ import os
 import jax
 from jax._src import xla_bridge
 
-from layerskip_jax.parallel.tpu_presence import leave_absent_tpu_alone
+from layerskip_jax.hardware.tpu_presence import leave_absent_tpu_alone
 
 def still_asks():
     leave_absent_tpu_alone()

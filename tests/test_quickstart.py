@@ -13,10 +13,11 @@ import transformers
 
 import layerskip_jax
 from layerskip_jax.cli import main
-from layerskip_jax.generator import Generator, StreamEvent
+from layerskip_jax.generation.generator import Generator, StreamEvent
 from layerskip_jax.language_model import LanguageModel
-from layerskip_jax.runs import RunFolder, load_run
+from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.schema import ConfigError
+from layerskip_jax.training.restore import load_run
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from layerskip_jax.decoding.autoregressive import prefill
-from layerskip_jax.decoding.rows import Limits, Rows
 from layerskip_jax.decoding.sampling import matching
+from layerskip_jax.decoding.sequences import Limits, SequenceState
 from layerskip_jax.decoding.weights import DecoderLayer, decoder_weights
-from layerskip_jax.generator import Generator
+from layerskip_jax.generation.generator import Generator
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.self_speculation import accept, count_drafts, draft
 from tests.helpers import small_model
@@ -81,7 +81,7 @@ def test_counts_of_one_cycle_by_hand(accepted, count, drafts, drafted, kept, exa
     limits = Limits(jnp.array([10]), jnp.array([[0]]))
     one = jnp.zeros(1, jnp.int32)
     recent = jnp.zeros((1, 0), jnp.int32)
-    rows = Rows(one, one, jnp.zeros((1, 20), jnp.int32), recent, one + count, one > 0)
+    rows = SequenceState(one, one, jnp.zeros((1, 20), jnp.int32), recent, one + count, one > 0)
     counts = count_drafts(jnp.array([drafts]), jnp.array([accepted]), rows, limits)
     assert counts.cycles.tolist() == [1]
     assert counts.drafted.tolist() == [drafted]

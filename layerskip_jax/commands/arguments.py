@@ -5,8 +5,8 @@ import textwrap
 from pathlib import Path
 
 from layerskip_jax.config import recipe_names
+from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.settings import setting_groups
-from layerskip_jax.storage import require_local
 
 
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:

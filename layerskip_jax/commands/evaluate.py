@@ -11,14 +11,14 @@ from rich.table import Table
 from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.config import MeshConfig
 from layerskip_jax.data.manifest import read_manifest
-from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
+from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.layer_dropout import LayerDropoutConfig
-from layerskip_jax.parallel.mesh import MeshShape
-from layerskip_jax.runs import open_run, write_json
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.paths import open_run
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.evaluation import evaluate_exits, make_exit_scorer, validation_batches
 from layerskip_jax.training.setup import make_setup
-from layerskip_jax.training.train import validation_batches
 
 
 def evaluate(

@@ -17,11 +17,12 @@ from layerskip_jax.interop.folder import (
 )
 from layerskip_jax.interop.huggingface import DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
-from layerskip_jax.runs import open_run, read_json_lines, write_json
+from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.object_store import require_local
+from layerskip_jax.run_folder.paths import open_run, read_json_lines
 from layerskip_jax.schema import UserError
-from layerskip_jax.storage import require_local
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.state import ModelDefinition
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 

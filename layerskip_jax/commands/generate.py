@@ -17,7 +17,8 @@ from rich.text import Text
 from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.language_model import PLAIN, Draft, LanguageModel, load
 from layerskip_jax.model.config import DTYPES
-from layerskip_jax.runs import read_prompt, write_json
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.paths import read_prompt
 from layerskip_jax.schema import UserError
 from layerskip_jax.self_speculation import ACCEPTANCES
 

@@ -13,17 +13,17 @@ from pathlib import Path, PurePath
 from layerskip_jax.commands.arguments import make_parser
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.tokenizer import file_sha256
+from layerskip_jax.distributed.mesh import MeshShape, make_mesh
+from layerskip_jax.distributed.sharding import ShardingRules, parameter_shardings
 from layerskip_jax.interop.pretrained import open_pretrained
 from layerskip_jax.model.config import DTYPES
-from layerskip_jax.parallel.mesh import MeshShape, make_mesh
-from layerskip_jax.parallel.sharding import ShardingRules, parameter_shardings
-from layerskip_jax.runs import RunFolder, run_folder, write_json, write_text
+from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.run_folder.atomic import staged_folder, write_json, write_text
+from layerskip_jax.run_folder.claim import write_published
+from layerskip_jax.run_folder.object_store import AnyPath, is_remote
+from layerskip_jax.run_folder.paths import RunFolder, run_folder
 from layerskip_jax.schema import UserError
-from layerskip_jax.staging import staged_folder
-from layerskip_jax.storage import AnyPath, is_remote
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.state import ModelDefinition
-from layerskip_jax.training.workdir import write_published
 
 logger = logging.getLogger(__name__)
 

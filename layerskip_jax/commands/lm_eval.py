@@ -2,7 +2,7 @@
 
 usage: layerskip lm-eval --model layerskip --model_args path=RUN,exit=8 --tasks ...
 
-All arguments are lm_eval's own; see `layerskip_jax/interop/lm_eval.py` for the model's.
+All arguments are lm_eval's own; see `layerskip_jax/evaluation/lm_eval.py` for the model's.
 """
 
 import sys
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise UserError(f"lm-eval needs its package ({error}); `pip install lm_eval`") from error
-    from layerskip_jax.interop import lm_eval as _registers  # noqa: F401
+    from layerskip_jax.evaluation import lm_eval as _registers  # noqa: F401
 
     before = sys.argv
     sys.argv = ["lm_eval", *argv]

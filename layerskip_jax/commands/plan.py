@@ -25,14 +25,14 @@ from rich.table import Table
 
 from layerskip_jax.commands.arguments import split_config_arguments
 from layerskip_jax.config import RunConfig, load_config, recipe_folder
-from layerskip_jax.parallel.chips import GIB
-from layerskip_jax.parallel.compiler import compiler_table
-from layerskip_jax.parallel.mesh import AXES
-from layerskip_jax.parallel.topology import Topology, parse_topology
+from layerskip_jax.distributed.mesh import AXES
+from layerskip_jax.hardware.chips import GIB
+from layerskip_jax.hardware.compiler_options import compiler_table
+from layerskip_jax.hardware.topology import Topology, parse_topology
+from layerskip_jax.planning.compile import plan_step_apart
+from layerskip_jax.planning.search import nearest_that_fits, search
+from layerskip_jax.planning.step_plan import Plan, fits_text
 from layerskip_jax.schema import ConfigError
-from layerskip_jax.training.plan import Plan, fits_text
-from layerskip_jax.training.plan_apart import plan_step_apart
-from layerskip_jax.training.plan_search import nearest_that_fits, search
 
 logger = logging.getLogger(__name__)
 TRIES = 6  # layouts that a search compiles

@@ -23,8 +23,9 @@ from layerskip_jax.data.manifest import Manifest, Request
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
 from layerskip_jax.interop.pretrained import end_token_ids
-from layerskip_jax.runs import RunFolder, is_run, open_run, write_json
-from layerskip_jax.storage import is_remote
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.object_store import is_remote
+from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from layerskip_jax.commands import evaluate, export, generate, prepare, report, sweep, train
 from layerskip_jax.commands.arguments import local_path
-from layerskip_jax.runs import RunFolder, read_json_lines, write_json
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.schema import UserError
 
 SAMPLE_PROMPT = 'class Error(Exception):\n    """'

@@ -4,7 +4,7 @@ import webbrowser
 
 from layerskip_jax.commands.arguments import make_parser
 from layerskip_jax.report.page import FIGURES, save_figure, write_report
-from layerskip_jax.storage import require_local
+from layerskip_jax.run_folder.object_store import require_local
 
 
 def main(argv: list[str]) -> int:

@@ -20,11 +20,13 @@ from rich.table import Table
 from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
-from layerskip_jax.decoding.tuning import sweep
-from layerskip_jax.generator import Generator
+from layerskip_jax.generation.generator import Generator
+from layerskip_jax.generation.sweep import sweep
 from layerskip_jax.report.sweep_figure import draw_speedup
-from layerskip_jax.runs import load_run, read_prompt, write_json, write_text
+from layerskip_jax.run_folder.atomic import write_json, write_text
+from layerskip_jax.run_folder.paths import read_prompt
 from layerskip_jax.schema import ConfigError, UserError, require
+from layerskip_jax.training.restore import load_run
 
 # Enough to know the most frequent tokens by.
 MOST_WINDOWS = 4096

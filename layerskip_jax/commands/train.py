@@ -12,9 +12,9 @@ import os
 
 from layerskip_jax.commands.arguments import split_config_arguments
 from layerskip_jax.config import load_config
-from layerskip_jax.initial import open_initial
-from layerskip_jax.parallel.chips import GPU_MEMORY
-from layerskip_jax.parallel.hosts import start_processes
+from layerskip_jax.distributed.processes import start_processes
+from layerskip_jax.hardware.chips import GPU_MEMORY
+from layerskip_jax.training.initialize import open_initial
 from layerskip_jax.training.train import train
 
 

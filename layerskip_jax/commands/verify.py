@@ -15,12 +15,13 @@ from rich.table import Table
 from layerskip_jax.commands.arguments import local_path, make_parser
 from layerskip_jax.data.tokenizer import encode_prompt
 from layerskip_jax.decoding.weights import decoder_weights
-from layerskip_jax.generator import Generator
+from layerskip_jax.generation.generator import Generator
 from layerskip_jax.interop.pretrained import open_pretrained
 from layerskip_jax.interop.verify import compare_exits, greedy_tokens, load_transformers
-from layerskip_jax.runs import read_prompt, write_json
+from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.paths import read_prompt
 from layerskip_jax.schema import UserError
-from layerskip_jax.training.state import ModelDefinition
 
 GREEDY_PROMPT = 32
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from layerskip_jax.data.tokenizer import SMALLEST_VOCABULARY, file_sha256
+from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.schema import UserError, build, require
-from layerskip_jax.storage import require_local
 
 FORMAT = 1
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"

@@ -43,8 +43,8 @@ from layerskip_jax.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from layerskip_jax.run_folder.atomic import staged_folder
 from layerskip_jax.schema import UserError
-from layerskip_jax.staging import staged_folder
 
 logger = logging.getLogger(__name__)
 

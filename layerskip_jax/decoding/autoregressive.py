@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from layerskip_jax.decoding.cache import Cache, empty_cache, read_head, run_layers
-from layerskip_jax.decoding.rows import Limits, Rows, append, empty_rows
 from layerskip_jax.decoding.sampling import Sampling, choose
+from layerskip_jax.decoding.sequences import Limits, SequenceState, append, empty_sequences
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.model.config import ModelConfig
 
@@ -25,14 +25,14 @@ def prefill(
     num_layers: int,
     capacity: int,
     lookahead: int,
-) -> tuple[Rows, Cache]:
+) -> tuple[SequenceState, Cache]:
     """Reads the prompts and chooses each row's first new token.
 
     Args:
       weights: of the model.
       prompts: right-padded; P is at most `PREFILL_CHUNK` or a multiple of it.
       lengths: tokens in each prompt, at least 1.
-      limits: when rows end.
+      limits: when sequences end.
       sampling: None decodes greedily.
       config: shapes.
       num_layers: layers that run; L for the whole model.
@@ -62,23 +62,23 @@ def prefill(
     else:
         longest = lengths.max()
         cache, last_states = jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, read, state)
-    rows = empty_rows(lengths, capacity + lookahead, limits.stop.shape[1])
+    sequences = empty_sequences(lengths, capacity + lookahead, limits.stop.shape[1])
     first = choose(read_head(weights, last_states), lengths[:, None], sampling)
-    return append(rows, first, jnp.ones_like(lengths), limits), cache
+    return append(sequences, first, jnp.ones_like(lengths), limits), cache
 
 
 def next_token(
     weights: DecoderWeights,
     cache: Cache,
-    rows: Rows,
+    sequences: SequenceState,
     limits: Limits,
     sampling: Sampling | None,
     *,
     num_layers: int,
-) -> tuple[Rows, Cache]:
+) -> tuple[SequenceState, Cache]:
     """Gives each row one token, by the first `num_layers` layers and the head."""
-    position = rows.position[:, None]
-    x: Float[Array, "B 1 D"] = weights.embedding[rows.last][:, None]
+    position = sequences.position[:, None]
+    x: Float[Array, "B 1 D"] = weights.embedding[sequences.last][:, None]
     x, cache = run_layers(weights, cache, x, position, 0, num_layers)
     chosen = choose(read_head(weights, x), position + 1, sampling)
-    return append(rows, chosen, jnp.ones_like(rows.count), limits), cache
+    return append(sequences, chosen, jnp.ones_like(sequences.count), limits), cache

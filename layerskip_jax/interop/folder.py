@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from layerskip_jax.interop.huggingface import tensor_shapes, to_hugging_face_config
 from layerskip_jax.interop.pretrained import FILES, end_token_ids
 from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.run_folder.atomic import staged_folder
 from layerskip_jax.schema import UserError
-from layerskip_jax.staging import staged_folder
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
 PROVENANCE = "layerskip"  # the key of config.json by which an export is known as ours

@@ -19,8 +19,8 @@ from layerskip_jax.interop.huggingface import (
     from_hugging_face_config,
 )
 from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.schema import UserError
-from layerskip_jax.storage import require_local
 
 _INDEX = "model.safetensors.index.json"
 # What else a published folder says of the model and its tokenizer, all of it small.

@@ -1,7 +1,7 @@
 """The decoder: Llama family, layers stacked on a leading axis and scanned.
 
 Modules are plain pytrees: they hold `nnx.Param`s and static configuration, no state and no
-keys. Each parameter carries `logical_axes`, one name a dimension, which `parallel` maps to
+keys. Each parameter carries `logical_axes`, one name a dimension, which `distributed` maps to
 the axes of a mesh. Parameters are float32; they are cast where they are used.
 """
 
@@ -15,12 +15,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from layerskip_jax.layer_dropout import Execution, KeepPlan, rematerialised, run_block
+from layerskip_jax.layer_dropout import Execution, KeepPlan
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.rope import apply_rope, rope_tables
 from layerskip_jax.ops.attention import PLAIN_ATTENTION, PackedAttention
 from layerskip_jax.ops.elementwise import rms_norm, swiglu
+from layerskip_jax.ops.exit_buffer import keep_exit
 from layerskip_jax.ops.linear import Product, contract
+from layerskip_jax.ops.remat import LAYER_INPUT, OFFLOAD, rematerialised, run_block
 
 # Cosines, sines and segment ids: what a block reads of each row beside the residual stream.
 Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
@@ -191,84 +193,6 @@ class Block(nnx.Module):
         return self.finish(x, attended, residual_scale)
 
 
-def _strata(x: Array, count: int) -> Array:
-    return x.reshape(x.shape[0], count, -1, x.shape[-1])
-
-
-def _take_positions(x: Float[Array, "B S D"], positions: Int[Array, "G m"]) -> Array:
-    """Returns x at `positions`, of which stratum g of the window has the g-th row.
-
-    Within each stratum on its own, so that no device needs the positions of another.
-    """
-    parts = _strata(x, len(positions))
-    inside = positions - parts.shape[2] * jnp.arange(len(positions))[:, None]
-    kept = jax.vmap(lambda part, index: part[:, index], (1, 0), 1)(parts, inside)
-    return kept.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _add_at_positions(x: Array, positions: Int[Array, "G m"], kept: Array) -> Array:
-    """Adds to x what `_take_positions` took from it."""
-    parts, kept = _strata(x, len(positions)), _strata(kept, len(positions))
-    inside = positions - parts.shape[2] * jnp.arange(len(positions))[:, None]
-
-    def add(part, index, kept):
-        return part.at[:, index].add(kept, indices_are_sorted=True, unique_indices=True)
-
-    return jax.vmap(add, (1, 0, 1), 1)(parts, inside, kept).reshape(x.shape)
-
-
-@jax.custom_vjp
-def _keep_exit(
-    x: Float[Array, "B S D"],
-    buffer: Float[Array, "slots B M D"],
-    slot: Int[Array, ""],
-    positions: Int[Array, "G m"] | None,
-) -> tuple[Float[Array, "B S D"], Float[Array, "slots B M D"]]:
-    """Returns x, and the buffer with x at `positions` in `slot`, which may be past its end.
-
-    A slot is filled once, over zeros that nothing else reads. So the gradient of the buffer
-    passes through unchanged and is added to that of x at the layer that filled the slot.
-    """
-
-    def fill(buffer):
-        kept = x if positions is None else _take_positions(x, positions)
-        return jax.lax.dynamic_update_index_in_dim(buffer, kept, slot, axis=0)
-
-    return x, jax.lax.cond(slot < buffer.shape[0], fill, lambda buffer: buffer, buffer)
-
-
-def _keep_exit_forward(x, buffer, slot, positions):
-    return _keep_exit(x, buffer, slot, positions), (slot, positions)
-
-
-def _keep_exit_backward(saved, gradients):
-    slot, positions = saved
-    d_x, d_buffer = gradients
-
-    def add(d_x, d_buffer):
-        d_kept = jax.lax.dynamic_index_in_dim(d_buffer, slot, axis=0, keepdims=False)
-        if positions is None:
-            return d_x + d_kept
-        return _add_at_positions(d_x, positions, d_kept)
-
-    is_kept = slot < d_buffer.shape[0]
-    return jax.lax.cond(is_kept, add, lambda d_x, _: d_x, d_x, d_buffer), d_buffer, None, None
-
-
-_keep_exit.defvjp(_keep_exit_forward, _keep_exit_backward)
-
-
-# What enters a layer goes to the host's memory and comes back for the backward pass. All of the
-# layer is computed again from it, the choice of rows included.
-LAYER_INPUT = "layer_input"
-OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
-    names_which_can_be_offloaded=[LAYER_INPUT],
-    offload_src="device",
-    offload_dst="pinned_host",
-)
-
-
 def _run_layer(execution, remat, block, x, rows, plan):
     x = checkpoint_name(x, LAYER_INPUT)
     if plan is None:
@@ -406,7 +330,7 @@ class Transformer(nnx.Module):
         def visit(carry, slot, x):
             _, buffer = carry
             if slots:
-                x, buffer = _keep_exit(x, buffer, slot, positions)
+                x, buffer = keep_exit(x, buffer, slot, positions)
             return (x, buffer), None
 
         (last, buffer), _ = self.scan_layers(

@@ -13,8 +13,8 @@ from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, per
 from layerskip_jax.report.stylesheet import CSS
 from layerskip_jax.report.summary import headline, sentence
 from layerskip_jax.report.words import amount, percent, times
+from layerskip_jax.run_folder.object_store import AnyPath, is_remote, require_local
 from layerskip_jax.schema import UserError, nearest
-from layerskip_jax.storage import AnyPath, is_remote, require_local
 
 MOST_ROWS = 10  # of a table beside a figure
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.runs import RunFolder, open_run, read_json_lines
+from layerskip_jax.run_folder.paths import RunFolder, open_run, read_json_lines
 from layerskip_jax.schema import UserError
 
 

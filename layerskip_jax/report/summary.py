@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.report.run_record import MissingPiece, RunRecord, number
 from layerskip_jax.report.words import amount, count, duration, percent, times
-from layerskip_jax.training.state import ModelDefinition
 
 
 def headline(run: RunRecord) -> list[tuple[str, str, str]]:

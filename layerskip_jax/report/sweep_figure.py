@@ -12,7 +12,7 @@ def draw_speedup(result: dict[str, Any]) -> Figure:
     """Draws contours of the speed-up over plain decoding, and the best pair.
 
     Args:
-      result: what `layerskip_jax.decoding.tuning.sweep` returns.
+      result: what `layerskip_jax.generation.sweep.sweep` returns.
     """
     exits = sorted({pair["exit_layer"] for pair in result["pairs"]})
     lengths = sorted({pair["draft_length"] for pair in result["pairs"]})

@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from layerskip_jax import __version__
-from layerskip_jax.parallel.hosts import end_for_restart
+from layerskip_jax.distributed.processes import end_for_restart
+from layerskip_jax.ops.checksum import tree_checksums
+from layerskip_jax.run_folder.object_store import AnyPath, absolute, is_remote, kvstore, move_folder
+from layerskip_jax.run_folder.orbax_s3 import teach_orbax_s3
 from layerskip_jax.schema import UserError
-from layerskip_jax.storage import AnyPath, absolute, is_remote, kvstore, move_folder
-from layerskip_jax.training.checksum import tree_checksums
-from layerskip_jax.training.orbax_s3 import teach_orbax_s3
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layerskip_jax.runs import RunFolder
-from layerskip_jax.training.boards import Boards
-from layerskip_jax.training.cost import CostModel
+from layerskip_jax.run_folder.paths import RunFolder
+from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.observe import Clock
 from layerskip_jax.training.step import StepMetrics
+from layerskip_jax.training.trackers import Boards
 
 
 class MetricsLog:
@@ -27,7 +27,7 @@ class MetricsLog:
     checkpoints included and compilation not. Steps that were skipped, their loss or gradient not
     finite, are counted and left out of the means. `goodput` is the share of the time since the
     run's start that went to steps, `lost` the seconds of the rest by cause (see `Clock`). FLOPs are
-    those that a step needs, as `layerskip_jax.training.cost` counts them: `step_flops` from the
+    those that a step needs, as `layerskip_jax.training.flops` counts them: `step_flops` from the
     rows that were dropped and the exits that were scored, `step_flops_planned` from the schedules,
     `mfu` over the peak of the devices where that is known.
     """

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import jax
 
-from layerskip_jax.runs import RunFolder, write_json
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.paths import RunFolder
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

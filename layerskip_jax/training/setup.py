@@ -12,23 +12,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
-from layerskip_jax.early_exit_loss import check_exits, scored_positions
-from layerskip_jax.ops.attention import PackedAttention, choose_kernel
-from layerskip_jax.ops.linear import contract, contract_tokens
-from layerskip_jax.ops.linear_cross_entropy import Layout
-from layerskip_jax.parallel.chips import chip_of
-from layerskip_jax.parallel.compiler import Value, compiler_options
-from layerskip_jax.parallel.hosts import BatchPlacement
-from layerskip_jax.parallel.mesh import make_mesh, parts
-from layerskip_jax.parallel.sharding import (
+from layerskip_jax.distributed.mesh import make_mesh, parts
+from layerskip_jax.distributed.processes import BatchPlacement
+from layerskip_jax.distributed.sharding import (
     ShardingRules,
     check_batch,
     check_sequence,
     least_accumulation,
     parameter_shardings,
 )
+from layerskip_jax.early_exit_loss import check_exits, scored_positions
+from layerskip_jax.hardware.chips import chip_of
+from layerskip_jax.hardware.compiler_options import Value, compiler_options
+from layerskip_jax.model.definition import ModelDefinition, Parameters
+from layerskip_jax.ops.attention import PackedAttention, choose_kernel
+from layerskip_jax.ops.linear import contract, contract_tokens
+from layerskip_jax.ops.linear_cross_entropy import Layout
 from layerskip_jax.training.optimizer import make_optimizer
-from layerskip_jax.training.state import ModelDefinition, Parameters
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from layerskip_jax.early_exit_loss import (
     sample_positions,
     select_exits,
 )
+from layerskip_jax.model.definition import ModelDefinition, Parameters
+from layerskip_jax.ops.checksum import checksum
 from layerskip_jax.ops.linear_cross_entropy import ONE_DEVICE, Layout
-from layerskip_jax.training.checksum import checksum
 from layerskip_jax.training.optimizer import learning_rate_schedule
-from layerskip_jax.training.state import ModelDefinition, Parameters
 
 
 class TrainState(NamedTuple):

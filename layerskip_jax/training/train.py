@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import jax
@@ -13,28 +12,28 @@ from layerskip_jax import __version__
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
 from layerskip_jax.data.manifest import read_manifest
-from layerskip_jax.evaluation.exits import evaluate_exits, make_exit_scorer
-from layerskip_jax.parallel.chips import chip_of, peak_flops
-from layerskip_jax.parallel.compiler import compiler_table, keep_compiled
-from layerskip_jax.parallel.hosts import (
+from layerskip_jax.distributed.processes import (
     RESTART_EXIT_CODE,
     require_agreement,
     stop_requests,
     wait_for_all,
 )
-from layerskip_jax.runs import RunFolder, read_json_lines, write_json
-from layerskip_jax.schema import UserError
-from layerskip_jax.training.boards import check_wandb
+from layerskip_jax.hardware.chips import chip_of, peak_flops
+from layerskip_jax.hardware.compiler_options import compiler_table, keep_compiled
+from layerskip_jax.model.definition import Parameters
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.claim import check_workdir, claim_workdir, opened_workdir
+from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.cost import MFU_DEFINITION, CostModel
+from layerskip_jax.training.evaluation import evaluate_exits, make_exit_scorer, validation_batches
+from layerskip_jax.training.flops import MFU_DEFINITION, CostModel
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
+from layerskip_jax.training.initialize import Initial, resolve, shaped_like
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
-from layerskip_jax.training.resolve import Initial, resolve, shaped_like
 from layerskip_jax.training.setup import TrainSetup, make_setup
-from layerskip_jax.training.state import Parameters
 from layerskip_jax.training.step import Batch, TrainState
-from layerskip_jax.training.workdir import check_workdir, claim_workdir, opened_workdir
+from layerskip_jax.training.trackers import check_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -292,26 +291,6 @@ def _evaluate(
             file.write(json.dumps({"step": step, "exits": exits}) + "\n")
 
 
-def validation_batches(config: RunConfig, setup: TrainSetup, limit: int = 0) -> Iterator[Batch]:
-    """Yields the validation set on the mesh.
-
-    Args:
-      config: names the data and the batch size.
-      setup: places the batches.
-      limit: batches, of windows drawn by a fixed seed; 0 takes every window, in order.
-    """
-
-    def source(shuffle: bool) -> BatchSource:
-        rows = config.training.batch_size
-        return BatchSource(config.data.path, "validation", batch_size=rows, seed=0, shuffle=shuffle)
-
-    whole = source(shuffle=False)
-    part = 0 < limit < whole.steps_per_epoch
-    chosen = source(shuffle=True) if part else whole
-    for step in range(limit if part else whole.steps_per_epoch):
-        yield setup.placement.place(Batch(*chosen.rows(step, setup.placement.rows)))
-
-
 def _is_evaluated(folder: RunFolder, step: int) -> bool:
     return any(record["step"] == step for record in read_json_lines(folder.evaluations_file))
 
@@ -350,6 +329,3 @@ def _log_decisions(
         logger.info("compiler: %s=%s: %s", name, value, reason)
     if peak:
         logger.info("peak %.4g TFLOP/s; %s", peak / 1e12, MFU_DEFINITION)
-
-
-__all__ = ["UserError", "resolve", "train", "validation_batches"]

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from layerskip_jax.decoding.sampling import Sampling, draw, likeliest, processed, reject
-from layerskip_jax.generator import Generator
+from layerskip_jax.generation.generator import Generator
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import ConfigError
 from tests.helpers import small_model

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.runs import RunFolder
+from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.training.checkpoint import Checkpoints
 from tests.interop.helpers import CONFIG, END, EXITS, STEP, random_parameters
 

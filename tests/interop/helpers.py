@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.training.state import ModelDefinition
+from layerskip_jax.model.definition import ModelDefinition
 
 END = "<|end|>"
 STEP = 7

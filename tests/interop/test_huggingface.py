@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from layerskip_jax.distributed.mesh import MeshShape, make_mesh
+from layerskip_jax.distributed.sharding import ShardingRules, parameter_shardings
 from layerskip_jax.interop.huggingface import (
     WEIGHTS,
     check_tensors,
@@ -18,8 +20,6 @@ from layerskip_jax.interop.huggingface import (
     to_hugging_face_config,
 )
 from layerskip_jax.model.config import ModelConfig, RopeScaling
-from layerskip_jax.parallel.mesh import MeshShape, make_mesh
-from layerskip_jax.parallel.sharding import ShardingRules, parameter_shardings
 from layerskip_jax.schema import UserError
 from tests.interop.helpers import CONFIG, random_parameters
 

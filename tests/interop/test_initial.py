@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from layerskip_jax.cli import main
 from layerskip_jax.commands.export import export
 from layerskip_jax.interop.pretrained import open_pretrained
-from layerskip_jax.runs import RunFolder, load_run, read_json_lines
+from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
+from layerskip_jax.training.restore import load_run
 from tests.interop.helpers import published
 
 RECIPE = """

@@ -12,9 +12,9 @@ import pytest
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.runs import RunFolder
+from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.state import ModelDefinition
 from tests.interop.helpers import END
 
 # 0.3 billion parameters: 1.2 GB of float32, in tensors of 17 MB at most.

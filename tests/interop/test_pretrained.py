@@ -19,15 +19,16 @@ from layerskip_jax.commands.export import export
 from layerskip_jax.commands.import_model import import_model
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.tokenizer import begin_tokens
+from layerskip_jax.distributed.mesh import MeshShape, make_mesh
+from layerskip_jax.distributed.sharding import ShardingRules, parameter_shardings
 from layerskip_jax.interop.huggingface import to_hugging_face
 from layerskip_jax.interop.pretrained import open_pretrained
 from layerskip_jax.model.config import RopeScaling
-from layerskip_jax.parallel.mesh import MeshShape, make_mesh
-from layerskip_jax.parallel.sharding import ShardingRules, parameter_shardings
-from layerskip_jax.runs import RunFolder, load_run
+from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.state import ModelDefinition
+from layerskip_jax.training.restore import load_run
 from tests.interop.helpers import CONFIG, END, FAMILIES, published, random_parameters
 
 

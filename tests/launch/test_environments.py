@@ -6,8 +6,8 @@ import jax
 import pytest
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
 
-from layerskip_jax.parallel import hosts
-from layerskip_jax.parallel.clusters import VARIABLES, distributed_arguments, first_host
+from layerskip_jax.distributed import processes
+from layerskip_jax.distributed.cluster_env import VARIABLES, distributed_arguments, first_host
 from layerskip_jax.schema import UserError
 
 EXPLICIT = dict(zip(VARIABLES, ("host:1", "2", "1"), strict=True))
@@ -219,9 +219,9 @@ def test_the_arguments_are_those_that_initialize_is_called_with(monkeypatch):
     called, configured = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: called.append(given))
     monkeypatch.setattr(jax.config, "update", lambda *given: configured.append(given))
-    hosts.start_processes({})
+    processes.start_processes({})
     assert called == configured == []
-    hosts.start_processes(SLURM)
+    processes.start_processes(SLURM)
     assert called == [arguments("gpu07:61441", 4, 3)]
     assert configured == [("jax_cpu_collectives_implementation", "gloo")]
 
@@ -230,6 +230,6 @@ def test_devices_of_processes_that_nothing_joined_are_an_error(monkeypatch):
     """As on a TPU slice of several hosts whose launcher was not recognised."""
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match="belong to 4 processes that no engine has named"):
-        hosts.require_agreement({"seed": 1})
+        processes.require_agreement({"seed": 1})
     with pytest.raises(UserError, match="start them by a script of launch/"):
-        hosts.wait_for_all("start")
+        processes.wait_for_all("start")

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from layerskip_jax.parallel.clusters import distributed_arguments
+from layerskip_jax.distributed.cluster_env import distributed_arguments
 from tests.launch.jobset_schema import JOBSET
 from tests.launch.scripts import AWKWARD, Fakes, run
 from tests.launch.test_scripts import DRY_RUNS, GOLDEN, GPU, TPU, TRAIN

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from layerskip_jax.runs import RunFolder, read_json_lines
+from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from tests.launch.scripts import AWKWARD, LAUNCH, REPOSITORY, Fakes, run
 
 COMMAND = ["python3", "-m", "layerskip_jax"]

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from layerskip_jax.runs import open_run, read_json_lines
+from layerskip_jax.run_folder.paths import open_run, read_json_lines
 from tests.multihost.test_processes import FSDP, SAME, SETTINGS, interrupt, launch, run
 from tests.stores import s3_store
 

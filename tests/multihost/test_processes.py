@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE, VARIABLES
-from layerskip_jax.runs import RunFolder, load_run, read_json_lines
+from layerskip_jax.distributed.processes import RESTART_EXIT_CODE, VARIABLES
+from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
+from layerskip_jax.training.restore import load_run
 from tests.training.test_train import REPOSITORY
 
 slow = pytest.mark.slow

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layerskip_jax.distributed.mesh import MeshShape, make_mesh
 from layerskip_jax.ops.attention import PackedAttention, choose_kernel
-from layerskip_jax.parallel.mesh import MeshShape, make_mesh
 from layerskip_jax.schema import ConfigError
 
 KERNELS = ("xla", "splash", "triton")

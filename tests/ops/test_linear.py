@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from layerskip_jax.config import MeshConfig
+from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.ops.elementwise import rms_norm, swiglu
 from layerskip_jax.ops.linear import contract, contract_tokens
-from layerskip_jax.parallel.mesh import MeshShape
 from layerskip_jax.training.setup import make_setup
 from tests.helpers import small_run
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from layerskip_jax.distributed.mesh import MeshShape, make_mesh
 from layerskip_jax.ops.linear_cross_entropy import HeadInputs, Layout
 from layerskip_jax.ops.linear_cross_entropy import linear_cross_entropy as score_parts
-from layerskip_jax.parallel.mesh import MeshShape, make_mesh
 from tests.helpers import REAL_PROGRAM
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from layerskip_jax.commands import plan as command
 from layerskip_jax.config import load_config
-from layerskip_jax.parallel.hlo import Program
-from layerskip_jax.parallel.mesh import MeshShape
-from layerskip_jax.parallel.topology import parse_topology, tpu_devices
-from layerskip_jax.training.plan import plan_step
+from layerskip_jax.distributed.mesh import MeshShape
+from layerskip_jax.hardware.topology import parse_topology, tpu_devices
+from layerskip_jax.planning.compile import plan_step
+from layerskip_jax.planning.hlo import Program
 from layerskip_jax.training.setup import make_setup
 
 pytestmark = [

@@ -12,7 +12,7 @@ import numpy as np
 from layerskip_jax.config import RunConfig
 from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights
 from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
-from layerskip_jax.runs import write_json
+from layerskip_jax.run_folder.atomic import write_json
 
 
 def small_config(layers: int = 8, steps: int = 60, **early_exit) -> RunConfig:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.config import REMAT_POLICIES
-from layerskip_jax.parallel.hlo import Program
-from layerskip_jax.parallel.mesh import MeshShape
+from layerskip_jax.planning.hlo import Program
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
 from tests.helpers import REAL_PROGRAM, SEQUENCE, random_batch, small_model, small_run

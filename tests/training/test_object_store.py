@@ -13,11 +13,12 @@ import pytest
 
 from layerskip_jax import load
 from layerskip_jax.cli import main
-from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE
-from layerskip_jax.runs import load_run, open_run, read_json_lines
+from layerskip_jax.distributed.processes import RESTART_EXIT_CODE
+from layerskip_jax.run_folder.claim import opened_workdir
+from layerskip_jax.run_folder.paths import open_run, read_json_lines
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.guards import RollBack
-from layerskip_jax.training.workdir import opened_workdir
+from layerskip_jax.training.restore import load_run
 from tests.stores import gs_store, s3_store
 
 # Not the function of that name, which the package has.

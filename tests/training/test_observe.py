@@ -7,7 +7,7 @@ import time
 import jax
 import pytest
 
-from layerskip_jax.runs import RunFolder
+from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.training.observe import Clock, Profiler
 
 

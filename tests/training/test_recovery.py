@@ -20,12 +20,13 @@ import pytest
 from layerskip_jax.cli import main
 from layerskip_jax.config import GuardsConfig
 from layerskip_jax.data.batches import BatchSource
-from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE
-from layerskip_jax.runs import RunFolder, load_run, read_json_lines
+from layerskip_jax.distributed.processes import RESTART_EXIT_CODE
+from layerskip_jax.ops.checksum import checksum, tree_checksums
+from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.checksum import checksum, tree_checksums
 from layerskip_jax.training.guards import Guards
+from layerskip_jax.training.restore import load_run
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch, StepMetrics
 from tests.helpers import SEQUENCE, random_batch, run_steps, small_run, with_training

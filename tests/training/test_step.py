@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
-from layerskip_jax.parallel.mesh import MeshShape
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import Batch, make_train_step
 from tests.helpers import (

@@ -17,10 +17,11 @@ import pytest
 from layerskip_jax.cli import main
 from layerskip_jax.commands.evaluate import evaluate
 from layerskip_jax.data.batches import BatchSource
-from layerskip_jax.parallel.hosts import RESTART_EXIT_CODE
-from layerskip_jax.runs import RunFolder, load_run, read_json_lines
+from layerskip_jax.distributed.processes import RESTART_EXIT_CODE
+from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.schema import UserError
-from layerskip_jax.training.cost import CostModel
+from layerskip_jax.training.flops import CostModel
+from layerskip_jax.training.restore import load_run
 
 REPOSITORY = Path(__file__).parents[2]
 

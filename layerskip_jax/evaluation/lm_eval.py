@@ -1,0 +1,220 @@
+"""A model of EleutherAI's lm-evaluation-harness: any exit scored, generation drafted or not.
+
+Importing this module registers the model `layerskip`; `layerskip lm-eval` does so and goes on as
+`lm_eval`. Its arguments (`--model_args`):
+
+    path        a run, a Hugging Face folder or a GGUF file
+    exit        E, to score and decode with the first E layers only; all layers otherwise
+    draft       to generate with: best, auto or E:G; the tokens stay the same
+    dtype       to compute in, float32 or bfloat16
+    max_length  context to use, in tokens; the model's otherwise
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from layerskip_jax.data.tokenizer import begin_tokens
+from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
+from layerskip_jax.decoding.weights import DecoderWeights
+from layerskip_jax.generation.generator import bucket
+from layerskip_jax.language_model import Draft, load
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.schema import ConfigError, require
+
+# Positions whose logits are held at once.
+CHUNK = 64
+
+
+def parse_draft(text: str | None) -> Draft:
+    """Reads `best`, `auto` or `E:G`; commas part the harness's own arguments."""
+    if text in (None, "", "best", "auto"):
+        return text or None
+    try:
+        exit_layer, draft_length = map(int, str(text).split(":"))
+    except ValueError:
+        raise ConfigError(f"draft={text!r} is not best, auto or E:G") from None
+    return exit_layer, draft_length
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_layers"))
+def score(
+    weights: DecoderWeights,
+    tokens: Int[Array, "B S"],
+    *,
+    config: ModelConfig,
+    num_layers: int,
+) -> tuple[Float[Array, "B S1"], Float[Array, "B S1"]]:
+    """Returns the log-probability of each token after the first, and that of the likeliest one.
+
+    Args:
+      weights: of the model.
+      tokens: right-padded; S - 1 is a multiple of `CHUNK`.
+      config: shapes.
+      num_layers: E, the layers before the head.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    batch, length = inputs.shape
+    positions = jnp.broadcast_to(jnp.arange(length), inputs.shape)
+    cache = empty_cache(config, num_layers, batch, length)
+    x, _ = run_layers(weights, cache, weights.embedding[inputs], positions, 0, num_layers)
+
+    def chunks(array):
+        return array.reshape(batch, -1, CHUNK, *array.shape[2:]).swapaxes(0, 1)
+
+    def of_chunk(chunk):
+        states, targets = chunk
+        log_p = jax.nn.log_softmax(read_head(weights, states), axis=-1)
+        chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return chosen, log_p.max(axis=-1)
+
+    chosen, likeliest = jax.lax.map(of_chunk, (chunks(x), chunks(targets)))
+    return (
+        chosen.swapaxes(0, 1).reshape(batch, length),
+        likeliest.swapaxes(0, 1).reshape(batch, length),
+    )
+
+
+@register_model("layerskip")
+class LayerSkipLM(TemplateLM):
+    """Scores with the first `exit` layers, and generates with them or with drafts."""
+
+    def __init__(
+        self,
+        path: str,
+        exit: int | None = None,  # the harness's own word on the command line
+        draft: str | None = None,
+        dtype: str | None = None,
+        max_length: int | None = None,
+        batch_size: int | str = 1,
+        **_: Any,
+    ):
+        """Loads the model; see the module for the arguments.
+
+        Raises:
+          ConfigError, UserError: naming the argument.
+        """
+        super().__init__()
+        self._model = load(path, dtype=dtype)
+        config = self._model.generator.config
+        layers = config.num_layers
+        require(exit is None or 1 <= int(exit) <= layers, f"exit={exit} must be in 1..{layers}")
+        # The last exit is the whole model, which may draft.
+        self._exit = None if exit is None or int(exit) == layers else int(exit)
+        self._draft = parse_draft(draft)
+        require(
+            self._exit is None or self._draft is None,
+            f"exit={exit} decodes with those layers alone; leave it or draft={draft} out",
+        )
+        context = config.max_sequence_length
+        self.max_length = min(int(max_length or context), context)
+        require(
+            str(batch_size).isdigit() and int(batch_size) >= 1,
+            f"batch_size={batch_size} must be a number of rows",
+        )
+        self._batch_size = int(batch_size)
+        # A copy that reads special tokens in a text as such, as chat templates need it.
+        self.tokenizer = Tokenizer.from_str(self._model.tokenizer.to_str())
+        self.tokenizer.encode_special_tokens = False
+        self._begin = begin_tokens(self.tokenizer)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document."""
+        return self._model.end_token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context: what a document begins with, or what ended the last."""
+        return self._begin[-1] if self._begin else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name under which the harness keeps prepared requests."""
+        return f"layerskip-{self._model.generator.config.vocab_size}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Returns the tokens of a text, begun as the tokenizer begins one unless told otherwise."""
+        ids = self.tokenizer.encode(string, add_special_tokens=False).ids
+        begun = ids[: len(self._begin)] == self._begin  # a chat template has written it already
+        add = not begun if add_special_tokens is None else add_special_tokens
+        return self._begin + ids if add else ids
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, **_
+    ) -> list[tuple[float, bool]]:
+        """Returns log-probability, and whether it is the greedy choice, of each continuation."""
+        weights, config = self._model.generator.weights, self._model.generator.config
+        layers = self._exit or config.num_layers
+        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
+        results: list = [None] * len(requests)
+        size = self._batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        for batch in tqdm(batches, disable=disable_tqdm, desc="log-likelihoods"):
+            rows = [(requests[i][1] + requests[i][2])[-(self.max_length + 1) :] for i in batch]
+            width = bucket(max(map(len, rows)), self.max_length)
+            tokens = np.zeros((size, -(-width // CHUNK) * CHUNK + 1), np.int32)
+            for row, ids in zip(tokens, rows, strict=False):
+                row[: len(ids)] = ids
+            found = jax.device_get(score(weights, tokens, config=config, num_layers=layers))
+            for i, ids, chosen, likeliest in zip(batch, rows, *found, strict=False):
+                # Of the continuation only; the score of token n stands at n - 1.
+                part = slice(max(len(ids) - 1 - len(requests[i][2]), 0), len(ids) - 1)
+                answer = float(chosen[part].sum()), bool((chosen[part] == likeliest[part]).all())
+                results[i] = answer
+                key = requests[i][0]
+                if key is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-probability of whole texts, in windows of the context."""
+        results = []
+        for (text,) in (request.args for request in requests):
+            windows = get_rolling_token_windows(
+                self.tok_encode(text, add_special_tokens=False),
+                self.prefix_token_id,
+                self.max_length,
+                1,
+            )
+            parts = [(None, *make_disjoint_window(window)) for window in windows]
+            scores = self._loglikelihood_tokens(parts, disable_tqdm=True)
+            results.append(sum(logprob for logprob, _ in scores))
+        return results
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continues each context until a stop text, drafted if asked for."""
+        results = []
+        for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
+            context, given = request.args
+            settings = normalize_gen_kwargs(given, 256)
+            count, until = settings["max_gen_toks"], [text for text in settings["until"] if text]
+            require(
+                count < self.max_length,
+                f"max_gen_toks={count} leaves no room for a context of {self.max_length}",
+            )
+            ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.eot_token_id]
+            generation = self._model.generate_tokens(
+                [ids],
+                count,
+                draft=self._draft,
+                exit_layer=self._exit,
+                stop=until,
+                temperature=settings.get("temperature", 0.0),
+            )
+            text = self.tokenizer.decode(generation.tokens[0], skip_special_tokens=True)
+            # A stop text may begin or end within a token.
+            text = text[: min((text.find(stop) for stop in until if stop in text), default=None)]
+            results.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return results

@@ -1,0 +1,439 @@
+"""A model ready to generate: buckets, one compiled program for each of them, results."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK
+from layerskip_jax.decoding.cache import cache_slots
+from layerskip_jax.decoding.sampling import Sampling
+from layerskip_jax.decoding.sequences import Limits, stop_table
+from layerskip_jax.decoding.weights import (
+    decoder_weights,
+    lies_by_inputs,
+    place_weights,
+    reduced_head,
+)
+from layerskip_jax.generation.loop import (
+    Arm,
+    Evidence,
+    advance,
+    best_arm,
+    propose,
+    settle,
+    start,
+)
+from layerskip_jax.generation.options import Drafting, Generation, Request
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.transformer import Transformer
+from layerskip_jax.schema import require
+
+SMALLEST_BUCKET = 16
+COST_CYCLES = 6
+
+
+def bucket(length: int, most: int) -> int:
+    """Returns the padded size for `length`: a power of two, or `most` if that is less.
+
+    Few sizes mean few programs to compile.
+    """
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), most)
+
+
+def prompt_bucket(length: int, most: int) -> int:
+    """Returns the padded size of prompts: as `bucket`, in whole chunks where there are several."""
+    size = bucket(length, most)
+    return size if size <= PREFILL_CHUNK else -(-size // PREFILL_CHUNK) * PREFILL_CHUNK
+
+
+def default_pairs(num_layers: int) -> tuple[tuple[int, int], ...]:
+    """Returns pairs (E, G) for `auto`: short and long drafts by an eighth, a quarter, a half."""
+    exits = sorted({max(1, num_layers // n) for n in (8, 4, 2)} - {num_layers})
+    return tuple((exit_layer, length) for exit_layer in exits for length in (2, 5))
+
+
+class StreamEvent(NamedTuple):
+    """A piece of a stream: drafts, which the next piece replaces, or tokens for good."""
+
+    is_draft: bool
+    tokens: list[int]
+
+
+class _Programs(NamedTuple):
+    start: jax.stages.Compiled
+    advance: jax.stages.Compiled
+
+
+class _Job(NamedTuple):
+    """A request as arrays, and what its programs are compiled for."""
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+    limits: Limits
+    sampling: Sampling | None
+    arms: tuple[Arm, ...]
+    capacity: int
+    acceptance: str
+
+    @property
+    def key(self):
+        return (
+            self.prompts.shape,
+            self.limits.stop.shape,
+            self.sampling is None,
+            self.arms,
+            self.capacity,
+            self.acceptance,
+        )
+
+
+class Generator:
+    """Decodes with one model.
+
+    Programs are compiled for each mode, E, G and bucket of batch, prompt length, new tokens and
+    stop sequences it meets, and kept. For `auto` it measures once what a cycle of each pair
+    costs, and remembers from call to call how often drafts were accepted.
+
+    Attributes:
+      config: of the model.
+      weights: laid out for decoding.
+      compilations: buckets compiled so far, two programs each: prompts, and the loop.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        mesh: Mesh | None = None,
+        draft_tokens: Sequence[int] | None = None,
+    ):
+        """Lays the weights of `model` out for decoding.
+
+        Args:
+          model: any parameters.
+          mesh: with the axes `data` (rows) and `tensor` (heads, MLP, vocabulary); None decodes on
+            one device.
+          draft_tokens: the only tokens that are drafted, such as the most frequent ones of a
+            corpus; the fewer, the cheaper the drafts, and the output stays what it is.
+        """
+        self.config: ModelConfig = model.config
+        self.compilations = 0
+        self._mesh = mesh
+        self._programs: dict = {}
+        self._costs: dict = {}
+        self._evidence: dict = {}
+        by_inputs = mesh is None and lies_by_inputs(jax.devices()[0].platform)
+        weights = decoder_weights(model, by_inputs=by_inputs)
+        if draft_tokens is not None:
+            tokens = sorted(set(map(int, draft_tokens)))
+            require(
+                bool(tokens) and 0 <= tokens[0] and tokens[-1] < self.config.vocab_size,
+                f"draft_tokens must be some of the tokens 0..{self.config.vocab_size - 1}",
+            )
+            weights = weights._replace(
+                draft_head=reduced_head(weights, jnp.asarray(tokens, jnp.int32))
+            )
+        self.weights = (
+            weights if mesh is None else place_weights(weights, mesh, self.config.num_kv_heads)
+        )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options
+    ) -> Generation:
+        """Continues each prompt.
+
+        Args:
+          prompts: token ids, a list a row; lengths may differ.
+          max_new_tokens: the most new tokens a row gets.
+          **options: the other attributes of `Request`.
+
+        Raises:
+          ConfigError: before anything is compiled, naming the value and the remedy.
+        """
+        request = Request(prompts, max_new_tokens, **options)
+        request.check(self.config)
+        job = self._job(request)
+        self._check_memory(job)
+        programs = self._compiled(job)
+        costs = self._cost(job)
+        evidence = self._evidence.get(job.arms, _no_evidence(job.arms))
+        arguments = self._on_device((job.prompts, job.lengths, job.limits, job.sampling, evidence))
+        rest = self._on_device((costs, np.int32(np.iinfo(np.int32).max)))
+        begin = time.perf_counter()
+        state = jax.block_until_ready(programs.start(self.weights, *arguments))
+        first = time.perf_counter() - begin
+        state = programs.advance(self.weights, state, *arguments[2:4], *rest)
+        jax.block_until_ready(state.sequences.tokens)
+        seconds = time.perf_counter() - begin
+        sequences, counts, evidence = jax.device_get(
+            (state.sequences, state.counts, state.evidence)
+        )
+        self._evidence[job.arms] = evidence
+        real = len(prompts)
+        tokens = [
+            row[:n].tolist()
+            for row, n in zip(sequences.tokens[:real], sequences.count[:real], strict=True)
+        ]
+        drafting = None
+        if request.mode in ("self_speculative", "auto"):
+            drafting = _drafting(job.arms, sum(map(len, tokens)) - real, counts)
+        passes = counts.cycles.max(axis=1)  # a pass is for all rows that are not done
+        read = sum(
+            n * self._bytes_read(arm) for n, arm in zip(passes.tolist(), job.arms, strict=True)
+        )
+        return Generation(tokens, seconds, first, read, drafting)
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, **options
+    ) -> Iterator[StreamEvent]:
+        """Continues one prompt, cycle by cycle; the tokens are those of `generate`.
+
+        Args:
+          prompt: token ids.
+          max_new_tokens: the most new tokens.
+          **options: the other attributes of `Request`.
+
+        Yields:
+          Drafts as soon as they are made, then the tokens that take their place.
+
+        Raises:
+          ConfigError: at the first item, before anything is compiled.
+        """
+        request = Request([prompt], max_new_tokens, **options)
+        request.check(self.config)
+        job = self._job(request)
+        self._check_memory(job)
+        programs = self._compiled(job)
+        costs = self._cost(job)
+        evidence = self._evidence.get(job.arms, _no_evidence(job.arms))
+        with self._on_mesh():
+            arguments = self._on_device(
+                (job.prompts, job.lengths, job.limits, job.sampling, evidence)
+            )
+            limits, sampling = arguments[2:4]
+            state = programs.start(self.weights, *arguments)
+            costs_there = self._on_device(costs)
+            shown, index = 0, 0
+            while True:
+                count, done, tokens = jax.device_get(
+                    (state.sequences.count[0], state.sequences.done[0], state.sequences.tokens[0])
+                )
+                yield StreamEvent(False, tokens[shown:count].tolist())
+                shown = count
+                if done:
+                    self._evidence[job.arms] = jax.device_get(state.evidence)
+                    return
+                if len(job.arms) > 1:
+                    index = int(best_arm(job.arms, state.evidence, costs_there))
+                if job.arms[index].draft_length == 0:
+                    forced = self._on_device((_only(job.arms, index), np.int32(1)))
+                    state = programs.advance(self.weights, state, limits, sampling, *forced)
+                    continue
+                drafting, settling = self._halves(job, index)
+                drafts, state = drafting(self.weights, state, sampling)
+                yield StreamEvent(True, jax.device_get(drafts.tokens[0]).tolist())
+                state = settling(self.weights, state, drafts, limits, sampling)
+
+    def _halves(self, job: _Job, index: int):
+        """Returns the two halves of a cycle of an arm as programs of their own."""
+        key = ("halves", job.arms, index, job.acceptance)
+        if key not in self._programs:
+            drafting = functools.partial(propose, arm=job.arms[index], acceptance=job.acceptance)
+            settling = functools.partial(settle, arms=job.arms, index=index)
+            self._programs[key] = (
+                jax.jit(drafting, donate_argnums=1),
+                jax.jit(settling, donate_argnums=1),
+            )
+        return self._programs[key]
+
+    def _job(self, request: Request) -> _Job:
+        """Pads a request to its bucket."""
+        context = self.config.max_sequence_length
+        real = len(request.prompts)
+        batch = 1 << (real - 1).bit_length()
+        if self._mesh is not None:
+            shards = self._mesh.shape["data"]
+            batch = -(-batch // shards) * shards
+        width = prompt_bucket(max(map(len, request.prompts)), context)
+        prompts = np.zeros((batch, width), np.int32)
+        for row, prompt in zip(prompts, request.prompts, strict=False):
+            row[: len(prompt)] = prompt
+        lengths = np.array([len(prompt) for prompt in request.prompts] + [1] * (batch - real))
+        # Rows of padding have no room for a token, and are done before they begin.
+        most = np.array([request.max_new_tokens] * real + [0] * (batch - real))
+        stop = [list(sequence) for sequence in request.stop]
+        if request.end_token is not None:
+            stop.append([request.end_token])
+        stop_rows, stop_width = max(len(stop), 1), max(map(len, stop), default=1)
+        table = stop_table(
+            stop, 1 << (stop_rows - 1).bit_length(), 1 << (stop_width - 1).bit_length()
+        )
+        sampling = None
+        if request.temperature > 0:
+            sampling = Sampling(
+                np.float32(request.temperature),
+                np.int32(min(request.top_k or self.config.vocab_size, self.config.vocab_size)),
+                np.float32(request.top_p),
+                (request.seed + np.arange(batch)).astype(np.uint32),
+            )
+        layers = self.config.num_layers
+        arms = {
+            "plain": lambda: [(layers, 0)],
+            "early_exit": lambda: [(request.exit_layer, 0)],
+            "self_speculative": lambda: [(request.exit_layer, request.draft_length)],
+            "auto": lambda: [(layers, 0), *(request.pairs or default_pairs(layers))],
+        }[request.mode]()
+        return _Job(
+            prompts,
+            lengths.astype(np.int32),
+            Limits(most.astype(np.int32), table),
+            sampling,
+            tuple(Arm(*arm) for arm in arms),
+            bucket(request.max_new_tokens, context),
+            request.acceptance,
+        )
+
+    def _compiled(self, job: _Job) -> _Programs:
+        if job.key not in self._programs:
+            begin = functools.partial(
+                start, config=self.config, arms=job.arms, capacity=job.capacity
+            )
+            go_on = functools.partial(advance, arms=job.arms, acceptance=job.acceptance)
+            arguments = self._on_device(
+                (job.prompts, job.lengths, job.limits, job.sampling, _no_evidence(job.arms))
+            )
+            rest = self._on_device((_no_costs(job.arms), np.int32(0)))
+            with self._on_mesh():
+                first = jax.jit(begin).lower(self.weights, *arguments).compile()
+                state = jax.eval_shape(begin, self.weights, *arguments)
+                shardings = first.output_shardings
+                state = jax.tree.map(
+                    lambda leaf, sharding: jax.ShapeDtypeStruct(
+                        leaf.shape, leaf.dtype, sharding=sharding
+                    ),
+                    state,
+                    shardings,
+                )
+                second = (
+                    jax.jit(go_on, donate_argnums=1, out_shardings=shardings)
+                    .lower(self.weights, state, *arguments[2:4], *rest)
+                    .compile()
+                )
+            self._programs[job.key] = _Programs(first, second)
+            self.compilations += 1
+        return self._programs[job.key]
+
+    def _cost(self, job: _Job) -> np.ndarray:
+        """Returns the seconds of a cycle of each arm, measured once where there are several."""
+        if len(job.arms) == 1:
+            return _no_costs(job.arms)
+        key = (job.prompts.shape[0], job.arms, job.sampling is None)
+        if key not in self._costs:
+            self._costs[key] = np.array(
+                [min(self._time_cycle(job, arm) for _ in range(2)) for arm in range(len(job.arms))],
+                np.float32,
+            )
+        return self._costs[key]
+
+    def _time_cycle(self, job: _Job, arm: int) -> float:
+        programs = self._compiled(job)
+        forced = _only(job.arms, arm)
+        stop = np.full_like(job.limits.stop, -2)
+        most = np.full_like(job.limits.max_new_tokens, job.capacity)
+        arguments = self._on_device(
+            (job.prompts, job.lengths, Limits(most, stop), job.sampling, _no_evidence(job.arms))
+        )
+        cycles = max(1, min(COST_CYCLES, (job.capacity - 1) // (job.arms[arm].draft_length + 1)))
+        rest = self._on_device((forced, np.int32(cycles)))
+        state = jax.block_until_ready(programs.start(self.weights, *arguments))
+        begin = time.perf_counter()
+        state = programs.advance(self.weights, state, *arguments[2:4], *rest)
+        jax.block_until_ready(state.sequences.count)
+        return (time.perf_counter() - begin) / cycles
+
+    def _bytes_read(self, arm: Arm) -> int:
+        """Returns the weights that a cycle reads on one device."""
+
+        def size(weights):
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+        weights, drafts = self.weights, arm.draft_length
+        head = size(weights.any_head)
+        layers = [size(layer) for layer in weights.layers]
+        early, late = sum(layers[: arm.exit_layer]), sum(layers[arm.exit_layer :])
+        draft_head = head if weights.draft_head is None else size(weights.draft_head.matrix)
+        total = early * (drafts + 1) + draft_head * drafts + (late if drafts else 0) + head
+        return total // (1 if self._mesh is None else self._mesh.shape["tensor"])
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _on_device(self, arrays):
+        """Puts arrays where the programs want them: rows over `data`, the rest everywhere."""
+        if self._mesh is None:
+            return jax.device_put(arrays)
+        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec()))
+
+    def _check_memory(self, job: _Job) -> None:
+        """Refuses a batch whose cache cannot fit beside the weights."""
+        config = self.config
+        longest = max(arm.draft_length for arm in job.arms) + 1
+        slots = cache_slots(job.prompts.shape[1] + job.capacity + longest)
+        size = jnp.dtype(config.compute_dtype).itemsize
+        row = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * size
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
+        devices = 1 if self._mesh is None else self._mesh.size
+        needed = (row * job.prompts.shape[0] + weights) / devices
+        limit = device_memory()
+        require(
+            needed <= limit,
+            f"{job.prompts.shape[0]} rows of {slots} positions need a cache of "
+            f"{row * job.prompts.shape[0] / 2**30:.1f} GiB beside {weights / 2**30:.1f} GiB of "
+            f"weights, and the device has {limit / 2**30:.1f} GiB; give fewer prompts at a time, "
+            "or fewer new tokens",
+        )
+
+
+def device_memory() -> int:
+    """Returns the bytes of a device's memory, of a CPU the machine's."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _no_evidence(arms: tuple[Arm, ...]) -> Evidence:
+    return Evidence(np.zeros(len(arms), np.float32), np.zeros(len(arms), np.float32))
+
+
+def _no_costs(arms: tuple[Arm, ...]) -> np.ndarray:
+    return np.ones(len(arms), np.float32)
+
+
+def _only(arms: tuple[Arm, ...], index: int) -> np.ndarray:
+    """Returns costs under which one arm is always the best."""
+    costs = np.full(len(arms), np.inf, np.float32)
+    costs[index] = 1
+    return costs
+
+
+def _drafting(arms: tuple[Arm, ...], tokens: int, counts) -> Drafting:
+    drafts = np.array([arm.draft_length > 0 for arm in arms])
+    cycles = counts.cycles.sum(axis=1)
+    return Drafting(
+        cycles=int(cycles[drafts].sum()),
+        plain_cycles=int(cycles[~drafts].sum()),
+        tokens=tokens,
+        drafted=int(counts.drafted.sum()),
+        accepted=int(counts.accepted.sum()),
+        examined=tuple(counts.examined.sum(axis=(0, 1)).tolist()),
+        kept=tuple(counts.kept.sum(axis=(0, 1)).tolist()),
+    )

@@ -1,0 +1,283 @@
+"""The compiled loop: every way to decode is a choice of arms.
+
+An arm (E, G) is one way to go on by a cycle: draft G tokens with E layers and verify them, or,
+with G = 0, take one token from the first E layers. Plain decoding has one arm, (L, 0); a pair
+has one, (E, G). With several, each cycle takes the one that promises the most tokens for its
+cost, given how often the drafts of its exit have been accepted so far. Plain decoding is one of
+them, so a model whose exits are of no use is soon decoded plainly.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from layerskip_jax.decoding.autoregressive import next_token, prefill
+from layerskip_jax.decoding.cache import Cache
+from layerskip_jax.decoding.sampling import Sampling
+from layerskip_jax.decoding.sequences import Limits, SequenceState
+from layerskip_jax.decoding.weights import DecoderWeights
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.self_speculation import (
+    Drafts,
+    SpeculationCounts,
+    accept,
+    cycle,
+    draft,
+    verify,
+)
+
+# Of the evidence about an exit this share is left after each cycle, so that what was learnt
+# on other text fades, and an exit that was given up is tried again now and then.
+MEMORY = 0.996
+# What is believed of an exit before it was tried: so many drafts, of which this share was
+# accepted. Too good rather than too bad, or it would never be tried.
+PRIOR_DRAFTS, PRIOR_ACCEPTANCE = 1.0, 0.8
+
+
+class Arm(NamedTuple):
+    """One way to go on: E layers, and G drafts a cycle; G = 0 takes the E layers' token."""
+
+    exit_layer: int
+    draft_length: int
+
+
+class Evidence(NamedTuple):
+    """How the drafts of each arm's exit fared lately; arms of one exit share it.
+
+    Attributes:
+      examined: drafts whose predecessors were all accepted.
+      kept: those that were accepted.
+    """
+
+    examined: Float[Array, "A"]
+    kept: Float[Array, "A"]
+
+
+class Generating(NamedTuple):
+    """A generation on the device.
+
+    Attributes:
+      sequences: what is known of each.
+      cache: keys and values.
+      counts: what happened, by arm.
+      evidence: what arms are chosen by.
+    """
+
+    sequences: SequenceState
+    cache: Cache
+    counts: SpeculationCounts
+    evidence: Evidence
+
+
+def start(
+    weights: DecoderWeights,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    limits: Limits,
+    sampling: Sampling | None,
+    evidence: Evidence,
+    *,
+    config: ModelConfig,
+    arms: tuple[Arm, ...],
+    capacity: int,
+) -> Generating:
+    """Reads the prompts; see `prefill`."""
+    longest = max(arm.draft_length for arm in arms)
+    num_layers = config.num_layers if longest else max(arm.exit_layer for arm in arms)
+    sequences, cache = prefill(
+        weights,
+        prompts,
+        lengths,
+        limits,
+        sampling,
+        config=config,
+        num_layers=num_layers,
+        capacity=capacity,
+        lookahead=longest + 1,
+    )
+    zeros = jnp.zeros((len(arms), prompts.shape[0]), jnp.int32)
+    by_position = jnp.zeros((*zeros.shape, max(longest, 1)), jnp.int32)
+    counts = SpeculationCounts(zeros, zeros, zeros, by_position, by_position)
+    return Generating(sequences, cache, counts, evidence)
+
+
+def promised_tokens(arm: Arm, acceptance: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns the tokens expected of a cycle: sum of a^i, i = 0..G (docs/method.md, section 4)."""
+    return sum(acceptance**i for i in range(arm.draft_length + 1)) + jnp.zeros(())
+
+
+def best_arm(arms: tuple[Arm, ...], evidence: Evidence, costs: Float[Array, "A"]) -> Int[Array, ""]:
+    """Returns the arm that promises the most tokens for its cost."""
+    kept = evidence.kept + PRIOR_DRAFTS * PRIOR_ACCEPTANCE
+    acceptance = kept / (evidence.examined + PRIOR_DRAFTS)
+    promised = [promised_tokens(arm, acceptance[index]) for index, arm in enumerate(arms)]
+    return jnp.argmax(jnp.stack(promised) / costs).astype(jnp.int32)
+
+
+def propose(
+    weights: DecoderWeights,
+    state: Generating,
+    sampling: Sampling | None,
+    *,
+    arm: Arm,
+    acceptance: str,
+) -> tuple[Drafts, Generating]:
+    """Drafts, without verifying: a stream shows them before it goes on with `settle`."""
+    drafts, cache = draft(
+        weights,
+        state.cache,
+        state.sequences,
+        sampling,
+        exit_layer=arm.exit_layer,
+        draft_length=arm.draft_length,
+        acceptance=acceptance,
+    )
+    return drafts, state._replace(cache=cache)
+
+
+def settle(
+    weights: DecoderWeights,
+    state: Generating,
+    drafts: Drafts,
+    limits: Limits,
+    sampling: Sampling | None,
+    *,
+    arms: tuple[Arm, ...],
+    index: int,
+) -> Generating:
+    """Verifies and accepts the drafts of arm `index`: the rest of its cycle."""
+    exit_layer = arms[index].exit_layer
+    tokens, accepted, cache = verify(
+        weights, state.cache, state.sequences, drafts, sampling, exit_layer=exit_layer
+    )
+    sequences, new = accept(state.sequences, drafts, tokens, accepted, limits)
+    return _after_cycle(state, sequences, cache, new, arms, index)
+
+
+def run_arm(
+    weights: DecoderWeights,
+    state: Generating,
+    limits: Limits,
+    sampling: Sampling | None,
+    *,
+    arms: tuple[Arm, ...],
+    index: int,
+    acceptance: str,
+) -> Generating:
+    """Goes on by one cycle of arm `index`."""
+    arm = arms[index]
+    if arm.draft_length:
+        sequences, cache, new = cycle(
+            weights,
+            state.cache,
+            state.sequences,
+            limits,
+            sampling,
+            exit_layer=arm.exit_layer,
+            draft_length=arm.draft_length,
+            acceptance=acceptance,
+        )
+        return _after_cycle(state, sequences, cache, new, arms, index)
+    unfinished = (~state.sequences.done).astype(jnp.int32)
+    sequences, cache = next_token(
+        weights, state.cache, state.sequences, limits, sampling, num_layers=arm.exit_layer
+    )
+    cycles = state.counts.cycles.at[index].add(unfinished)
+    counts = state.counts._replace(cycles=cycles)
+    return Generating(sequences, cache, counts, _learn(arms, index, state.evidence, None))
+
+
+def advance(
+    weights: DecoderWeights,
+    state: Generating,
+    limits: Limits,
+    sampling: Sampling | None,
+    costs: Float[Array, "A"],
+    most_cycles: Int[Array, ""],
+    *,
+    arms: tuple[Arm, ...],
+    acceptance: str,
+) -> Generating:
+    """Goes on until every row is done, or for `most_cycles` cycles.
+
+    Args:
+      weights: of the model.
+      state: of `start`.
+      limits: when sequences end.
+      sampling: None decodes greedily.
+      costs: time of a cycle of each arm, in any unit.
+      most_cycles: as far as to go at most.
+      arms: the ways to go on.
+      acceptance: see `draft`.
+    """
+
+    def may_go_on(state, done):
+        return ~state.sequences.done.all() & (done < most_cycles)
+
+    def run(index, state):
+        return run_arm(
+            weights, state, limits, sampling, arms=arms, index=index, acceptance=acceptance
+        )
+
+    if len(arms) == 1:
+
+        def body(carry):
+            state, done = carry
+            return run(0, state), done + 1
+
+        def condition(carry):
+            return may_go_on(*carry)
+
+        return jax.lax.while_loop(condition, body, (state, jnp.int32(0)))[0]
+
+    # A loop for each arm within the loop, not a switch: a loop's cache stays where it is.
+    def stay(index, carry):
+        state, done, arm = carry
+
+        def body(carry):
+            state, done, _ = carry
+            state = run(index, state)
+            return state, done + 1, best_arm(arms, state.evidence, costs)
+
+        return jax.lax.while_loop(
+            lambda carry: (carry[2] == index) & may_go_on(*carry[:2]), body, carry
+        )
+
+    def through_all(carry):
+        return functools.reduce(lambda carry, i: stay(i, carry), range(len(arms)), carry)
+
+    first = best_arm(arms, state.evidence, costs)
+    carry = state, jnp.int32(0), first
+    return jax.lax.while_loop(lambda carry: may_go_on(*carry[:2]), through_all, carry)[0]
+
+
+def _after_cycle(
+    state: Generating,
+    sequences: SequenceState,
+    cache: Cache,
+    new: SpeculationCounts,
+    arms: tuple[Arm, ...],
+    index: int,
+) -> Generating:
+    """Adds up what a cycle of arm `index` did, and learns from it."""
+    counts = jax.tree.map(
+        lambda total, n: total.at[(index, slice(None), *map(slice, n.shape[1:]))].add(n),
+        state.counts,
+        new,
+    )
+    return Generating(sequences, cache, counts, _learn(arms, index, state.evidence, new))
+
+
+def _learn(
+    arms: tuple[Arm, ...], index: int, evidence: Evidence, new: SpeculationCounts | None
+) -> Evidence:
+    """Fades what is known, and adds what a cycle of arm `index` showed to its exit's arms."""
+    examined, kept = evidence.examined * MEMORY, evidence.kept * MEMORY
+    if new is not None:
+        same = jnp.array([arm.exit_layer == arms[index].exit_layer for arm in arms], jnp.float32)
+        examined = examined + same * new.examined.sum()
+        kept = kept + same * new.kept.sum()
+    return Evidence(examined, kept)

@@ -1,0 +1,224 @@
+"""What is asked of a generator, checked, and what it answers."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from layerskip_jax.hardware.bandwidth import read_bandwidth
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.schema import ConfigError, require, require_choice
+from layerskip_jax.self_speculation import ACCEPTANCES
+
+MODES = ("plain", "early_exit", "self_speculative", "auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Prompts, and how to continue them.
+
+    Attributes:
+      prompts: token ids, a list a row; lengths may differ.
+      max_new_tokens: the most new tokens a row gets.
+      mode: `plain`; `early_exit` (the first E layers only); `self_speculative` (the tokens of
+        `plain`, drafted by the first E layers); `auto` (the same, E and G chosen from cycle to
+        cycle by what has been accepted so far).
+      exit_layer: E, for the middle two.
+      draft_length: G, for `self_speculative`.
+      pairs: for `auto`, the pairs (E, G) to choose from beside plain decoding; None takes some
+        spread over the layers.
+      end_token: id that ends a row.
+      stop: sequences of ids that end a row; they are its last tokens.
+      temperature: 0 decodes greedily.
+      top_k: draw from so many likeliest tokens only; None draws from all.
+      top_p: draw from the fewest likeliest tokens that have this share of the probability.
+      seed: of the noise; row i draws with seed + i.
+      acceptance: of drawn tokens, `same_noise` (the very tokens of `plain`) or `rejection` (the
+        same distribution).
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    mode: str = "plain"
+    exit_layer: int | None = None
+    draft_length: int | None = None
+    pairs: Sequence[tuple[int, int]] | None = None
+    end_token: int | None = None
+    stop: Sequence[Sequence[int]] = ()
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    acceptance: str = "same_noise"
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ConfigError where this cannot be asked of such a model."""
+        require_choice("mode", self.mode, MODES)
+        require_choice("acceptance", self.acceptance, ACCEPTANCES)
+        self._check_prompts(config)
+        self._check_drafting(config)
+        vocab = config.vocab_size
+        if self.end_token is not None:
+            require(
+                0 <= self.end_token < vocab, f"end_token={self.end_token} is outside 0..{vocab - 1}"
+            )
+        for sequence in self.stop:
+            require(len(sequence) > 0, "a stop sequence is empty; leave it out")
+            require(
+                0 <= min(sequence) and max(sequence) < vocab,
+                f"stop sequence {list(sequence)} holds a token outside 0..{vocab - 1}",
+            )
+        require(
+            0 <= self.temperature < math.inf,
+            f"temperature={self.temperature} must be 0 (greedy) or above",
+        )
+        require(
+            self.top_k is None or self.top_k >= 1,
+            f"top_k={self.top_k} must be at least 1, or None for all tokens",
+        )
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1")
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0..{2**32 - 1}")
+        if self.temperature == 0:
+            require(
+                self.top_k is None and self.top_p == 1,
+                "top_k and top_p have no meaning for temperature=0, which takes the likeliest "
+                "token; set a temperature above 0",
+            )
+
+    def _check_prompts(self, config: ModelConfig) -> None:
+        require(len(self.prompts) > 0, "prompts is empty; give at least one")
+        require(
+            self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
+        )
+        for index, prompt in enumerate(self.prompts):
+            require(len(prompt) > 0, f"prompt {index} is empty; begin it with at least one token")
+            total = len(prompt) + self.max_new_tokens
+            require(
+                total <= config.max_sequence_length,
+                f"prompt {index} of {len(prompt)} tokens and max_new_tokens="
+                f"{self.max_new_tokens} make {total}, and the context is "
+                f"{config.max_sequence_length}; shorten one",
+            )
+            require(
+                0 <= min(prompt) and max(prompt) < config.vocab_size,
+                f"prompt {index} holds a token outside 0..{config.vocab_size - 1}; use the "
+                "model's own tokenizer",
+            )
+
+    def _check_drafting(self, config: ModelConfig) -> None:
+        mode, exit_layer, draft_length = self.mode, self.exit_layer, self.draft_length
+        most = config.num_layers - 1
+        require(
+            mode in ("early_exit", "self_speculative") or exit_layer is None,
+            f"exit_layer={exit_layer} has no meaning for mode={mode!r}",
+        )
+        require(
+            mode == "self_speculative" or draft_length is None,
+            f"draft_length={draft_length} has no meaning for mode={mode!r}",
+        )
+        require(mode == "auto" or self.pairs is None, f"pairs have no meaning for mode={mode!r}")
+        if mode == "plain":
+            return
+        require(
+            most >= 1, f"a model of one layer has no early exit; use mode='plain', not {mode!r}"
+        )
+        if mode == "auto":
+            for pair in self.pairs or ():
+                require(
+                    len(pair) == 2 and 1 <= pair[0] <= most and pair[1] >= 1,
+                    f"pair {tuple(pair)} must be (E, G) with E in 1..{most} and G at least 1",
+                )
+            require(self.pairs is None or len(self.pairs) > 0, "pairs is empty; give one, or None")
+            return
+        if exit_layer is None or not 1 <= exit_layer <= most:
+            raise ConfigError(f"exit_layer={exit_layer} must be in 1..{most} for mode={mode!r}")
+        if mode == "self_speculative" and (draft_length is None or draft_length < 1):
+            raise ConfigError(f"draft_length={draft_length} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """How the drafts of a generation fared; two of them add up.
+
+    Attributes:
+      cycles: cycles in which tokens were drafted, summed over the rows.
+      plain_cycles: cycles in which none were (`auto`), summed over the rows.
+      tokens: new tokens that came out of cycles: all but the first of each row.
+      drafted: drafts made, see `SpeculationCounts`.
+      accepted: drafts accepted.
+      examined: by draft position, drafts whose predecessors were all accepted.
+      kept: by draft position, drafts accepted.
+    """
+
+    cycles: int
+    plain_cycles: int
+    tokens: int
+    drafted: int
+    accepted: int
+    examined: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def __add__(self, other: "Drafting") -> "Drafting":
+        """Returns the counts of both."""
+
+        def add(a, b):
+            return tuple(map(sum, zip(a, b, strict=True))) if isinstance(a, tuple) else a + b
+
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Drafting(*(add(a, b) for a, b in pairs))
+
+    @property
+    def acceptance(self) -> float:
+        """Drafts accepted over drafts made, what the paper prints; nan if none was made."""
+        return self.accepted / self.drafted if self.drafted else math.nan
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Mean new tokens of a cycle and row; nan if there was no cycle."""
+        cycles = self.cycles + self.plain_cycles
+        return self.tokens / cycles if cycles else math.nan
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """Share accepted at each position, of those whose predecessors all were."""
+        pairs = zip(self.kept, self.examined, strict=True)
+        return tuple(kept / examined if examined else math.nan for kept, examined in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The result of one call.
+
+    Attributes:
+      tokens: new tokens of each prompt, with the end token or stop sequence where reached.
+      seconds: wall-clock time of the compiled programs, compilation not included.
+      seconds_to_first_token: of them, until each row had its first token.
+      weight_bytes: weights that a device read after the first tokens, each as often as a pass
+        through it.
+      drafting: for the modes that draft.
+    """
+
+    tokens: list[list[int]]
+    seconds: float
+    seconds_to_first_token: float
+    weight_bytes: int
+    drafting: Drafting | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows over the time, reading the prompts included."""
+        return sum(map(len, self.tokens)) / self.seconds
+
+    @property
+    def decoding_tokens_per_second(self) -> float:
+        """New tokens but the first of each row over the time after it; nan if there are none."""
+        tokens = sum(map(len, self.tokens)) - len(self.tokens)
+        return tokens / (self.seconds - self.seconds_to_first_token) if tokens else math.nan
+
+    @property
+    def bandwidth_share(self) -> float:
+        """Weights read a second, over what the device can read (`read_bandwidth`, measured once).
+
+        Near 1 is the limit of the hardware; nan if there was no token after the first ones.
+        """
+        seconds = self.seconds - self.seconds_to_first_token
+        return self.weight_bytes / seconds / read_bandwidth() if self.weight_bytes else math.nan

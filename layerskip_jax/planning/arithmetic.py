@@ -1,0 +1,95 @@
+"""Memory, traffic and time of a training step on GPUs, by arithmetic alone."""
+
+import dataclasses
+import math
+
+from layerskip_jax.config import RunConfig
+from layerskip_jax.distributed.mesh import AXES
+from layerskip_jax.distributed.sharding import least_accumulation
+from layerskip_jax.hardware.topology import Topology
+from layerskip_jax.ops.attention import choose_kernel
+from layerskip_jax.planning.step_plan import Memory, Plan, Traffic, timed
+from layerskip_jax.training.flops import CostModel
+
+
+def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
+    """Returns what a step takes by arithmetic alone.
+
+    Memory: parameters and moments by their shards; a float32 gradient beside them; one layer's
+    weights gathered in the compute dtype, twice; the activations that remat keeps; the exit buffer;
+    a chunk of logits with its gradient. Traffic: a layer's weights gathered forward and backward
+    and their gradients scattered, over fsdp; replicas of gradients reduced over data and slice;
+    under `tensor` four gathers or scatters of the residual stream a layer, forward and backward
+    each.
+    """
+    shape = dict(zip(AXES, config.mesh.shape.resolve(topology.num_devices), strict=True))
+    training, chip = config.training, topology.chip
+    kernel = choose_kernel(
+        config.model.attention,
+        chip.platform,
+        packing_mask=config.model.packing_mask,
+        context=shape["context"],
+    )
+    model = dataclasses.replace(config.model, attention=kernel)
+    config = dataclasses.replace(config, model=model)
+    shards = shape["slice"] * shape["data"] * shape["fsdp"]
+    accumulation = training.accumulation or least_accumulation(
+        training.batch_size, training.rows_per_device, shards
+    )
+    rows = training.batch_size / shards / accumulation
+    tokens = rows * length / shape["context"]
+    layer = model.head_dim * model.model_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    layer += 3 * model.model_dim * model.ffn_dim
+    heads = model.vocab_rows * model.model_dim * (1 if model.tie_embeddings else 2)
+    split = shape["fsdp"] * shape["tensor"]
+    parameters = 4.0 * (layer * model.num_layers + heads) / split
+    width = 2 if model.dtype == "bfloat16" else 4
+    gathered = 2 * layer * width / shape["tensor"]
+    kept = {  # values a token that a layer keeps, over the residual stream and over `tensor`
+        "none": 6 * model.model_dim + 3 * model.ffn_dim,
+        "dots": 4 * model.model_dim + 2 * model.ffn_dim,
+        "save_attention": 2 * model.model_dim,
+        "full": model.model_dim,
+        "offload": 0,
+    }[model.remat]
+    per_value = tokens * model.num_layers * width / shape["tensor"]
+    activations = float(per_value * kept)
+    cost = CostModel(config, length)
+    _, early = cost.schedule
+    exits = float(early.max()) * tokens * model.model_dim * width / shape["tensor"]
+    logits = 2 * 4 * rows * training.loss_chunk * model.vocab_rows / shape["tensor"]
+    working = tokens * (4 * model.model_dim + 3 * model.ffn_dim) * width / shape["tensor"]
+    temporaries = parameters + gathered + exits + logits + working
+    memory = Memory(
+        parameters, 2 * parameters, activations, temporaries,
+        3 * parameters + activations + temporaries, chip.memory,
+        host=float(per_value * model.model_dim) if model.remat == "offload" else 0.0,
+    )  # fmt: skip
+
+    def line(kind, axis, size, turns):
+        count, inside = shape[axis], math.prod(shape[a] for a in _inner(axis))
+        near = axis != "slice" if chip.dimensions else count * inside <= chip.per_host
+        over = "links" if near else "network"
+        factor = (2 if kind == "all-reduce" else 1) * (count - 1) / count
+        seconds = size * turns * factor / (chip.links if over == "links" else chip.network)
+        return Traffic(kind, kind, count, over, turns, size * turns, seconds)
+
+    traffic = []
+    turns = float(model.num_layers * accumulation)
+    if shape["fsdp"] > 1:
+        size = layer * width / shape["tensor"]
+        traffic += [line("all-gather", "fsdp", size, 2 * turns)]
+        traffic += [line("reduce-scatter", "fsdp", size, turns)]
+    for axis in ("data", "slice"):
+        if shape[axis] > 1:
+            traffic += [line("all-reduce", axis, parameters * width / 4, float(accumulation))]
+    if shape["tensor"] > 1:
+        size = tokens * model.model_dim * width
+        traffic += [line("all-gather", "tensor", size, 4 * turns)]
+        traffic += [line("reduce-scatter", "tensor", size, 4 * turns)]
+    planned = cost.planned(0, training.steps)
+    return timed(config, topology, False, memory, tuple(traffic), planned, parameters, 0.0)
+
+
+def _inner(axis: str) -> tuple[str, ...]:
+    return AXES[AXES.index(axis) + 1 :]

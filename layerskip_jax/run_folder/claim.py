@@ -1,0 +1,158 @@
+"""Claiming a folder for a run, so that a run only ever goes on with what it began with."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+import jax
+
+from layerskip_jax.config import RunConfig, differences
+from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.object_store import AnyPath
+from layerskip_jax.run_folder.paths import RunFolder, run_folder
+from layerskip_jax.schema import UserError
+
+logger = logging.getLogger(__name__)
+
+# Settings that change neither the parameters a run arrives at nor the order of its data.
+FREE_TO_CHANGE = (
+    "config.data.",
+    "config.checkpoint.",
+    "config.guards.",
+    "config.mesh.",
+    "config.compiler.",
+    "config.training.accumulation",
+    "config.training.rows_per_device",
+    "config.training.log_every",
+    "config.training.evaluate_",
+    "config.training.peak_tflops",
+    "config.training.profile_step",
+    "config.training.wandb",
+    "config.model.remat",
+    "config.model.attention",
+)
+
+
+@contextlib.contextmanager
+def opened_workdir(workdir: str | PurePath) -> Iterator[RunFolder]:
+    """Yields the folder of a run to be trained; where it is on an object store, uploads the rest.
+
+    Raises:
+      UserError: the store cannot be reached, or failed in the end.
+    """
+    # A process goes on with its own log.
+    folder = run_folder(workdir, more=(f"logs/process-{jax.process_index()}.jsonl",))
+    try:
+        yield folder
+    except BaseException:
+        try:
+            folder.close()
+        except UserError as error:
+            logger.error("%s", error)  # what came first is what is raised
+        raise
+    folder.close()
+
+
+def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
+    """Checks, before anything is written, that `folder` is free or holds this very run.
+
+    Args:
+      folder: the run's folder, which need not exist.
+      config: the resolved config.
+      manifest: of the data, as plain values; its `fingerprint` identifies the data.
+
+    Raises:
+      UserError: it holds a run with another config or other data, or something else.
+    """
+    if folder.config_file.is_file():
+        lines = [
+            line
+            for line in differences(_config_of(folder), config.to_dict())
+            if not line.startswith(FREE_TO_CHANGE)
+        ]
+        if lines:
+            raise UserError(
+                f"--workdir={folder.home} holds a run with another config:\n  "
+                + "\n  ".join(lines)
+                + "\nTake another --workdir for the new config, or set these back to go on."
+            )
+        old = json.loads(folder.data_file.read_text())
+        if old["fingerprint"] != manifest["fingerprint"]:
+            raise UserError(
+                f"--workdir={folder.home} holds a run on other data (fingerprint "
+                f"{old['fingerprint'][:12]}, not {manifest['fingerprint'][:12]}); point "
+                "--config.data.path at the data it began with, or take another --workdir"
+            )
+        return
+    home = folder.home
+    if home.is_dir():
+        ours = {folder.data_file.name, folder.tokenizer_file.name, folder.published.name}
+        others = sorted(p.name for p in home.iterdir() if not _is_temporary(p))
+        if not ours.issuperset(others):
+            raise UserError(
+                f"--workdir={home} is not empty and holds no run (it has "
+                f"{', '.join(others[:3])}); take a new folder"
+            )
+    elif home.exists():
+        raise UserError(f"--workdir={home} is a file; take a folder")
+
+
+def _config_of(folder: RunFolder) -> dict:
+    """Returns the run's config; settings newer than the run take their defaults."""
+    return RunConfig.from_dict(json.loads(folder.config_file.read_text())).to_dict()
+
+
+def claim_workdir(
+    folder: RunFolder,
+    config: RunConfig,
+    manifest: dict,
+    tokenizer_file: Path,
+    published: dict[str, bytes] | None = None,
+) -> None:
+    """Creates the folder and writes what identifies the run, the config last.
+
+    Args:
+      folder: see `check_workdir`.
+      config: see `check_workdir`.
+      manifest: see `check_workdir`.
+      tokenizer_file: of the data.
+      published: files by name of the model that the run starts from, see `RunFolder.published`.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.tokenizer_file.exists():
+            temporary = folder.path / f".tokenizer.json.{os.getpid()}"
+            shutil.copyfile(tokenizer_file, temporary)
+            os.replace(temporary, folder.tokenizer_file)
+        write_published(folder, published or {})
+        write_json(folder.data_file, manifest)
+        write_json(folder.config_file, config.to_dict())
+    except OSError as error:
+        raise UserError(
+            f"--workdir={folder.home} cannot be written ({error.strerror}: {error.filename}); "
+            "free some space or take another folder"
+        ) from error
+    folder.upload()
+
+
+def write_published(folder: RunFolder, files: dict[str, bytes]) -> None:
+    """Writes `RunFolder.published`, unless it is there already."""
+    if not files or folder.published.exists():
+        return
+    temporary = folder.path / f".published.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+    os.rename(temporary, folder.published)
+
+
+def _is_temporary(path: AnyPath) -> bool:
+    return path.name.startswith(".")

@@ -1,0 +1,184 @@
+"""What a run starts from, and what its config leaves to that and to its data."""
+
+import dataclasses
+import json
+from pathlib import Path, PurePath
+from typing import Protocol, runtime_checkable
+
+import jax
+
+from layerskip_jax.config import RunConfig
+from layerskip_jax.data.manifest import Manifest
+from layerskip_jax.data.tokenizer import load_tokenizer
+from layerskip_jax.interop.pretrained import Pretrained, open_pretrained
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.definition import ModelDefinition, Parameters
+from layerskip_jax.run_folder.object_store import AnyPath, as_path
+from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run, run_folder
+from layerskip_jax.schema import ConfigError, UserError
+from layerskip_jax.training.checkpoint import Checkpoints
+
+
+@runtime_checkable
+class Initial(Protocol):
+    """A model to start from, its parameters not yet read.
+
+    Attributes:
+      config: its shape.
+      files: see `RunFolder.published`.
+    """
+
+    config: ModelConfig
+    files: dict[str, bytes]
+
+    def check_tokenizer(self, file: Path) -> None:
+        """Raises `UserError` unless the tokenizer in `file` is the model's."""
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        """Reads the parameters, each device its own part.
+
+        Args:
+          config: the shape to read them in: that of the model, the vocabulary padded otherwise.
+          shardings: nested like the parameters.
+
+        Raises:
+          UserError: they cannot be had in that shape.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    """A Hugging Face folder or GGUF file."""
+
+    model: Pretrained
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.model.files
+
+    def check_tokenizer(self, file: Path) -> None:
+        _require_same_tokens(self.model.tokenizer, file, self.model.source)
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        return self.model.parameters(shardings, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRun:
+    """The newest checkpoint of a run."""
+
+    folder: RunFolder
+    config: ModelConfig
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.folder.published_files()
+
+    def check_tokenizer(self, file: Path) -> None:
+        _require_same_tokens(load_tokenizer(self.folder.tokenizer_file), file, self.folder.home)
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        if config.vocab_rows != self.config.vocab_rows:
+            raise UserError(
+                f"config.model.vocab_multiple={config.vocab_multiple} differs from that of the run "
+                f"in {self.folder.home}, {self.config.vocab_multiple}; leave it out, or start from "
+                "an export of that run"
+            )
+        shapes = ModelDefinition(self.config).shapes
+        template = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+        checkpoints = Checkpoints(self.folder.checkpoints)
+        parameters = checkpoints.restore_parameters(None, template)
+        checkpoints.close()
+        return parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A run that has its own checkpoint: its source need not be there any more."""
+
+    config: ModelConfig
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {}  # the run has them
+
+    def check_tokenizer(self, file: Path) -> None:
+        """The run checks its data itself."""
+
+    def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
+        raise UserError("the run has no checkpoint any more and its init_from was not opened")
+
+
+def open_initial(source: str, workdir: str | PurePath) -> _Published | _OfRun | _Begun:
+    """Opens what `config.init_from` names, for the run in `workdir`.
+
+    Raises:
+      UserError: see `open_pretrained`.
+    """
+    folder = run_folder(workdir)
+    if is_run(folder.path) and folder.checkpoints.is_dir():
+        begun = json.loads(folder.config_file.read_text())
+        if begun.get("init_from") == source and Checkpoints(folder.checkpoints).latest_step:
+            return _Begun(open_run(workdir)[1].model)
+    if is_run(as_path(source)):
+        of_run, config = open_run(source)
+        return _OfRun(of_run, config.model)
+    return _Published(open_pretrained(source))
+
+
+def _require_same_tokens(tokenizer, file: Path, source: AnyPath) -> None:
+    if load_tokenizer(file).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the data was prepared with another tokenizer ({file}) than the model in {source} "
+            f"has; prepare it with `layerskip prepare --tokenizer={source} ...`"
+        )
+
+
+def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Fills in what the data decides, and checks that model and data fit each other.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    model = config.model
+    vocab_size = model.vocab_size or manifest.vocab_size
+    if vocab_size < manifest.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size={vocab_size} is smaller than the tokenizer's "
+            f"{manifest.vocab_size}; set 0 to take it from the data"
+        )
+    if manifest.sequence_length > model.max_sequence_length:
+        raise ConfigError(
+            f"config.model.max_sequence_length={model.max_sequence_length} is shorter than the "
+            f"windows of {manifest.sequence_length} tokens in {config.data.path}; raise it, or "
+            "prepare shorter windows"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size))
+
+
+def shaped_like(model: ModelConfig, source: ModelConfig) -> ModelConfig:
+    """Returns `source` with what `model` says of how to compute, not of the shape.
+
+    Raises:
+      ConfigError: a setting of the shape was changed, to something else than the source's.
+    """
+    free, default = ["dtype", "remat", "attention", "packing_mask"], ModelConfig()
+    for name in ("max_sequence_length", "vocab_multiple"):
+        if getattr(model, name) != getattr(default, name):
+            free.append(name)
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(model, field.name), getattr(source, field.name)
+        if field.name not in free and ours not in (theirs, getattr(default, field.name)):
+            raise ConfigError(
+                f"config.model.{field.name}={ours} contradicts config.init_from, whose model has "
+                f"{theirs}; leave it out"
+            )
+    return dataclasses.replace(source, **{name: getattr(model, name) for name in free})

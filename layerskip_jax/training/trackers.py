@@ -1,0 +1,80 @@
+"""Where the curves of a run go: TensorBoard, and Weights & Biases where that is asked for."""
+
+import importlib.util
+import uuid
+from collections.abc import Mapping
+
+from tensorboardX import SummaryWriter
+
+from layerskip_jax.run_folder.paths import RunFolder
+from layerskip_jax.schema import UserError
+
+
+def check_wandb(project: str) -> None:
+    """Checks that `config.training.wandb` can be obeyed.
+
+    Raises:
+      UserError: a project is named and the package is missing.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"config.training.wandb={project} needs the package wandb, which is not installed; "
+            "`pip install wandb`, or leave it empty"
+        )
+
+
+class Boards:
+    """Curves by step, written where the run's folder and its config say."""
+
+    def __init__(
+        self, folder: RunFolder, *, first_step: int, project: str = "", config: dict | None = None
+    ):
+        """Opens both; a run that goes on continues its curves.
+
+        Args:
+          folder: the run's.
+          first_step: the step gone on from.
+          project: of Weights & Biases; empty for TensorBoard alone.
+          config: the run's settings, to be shown there.
+
+        Raises:
+          UserError: Weights & Biases refuses, for want of a login for instance.
+        """
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+        self._wandb = None
+        if not project:
+            return
+        import wandb
+
+        if not folder.wandb_file.is_file():
+            folder.wandb_file.write_text(uuid.uuid4().hex[:8])
+        try:
+            self._wandb = wandb.init(
+                project=project,
+                id=folder.wandb_file.read_text(),
+                name=folder.home.name,
+                resume="allow",
+                dir=str(folder.path),
+                config=config,
+            )
+        except wandb.errors.Error as error:
+            self._board.close()
+            raise UserError(
+                f"config.training.wandb={project}: {error}. Log in, set WANDB_MODE=offline, or "
+                "leave it empty"
+            ) from error
+        # By our own step: theirs may not go back to a checkpoint.
+        self._wandb.define_metric("*", step_metric="step")
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Adds a point to each named curve."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({**values, "step": step})
+
+    def close(self) -> None:
+        """Writes what is left and closes both."""
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()

@@ -1,0 +1,201 @@
+"""The lm-evaluation-harness with our model, on tasks of local files, against its own `hf` model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM
+
+from layerskip_jax.cli import main
+from layerskip_jax.commands.export import export
+from layerskip_jax.schema import ConfigError
+from tests.interop.helpers import END
+
+pytest.importorskip("lm_eval", reason="the test requirements install it")
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from layerskip_jax.evaluation.lm_eval import LayerSkipLM, parse_draft  # noqa: E402
+
+PAIRS = [
+    ("the quick brown", " fox jumps over"),
+    ("", "the lazy dog"),
+    ("the cat sat on the mat while ", "the dog"),
+    ("the " * 90, "cat sat"),  # longer than the context
+]
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm_eval") / "model"
+    export(run[0].path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Two tasks of local files: one of choices, one to generate for."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"question": "the quick brown", "choices": [" fox", " mat", " cat"], "answer": 0},
+        {"question": "the cat sat on the", "choices": [" fox", " mat"], "answer": 1},
+        {"question": "over the lazy", "choices": [" jumps", " dog", " the", " sat"], "answer": 1},
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = f"""
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+num_fewshot: 0
+doc_to_text: "{{{{question}}}}"
+"""
+    (folder / "local_choice.yaml").write_text(
+        "task: local_choice\noutput_type: multiple_choice"
+        + shared
+        + 'doc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+        + "metric_list:\n  - metric: acc\n"
+    )
+    (folder / "local_text.yaml").write_text(
+        "task: local_text\noutput_type: generate_until"
+        + shared
+        + 'doc_to_target: "{{choices[answer]}}"\n'
+        + 'generation_kwargs:\n  until: ["\\n\\n"]\n  max_gen_toks: 8\n'
+        + "metric_list:\n  - metric: exact_match\n"
+    )
+    return folder
+
+
+def _requests(kind, arguments):
+    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+def _in_transformers(exported, ours, exit_layer):
+    """Log-likelihoods by definition: each pair alone, each layer through norm and head."""
+    model = AutoModelForCausalLM.from_pretrained(exported).eval()
+    answers = []
+    for context, continuation in PAIRS:
+        # As the harness does: spaces at the end of a context belong to the continuation.
+        text = context.rstrip()
+        tokens = ours.tok_encode(text + context[len(text) :] + continuation)
+        start = len(ours.tok_encode(text)) if text else 0
+        tokens = tokens if text else [ours.eot_token_id, *tokens]
+        count = len(tokens) - (start or 1)
+        tokens = tokens[-(ours.max_length + 1) :]
+        with torch.no_grad():
+            states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True)
+            logits = states.logits
+            if exit_layer < 3:
+                logits = model.lm_head(model.model.norm(states.hidden_states[exit_layer]))
+        log_p = torch.log_softmax(logits[0, -count:], dim=-1)
+        targets = torch.tensor(tokens[-count:])
+        chosen = log_p.gather(1, targets[:, None]).sum().item()
+        answers.append((chosen, bool((log_p.argmax(-1) == targets).all())))
+    return answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+def test_every_exit_scores_by_definition(run, exported, exit_layer, batch_size):
+    ours = LayerSkipLM(str(run[0].path), exit=exit_layer, batch_size=batch_size)
+    found = ours.loglikelihood(_requests("loglikelihood", PAIRS), disable_tqdm=True)
+    expected = _in_transformers(exported, ours, exit_layer)
+    np.testing.assert_allclose([a for a, _ in found], [a for a, _ in expected], rtol=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_rolling_scores_are_those_of_the_harness_own_model(run, exported):
+    from lm_eval.models.huggingface import HFLM
+
+    texts = [("the cat sat on the mat",), ("the quick brown fox " * 40,)]
+    requests = _requests("loglikelihood_rolling", texts)
+    ours = LayerSkipLM(str(exported), dtype="float32").loglikelihood_rolling(requests)
+    theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", max_length=64)
+    np.testing.assert_allclose(ours, theirs.loglikelihood_rolling(requests), rtol=1e-4)
+
+
+def test_a_text_begins_as_the_harness_own_model_begins_it(exported, tmp_path):
+    """As the tokenizer's template says, and not twice where a chat template has done so."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = shutil.copytree(exported, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": "<s>"}))
+    ours = LayerSkipLM(str(folder), dtype="float32")
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", max_length=64)
+    for text in ("the cat", "<s>the cat", f"the {END}cat"):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        assert ours.tok_encode(text)[0] == begin
+    assert ours.prefix_token_id == theirs.prefix_token_id == begin
+    requests = _requests("loglikelihood", PAIRS)
+    np.testing.assert_allclose(
+        [score for score, _ in ours.loglikelihood(requests, disable_tqdm=True)],
+        [score for score, _ in theirs.loglikelihood(requests, disable_tqdm=True)],
+        rtol=1e-4,
+    )
+
+
+def test_generation_is_the_same_drafted_and_not_and_stops(run):
+    requests = _requests(
+        "generate_until",
+        [("the cat", {"until": ["q"], "max_gen_toks": 12}), ("", {"max_gen_toks": 5})],
+    )
+    plain = LayerSkipLM(str(run[0].path)).generate_until(requests, disable_tqdm=True)
+    drafted = LayerSkipLM(str(run[0].path), draft="1:2")
+    assert drafted.generate_until(requests, disable_tqdm=True) == plain
+    whole = _requests("generate_until", [("the cat", {"max_gen_toks": 12})])
+    [text] = drafted.generate_until(whole, disable_tqdm=True)
+    stop = text[3:5]
+    stopped = _requests("generate_until", [("the cat", {"until": [stop], "max_gen_toks": 12})])
+    assert drafted.generate_until(stopped, disable_tqdm=True) == [text[: text.find(stop)]]
+
+
+@pytest.mark.slow
+def test_the_command_runs_local_tasks(run, exported, tasks, tmp_path, monkeypatch, capsys):
+    """And its accuracy is that of the harness's own model on the exported folder."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    output = tmp_path / "results"
+    arguments = [
+        "lm-eval", "--model", "layerskip", "--model_args", f"path={run[0].path},draft=auto",
+        "--tasks", "local_choice,local_text", "--include_path", str(tasks),
+        "--output_path", str(output),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    [file] = output.rglob("results_*.json")
+    found = json.loads(file.read_text())["results"]
+    theirs = simple_evaluate(
+        "hf", model_args=f"pretrained={exported},device=cpu,dtype=float32",
+        tasks=["local_choice", "local_text"],
+        task_manager=TaskManager(include_path=str(tasks)),
+    )["results"]  # fmt: skip
+    for task, metric in (("local_choice", "acc,none"), ("local_text", "exact_match,none")):
+        assert found[task][metric] == theirs[task][metric]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"exit": 4}, "exit=4 must be in 1..3"),
+        ({"exit": 1, "draft": "auto"}, "exit=1 decodes with those layers alone"),
+        ({"draft": "fast"}, "draft='fast' is not best, auto or E:G"),
+        ({"batch_size": "auto"}, "batch_size=auto must be a number"),
+    ],
+)
+def test_bad_arguments_are_named(run, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        LayerSkipLM(str(run[0].path), **arguments)
+    assert parse_draft("2:3") == (2, 3)
