@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from layerskip_jax import __version__
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
-from layerskip_jax.data.manifest import read_manifest
+from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.distributed.processes import (
     RESTART_EXIT_CODE,
     require_agreement,
@@ -20,7 +20,6 @@ from layerskip_jax.distributed.processes import (
 )
 from layerskip_jax.hardware.chips import chip_of, peak_flops
 from layerskip_jax.hardware.compiler_options import compiler_table, keep_compiled
-from layerskip_jax.model.definition import Parameters
 from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.claim import check_workdir, claim_workdir, opened_workdir
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
@@ -32,7 +31,7 @@ from layerskip_jax.training.initialize import Initial, resolve, shaped_like
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
 from layerskip_jax.training.setup import TrainSetup, make_setup
-from layerskip_jax.training.step import Batch, TrainState
+from layerskip_jax.training.step import Batch, StepMetrics, TrainState
 from layerskip_jax.training.trackers import check_wandb
 
 logger = logging.getLogger(__name__)
@@ -59,31 +58,163 @@ def train(config: RunConfig, workdir: str | PurePath, initial: Initial | None = 
 
 
 def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int:
-    # Data
+    config, manifest, source = _open_data(config, folder, initial)
+    check_wandb(config.training.wandb)
+    _require_same_run(config, manifest, folder)
+
+    # Mesh, model, shardings
+    setup = make_setup(config)
+    setup.check_sequence(source.sequence_length)
+    _claim(config, manifest, folder, initial)
+    total_steps, every = config.training.steps, config.training.evaluate_every
+    cost = CostModel(setup.config, source.sequence_length)
+    peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
+    clock = Clock()
+    with jax.set_mesh(setup.mesh), process_log(folder):
+        platform = setup.mesh.devices.flat[0].platform
+        kept = keep_compiled(config.compiler.cache, str(folder.compiled), platform)
+        _log_decisions(setup, source, cost, peak)
+        logger.info("compiled programs are kept in %s", kept or "no folder")
+
+        # Restore
+        checkpoints = _open_checkpoints(config, manifest, folder)
+        state, first_step = _restore_or_init(setup, checkpoints, initial)
+
+        # Compile, unless all steps are done
+        step_function = None
+        if first_step < total_steps:
+            step_function = setup.compile_step(source.sequence_length)
+        scorer = make_exit_scorer(
+            setup.definition, chunk=config.training.loss_chunk, layout=setup.layout
+        )
+
+        # What watches the loop
+        metrics_log = MetricsLog(
+            folder, total_steps=total_steps, first_step=first_step, cost=cost, peak_flops=peak,
+            clock=clock,
+        )  # fmt: skip
+        profiler = Profiler(folder, config.training.profile_step, config.training.profile_steps)
+        guards = Guards(
+            config.guards, source.window_numbers, lambda: checkpoints.latest_step,
+            roll_backs_done=len(folder.skips()),
+        )  # fmt: skip
+        watchdog = Watchdog(config.guards.step_timeout)
+
+        def observe(step: int, metrics: StepMetrics, last: bool = False) -> None:
+            due = last or step % config.training.log_every == 0 or step == 1
+            guards.check(step, metrics_log.add(step, metrics, record=due))
+            if due:
+                heartbeat(folder, step)
+                folder.upload_soon()
+
+        def evaluate(step: int) -> None:
+            # The first and the last evaluation take all of the validation set.
+            limit = config.training.evaluate_batches if 0 < step < total_steps else 0
+            batches = watchdog.each(validation_batches(config, setup, limit))
+            with clock.cause("evaluation"):
+                exits = evaluate_exits(scorer, state.parameters, batches)
+            _record_evaluation(folder, metrics_log, f"step {step}/{total_steps}", step, exits)
+
+        def save(step: int) -> None:
+            with clock.cause("checkpoint"):
+                saved = checkpoints.save(step, state.parameters, state.optimizer)
+            if saved:
+                folder.upload_soon(urgent=True)
+                metrics_log.say(f"step {step}/{total_steps}  saving a checkpoint")
+
+        # Loop
+        previous = None  # metrics of the step before, read while the next one runs
+        rows, steps = setup.placement.rows, range(first_step, total_steps)
+        try:
+            with (
+                stop_requests() as stop,
+                watchdog.watching(),
+                profiler.listening(),
+                source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
+            ):
+                if (
+                    initial is not None
+                    and every
+                    and first_step == 0
+                    and not _is_evaluated(folder, 0)
+                ):
+                    evaluate(0)  # what the run starts from, to compare the end with
+                    metrics_log.restart_clock()
+                clock.steps_begin()
+                for index, host_batch in watchdog.each(clock.each(batches, "data")):
+                    profiler.before(index + 1)
+                    batch = setup.placement.place(Batch(*host_batch))
+                    state, metrics = step_function(state, batch)
+                    step = index + 1
+                    if previous is not None:
+                        observe(*previous)
+                    previous = (step, metrics)
+                    save(step)
+                    if every and step % every == 0 and step < total_steps:
+                        observe(*previous)
+                        previous = None
+                        evaluate(step)
+                        metrics_log.restart_clock()
+                    if stop.due(step):
+                        break
+                if previous is not None:
+                    observe(*previous, last=True)
+                last_step = int(state.step)
+
+                # The last checkpoint and evaluation
+                if last_step > first_step:
+                    checkpoints.save(last_step, state.parameters, state.optimizer, force=True)
+                if last_step == total_steps and not _is_evaluated(folder, total_steps):
+                    evaluate(last_step)
+                watchdog.beat()
+                checkpoints.close()
+        except RollBack as bad:
+            checkpoints.close()
+            return _roll_back(folder, checkpoints, bad)
+        finally:
+            metrics_log.close()
+            checkpoints.close()
+    if last_step >= total_steps:
+        return 0
+    logger.warning(
+        "stopped by %s after step %d of %d; the same command goes on from there",
+        stop.reason, last_step, total_steps,
+    )  # fmt: skip
+    return RESTART_EXIT_CODE
+
+
+def _open_data(
+    config: RunConfig, folder: RunFolder, initial: Initial | None
+) -> tuple[RunConfig, Manifest, BatchSource]:
+    """Opens the data, and fills in what it and the model to start from decide of the config."""
     data = config.data
     manifest = dataclasses.replace(
         read_manifest(data.path),
         fingerprint=mixture_fingerprint(data.path, data.mixture, data.weights),
     )
-    tokenizer_file = Path(config.data.path) / "tokenizer.json"
     if initial is not None:
-        initial.check_tokenizer(tokenizer_file)
+        initial.check_tokenizer(_tokenizer_file(config))
         config = dataclasses.replace(config, model=shaped_like(config.model, initial.config))
     config = resolve(config, manifest)
     source = BatchSource(
-        config.data.path,
+        data.path,
         "train",
         batch_size=config.training.batch_size,
         seed=config.seed,
-        skip_damaged=config.data.on_damaged == "skip",
-        mixture=config.data.mixture,
-        weights=config.data.weights,
+        skip_damaged=data.on_damaged == "skip",
+        mixture=data.mixture,
+        weights=data.weights,
         skips=folder.skips(),
     )
+    return config, manifest, source
 
-    check_wandb(config.training.wandb)
 
-    # All processes mean the same run
+def _tokenizer_file(config: RunConfig) -> Path:
+    return Path(config.data.path) / "tokenizer.json"
+
+
+def _require_same_run(config: RunConfig, manifest: Manifest, folder: RunFolder) -> None:
+    """Stops unless all processes mean the same run."""
     require_agreement(
         {
             "config": config.to_dict(),
@@ -95,129 +226,31 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
         }
     )
 
-    # Mesh, model, shardings
-    setup = make_setup(config)
-    setup.check_sequence(source.sequence_length)
-    check_workdir(folder, config, dataclasses.asdict(manifest))
+
+def _claim(
+    config: RunConfig, manifest: Manifest, folder: RunFolder, initial: Initial | None
+) -> None:
+    """Makes the folder this run's, or checks that it is; all processes wait for the first."""
+    about = dataclasses.asdict(manifest)
+    check_workdir(folder, config, about)
     wait_for_all("the folder is checked")
     if jax.process_index() == 0:
         published = initial.files if initial is not None else {}
-        claim_workdir(folder, config, dataclasses.asdict(manifest), tokenizer_file, published)
+        claim_workdir(folder, config, about, _tokenizer_file(config), published)
     wait_for_all("the folder is claimed")
-    cost = CostModel(setup.config, source.sequence_length)
-    peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
-    clock = Clock()
-    with jax.set_mesh(setup.mesh), process_log(folder):
-        platform = setup.mesh.devices.flat[0].platform
-        kept = keep_compiled(config.compiler.cache, str(folder.compiled), platform)
-        _log_decisions(setup, source, cost, peak)
-        logger.info("compiled programs are kept in %s", kept or "no folder")
-        # Restore
-        checkpoints = Checkpoints(
-            folder.checkpoints,
-            every_steps=config.checkpoint.every_steps,
-            keep=config.checkpoint.keep,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            keep_every_hours=config.checkpoint.keep_every_hours,
-            on_failure=config.checkpoint.on_failure,
-            about={"config": config.to_dict(), "data": manifest.fingerprint},
-        )
-        state, first_step = _restore_or_init(setup, checkpoints, initial)
 
-        # Compile, unless all steps are done
-        total_steps = config.training.steps
-        step_function = None
-        if first_step < total_steps:
-            step_function = setup.compile_step(source.sequence_length)
-        scorer = make_exit_scorer(
-            setup.definition, chunk=config.training.loss_chunk, layout=setup.layout
-        )
 
-        # Loop
-        metrics_log = MetricsLog(
-            folder,
-            total_steps=total_steps,
-            first_step=first_step,
-            cost=cost,
-            peak_flops=peak,
-            clock=clock,
-        )
-        profiler = Profiler(folder, config.training.profile_step, config.training.profile_steps)
-        guards = Guards(
-            config.guards,
-            source.window_numbers,
-            lambda: checkpoints.latest_step,
-            roll_backs_done=len(folder.skips()),
-        )
-        watchdog = Watchdog(config.guards.step_timeout)
-        previous = None  # metrics of the step before, read while the next one runs
-        rows, steps = setup.placement.rows, range(first_step, total_steps)
-        try:
-            with (
-                stop_requests() as stop,
-                watchdog.watching(),
-                profiler.listening(),
-                source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
-            ):
-                evaluates = initial is not None and config.training.evaluate_every
-                if evaluates and first_step == 0 and not _is_evaluated(folder, 0):
-                    # What the run starts from, on all of the data, to compare the end with.
-                    _evaluate(
-                        config, setup, scorer, state.parameters, 0, folder, metrics_log, watchdog
-                    )
-                    metrics_log.restart_clock()
-                clock.steps_begin()
-                for index, host_batch in watchdog.each(clock.each(batches, "data")):
-                    profiler.before(index + 1)
-                    batch = setup.placement.place(Batch(*host_batch))
-                    state, metrics = step_function(state, batch)
-                    step = index + 1
-                    if previous is not None:
-                        _add(metrics_log, guards, config, *previous)
-                    previous = (step, metrics)
-                    with clock.cause("checkpoint"):
-                        saved = checkpoints.save(step, state.parameters, state.optimizer)
-                    if saved:
-                        folder.upload_soon(urgent=True)
-                        metrics_log.say(f"step {step}/{total_steps}  saving a checkpoint")
-                    every = config.training.evaluate_every
-                    if every and step % every == 0 and step < total_steps:
-                        _add(metrics_log, guards, config, *previous)
-                        previous = None
-                        _evaluate(
-                            config, setup, scorer, state.parameters, step, folder, metrics_log,
-                            watchdog,
-                        )  # fmt: skip
-                        metrics_log.restart_clock()
-                    if stop.due(step):
-                        break
-                if previous is not None:
-                    _add(metrics_log, guards, config, *previous, last=True)
-                last_step = int(state.step)
-
-                # The last checkpoint and evaluation
-                if last_step > first_step:
-                    checkpoints.save(last_step, state.parameters, state.optimizer, force=True)
-                if last_step == total_steps and not _is_evaluated(folder, total_steps):
-                    _evaluate(
-                        config, setup, scorer, state.parameters, last_step, folder, metrics_log,
-                        watchdog,
-                    )  # fmt: skip
-                watchdog.beat()
-                checkpoints.close()
-        except RollBack as bad:
-            checkpoints.close()
-            return _roll_back(folder, checkpoints, bad)
-        finally:
-            metrics_log.close()
-            checkpoints.close()
-    if last_step < total_steps:
-        logger.warning(
-            "stopped by %s after step %d of %d; the same command goes on from there",
-            stop.reason, last_step, total_steps,
-        )  # fmt: skip
-        return RESTART_EXIT_CODE
-    return 0
+def _open_checkpoints(config: RunConfig, manifest: Manifest, folder: RunFolder) -> Checkpoints:
+    kept = config.checkpoint
+    return Checkpoints(
+        folder.checkpoints,
+        every_steps=kept.every_steps,
+        keep=kept.keep,
+        keep_every_steps=kept.keep_every_steps,
+        keep_every_hours=kept.keep_every_hours,
+        on_failure=kept.on_failure,
+        about={"config": config.to_dict(), "data": manifest.fingerprint},
+    )
 
 
 def _roll_back(folder: RunFolder, checkpoints: Checkpoints, bad: RollBack) -> int:
@@ -255,37 +288,16 @@ def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
     return setup.start_from(parameters)
 
 
-def _add(
-    metrics_log: MetricsLog, guards: Guards, config: RunConfig, step: int, metrics, last=False
+def _record_evaluation(
+    folder: RunFolder, metrics_log: MetricsLog, at: str, step: int, exits: list[dict]
 ) -> None:
-    due = last or step % config.training.log_every == 0 or step == 1
-    guards.check(step, metrics_log.add(step, metrics, record=due))
-    if due:
-        heartbeat(metrics_log.folder, step)
-        metrics_log.folder.upload_soon()
-
-
-def _evaluate(
-    config: RunConfig,
-    setup: TrainSetup,
-    scorer,
-    parameters: Parameters,
-    step: int,
-    folder: RunFolder,
-    metrics_log: MetricsLog,
-    watchdog: Watchdog,
-) -> None:
-    """Scores every exit on the validation set; the first and the last evaluation take all of it."""
-    limit = config.training.evaluate_batches if 0 < step < config.training.steps else 0
-    batches = watchdog.each(validation_batches(config, setup, limit))
-    with metrics_log.clock.cause("evaluation"):
-        exits = evaluate_exits(scorer, parameters, batches)
+    """Says and writes down the loss and perplexity of each exit."""
     metrics_log.evaluation(step, exits)
     chosen = {len(exits) // 2, len(exits)}
     text = "  ".join(
         f"exit {e['layers']} {e['perplexity']:.2f}" for e in exits if e["layers"] in chosen
     )
-    metrics_log.say(f"step {step}/{config.training.steps}  validation perplexity: {text}")
+    metrics_log.say(f"{at}  validation perplexity: {text}")
     if jax.process_index() == 0:
         with folder.evaluations_file.open("a") as file:
             file.write(json.dumps({"step": step, "exits": exits}) + "\n")
