@@ -234,10 +234,11 @@ def theirs(model, batches: list[list[list[int]]], new_tokens: int, **options):
 
 
 def random_model(gpu: bool, quick: bool = False) -> ModelConfig:
-    """Returns a model too large for a CPU's caches, about 1B for a GPU, or for a quick look 40M."""
+    """Returns a model too large for a CPU's caches, about 1B for a GPU, or for a quick look 20M."""
     dim, ffn, heads = (2048, 5504, 16) if gpu else (512, 1408, 8) if quick else (896, 2432, 14)
+    layers = 8 if quick and not gpu else 16
     return ModelConfig(
-        num_layers=16, model_dim=dim, ffn_dim=ffn, num_heads=heads, num_kv_heads=heads,
+        num_layers=layers, model_dim=dim, ffn_dim=ffn, num_heads=heads, num_kv_heads=heads,
         vocab_size=4096, max_sequence_length=2048, dtype="bfloat16" if gpu else "float32",
     )  # fmt: skip
 
