@@ -30,19 +30,6 @@ from layerskip_jax.ops.linear_cross_entropy import (
 )
 from layerskip_jax.schema import require, require_choice
 
-CURRICULA = ("last", "all", "rotational", "gradual")
-
-# e(l) below the last layer before e_scale, and at it, as a function of l + 1. `quadratic` has a
-# formula of its own (see `depth_weights`).
-DEPTH_WEIGHTS: dict[str, Callable | None] = {
-    "quadratic": None,
-    "uniform": lambda depth: np.ones_like(depth),
-    "linear": lambda depth: depth,
-    "sqrt": np.sqrt,
-    "inverse": lambda depth: 1 / depth,
-    "inverse_sqrt": lambda depth: 1 / np.sqrt(depth),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class EarlyExitConfig:
@@ -91,6 +78,121 @@ class EarlyExitConfig:
         require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
 
 
+class DepthWeight(NamedTuple):
+    """How e(l) depends on the depth.
+
+    Attributes:
+      e: `e(num_layers, scale)` returns e(l) of every layer, not yet normalised.
+      caption: what the report says of it.
+    """
+
+    e: Callable[[int, float], Float[np.ndarray, "L"]]
+    caption: str
+
+
+def _quadratic(num_layers: int, scale: float) -> Float[np.ndarray, "L"]:
+    """LayerSkip, eq. 6."""
+    last = num_layers - 1
+    l = np.arange(num_layers, dtype=np.float32)
+    weights = scale * l * (l + 1) / 2
+    weights[last] = last + scale * (last - 1) * last / 2
+    if num_layers == 1:
+        weights[0] = 1.0  # eq. 6 gives the only exit no weight
+    return weights
+
+
+def _of_depth(function: Callable) -> Callable[[int, float], Float[np.ndarray, "L"]]:
+    """Returns e(l) as a function of l + 1, times the scale below the last layer."""
+
+    def e(num_layers, scale):
+        weights = function(np.arange(1, num_layers + 1, dtype=np.float32))
+        weights[: num_layers - 1] *= scale
+        return weights.astype(np.float32)
+
+    return e
+
+
+DEPTH_WEIGHTS = {
+    "quadratic": DepthWeight(
+        _quadratic,
+        "They grow quadratically with depth (LayerSkip, eq. 6), and the first exit's is 0 by that "
+        "formula.",
+    ),
+    "uniform": DepthWeight(_of_depth(np.ones_like), "All early exits that are on weigh the same."),
+    "linear": DepthWeight(_of_depth(lambda depth: depth), "They grow in proportion to the depth."),
+    "sqrt": DepthWeight(_of_depth(np.sqrt), "They grow with the square root of the depth."),
+    "inverse": DepthWeight(
+        _of_depth(lambda depth: 1 / depth), "They fall in inverse proportion to the depth."
+    ),
+    "inverse_sqrt": DepthWeight(
+        _of_depth(lambda depth: 1 / np.sqrt(depth)),
+        "They fall with the square root of the depth.",
+    ),
+}
+
+
+class Curriculum(NamedTuple):
+    """Which exits are on at which steps, the last one aside, which always is.
+
+    Attributes:
+      active: `active(config, num_layers, step, total_steps)` returns C(t, l) of every layer.
+      largest: `largest(config, num_layers)` returns sets of exits, one a line, of which any
+        that are on together are a part; the fewer exits in them, the fewer slots a step needs.
+      drawn: how the report draws it: `never`, over a `period`, or over the `run`.
+      caption: what the report says of it.
+    """
+
+    active: Callable[..., Bool[Array, "L"]]
+    largest: Callable[..., Bool[np.ndarray, "n L"]]
+    drawn: str
+    caption: str
+
+
+def rotational_start(num_layers: int, interval: int) -> Bool[np.ndarray, "L"]:
+    """Returns the exits that the rotational curriculum has on at step 0, the last one aside."""
+    return np.arange(num_layers) % interval == 0
+
+
+def _rotational(config, num_layers, step, total_steps):
+    start = jnp.asarray(rotational_start(num_layers, config.interval))
+    return start[(jnp.arange(num_layers) - step) % num_layers]
+
+
+def _every_turn(config, num_layers):
+    start = rotational_start(num_layers, config.interval)
+    return np.stack([np.roll(start, turn) for turn in range(num_layers)])
+
+
+def _gradual(config, num_layers, step, total_steps):
+    above = num_layers - 1 - jnp.arange(num_layers)
+    first = config.gradual_fraction * total_steps * above / num_layers
+    return step >= first
+
+
+def _every_exit(config, num_layers):
+    return np.ones((1, num_layers), bool)
+
+
+CURRICULA = {
+    "last": Curriculum(
+        lambda config, num_layers, step, total_steps: jnp.zeros(num_layers, bool),
+        lambda config, num_layers: np.zeros((1, num_layers), bool),
+        "never",
+        "No early exit learns: the loss reads the last layer only.",
+    ),
+    "all": Curriculum(
+        lambda config, num_layers, step, total_steps: jnp.ones(num_layers, bool),
+        _every_exit,
+        "never",
+        "Every exit learns at every step.",
+    ),
+    "rotational": Curriculum(
+        _rotational, _every_turn, "period", "The exits turn up by one layer a step."
+    ),
+    "gradual": Curriculum(_gradual, _every_exit, "run", "The exits join from the top down."),
+}
+
+
 class ActiveExits(NamedTuple):
     """The exits scored at one step, in a static number A of slots.
 
@@ -107,23 +209,8 @@ class ActiveExits(NamedTuple):
 
 
 def depth_weights(num_layers: int, scale: float, name: str = "quadratic") -> Float[np.ndarray, "L"]:
-    """Returns e(l), not yet normalised (LayerSkip, eq. 6; see `DEPTH_WEIGHTS`)."""
-    last = num_layers - 1
-    if name != "quadratic":
-        weights = DEPTH_WEIGHTS[name](np.arange(1, num_layers + 1, dtype=np.float32))
-        weights[:last] *= scale
-        return weights.astype(np.float32)
-    l = np.arange(num_layers, dtype=np.float32)
-    weights = scale * l * (l + 1) / 2
-    weights[last] = last + scale * (last - 1) * last / 2
-    if num_layers == 1:
-        weights[0] = 1.0  # eq. 6 gives the only exit no weight
-    return weights
-
-
-def rotational_start(num_layers: int, interval: int) -> Bool[np.ndarray, "L"]:
-    """Returns the exits that the rotational curriculum has on at step 0, the last one aside."""
-    return np.arange(num_layers) % interval == 0
+    """Returns e(l), not yet normalised (see `DEPTH_WEIGHTS`)."""
+    return DEPTH_WEIGHTS[name].e(num_layers, scale)
 
 
 def active_exits(
@@ -133,18 +220,8 @@ def active_exits(
 
     The curriculum's exits, but for those that `config.layers` does not let learn.
     """
-    layers = jnp.arange(num_layers)
-    is_last = layers == num_layers - 1
-    if config.curriculum == "last":
-        return is_last
-    if config.curriculum == "all":
-        active = jnp.ones(num_layers, bool)
-    elif config.curriculum == "rotational":
-        start = jnp.asarray(rotational_start(num_layers, config.interval))
-        active = start[(layers - step) % num_layers]
-    else:
-        first = config.gradual_fraction * total_steps * (num_layers - 1 - layers) / num_layers
-        active = step >= first
+    is_last = jnp.arange(num_layers) == num_layers - 1
+    active = CURRICULA[config.curriculum].active(config, num_layers, step, total_steps)
     return (active & may_learn(config, num_layers)) | is_last
 
 
@@ -170,14 +247,8 @@ def max_active_exits(config: EarlyExitConfig, num_layers: int) -> int:
     """Returns A, the most exits that are on and have a weight at any step."""
     weights = depth_weights(num_layers, config.scale, config.depth_weight)
     has_weight = (weights > 0) & may_learn(config, num_layers)
-    has_weight = has_weight[:-1]
-    if config.curriculum == "last":
-        return 1
-    if config.curriculum == "rotational":
-        start = rotational_start(num_layers, config.interval)
-        turns = [np.roll(start, turn) for turn in range(num_layers)]
-        return max(int((turn[:-1] & has_weight).sum()) + 1 for turn in turns)
-    return int(has_weight.sum()) + 1
+    largest = CURRICULA[config.curriculum].largest(config, num_layers)
+    return int((largest & has_weight)[:, :-1].sum(axis=1).max()) + 1
 
 
 def exit_weights(

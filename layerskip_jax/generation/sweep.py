@@ -127,26 +127,11 @@ def sweep(
     speed, ratio, generations = timing.compare(best, repeats)
     total = sum_draftings(generations)
 
-    pairs = []
-    for exit_layer, length in every:
-        rates = acceptance[exit_layer]
-        accepted = accepted_per_cycle(rates, length)
-        speedup = predicted((exit_layer, length))
-        pairs.append(
-            {
-                "exit_layer": exit_layer,
-                "draft_length": length,
-                "seconds_per_cycle": timing.cost((exit_layer, length)),
-                "timed": (exit_layer, length) in timing.costs,
-                "acceptance_by_position": _rates(rates, length),
-                "acceptance": accepted / length,
-                "tokens_per_cycle": 1 + accepted,
-                "tokens_per_second": speedup * speed,
-                "speedup": speedup,
-                "identical": identical[exit_layer],
-                "verified": False,
-            }
-        )
+    pairs = [
+        _predicted_pair(pair, acceptance[pair[0]], timing, speed)
+        | {"identical": identical[pair[0]], "verified": False}
+        for pair in every
+    ]
     chosen = pairs[every.index(best)] | {
         "verified": True,
         "identical": [generation.tokens for generation in generations] == plain,
@@ -158,6 +143,26 @@ def sweep(
         "acceptance_by_position": [_number(rate) for rate in total.acceptance_by_position],
     }
     return {"plain_tokens_per_second": speed, "pairs": pairs, "best": chosen}
+
+
+def _predicted_pair(
+    pair: tuple[int, int], rates: Sequence[float], timing: "_Timing", plain_speed: float
+) -> dict:
+    """Returns what is predicted of a pair, from its exit's acceptance and its cycle's cost."""
+    exit_layer, length = pair
+    accepted = accepted_per_cycle(rates, length)
+    speedup = timing.speedup(pair, rates)
+    return {
+        "exit_layer": exit_layer,
+        "draft_length": length,
+        "seconds_per_cycle": timing.cost(pair),
+        "timed": pair in timing.costs,
+        "acceptance_by_position": _rates(rates, length),
+        "acceptance": accepted / length,
+        "tokens_per_cycle": 1 + accepted,
+        "tokens_per_second": speedup * plain_speed,
+        "speedup": speedup,
+    }
 
 
 class _Timing:

@@ -66,6 +66,24 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
         host=float(per_value * model.model_dim) if model.remat == "offload" else 0.0,
     )  # fmt: skip
 
+    traffic = _traffic(config, topology, shape, accumulation, layer * width, tokens, parameters)
+    planned = cost.planned(0, training.steps)
+    return timed(config, topology, False, memory, traffic, planned, parameters, 0.0)
+
+
+def _traffic(
+    config: RunConfig,
+    topology: Topology,
+    shape: dict[str, int],
+    accumulation: int,
+    layer_bytes: float,
+    tokens: float,
+    parameters: float,
+) -> tuple[Traffic, ...]:
+    """Returns the collectives of a step, given the bytes of a layer in the compute dtype."""
+    model, chip = config.model, topology.chip
+    width = 2 if model.dtype == "bfloat16" else 4
+
     def line(kind, axis, size, turns):
         count, inside = shape[axis], math.prod(shape[a] for a in _inner(axis))
         near = axis != "slice" if chip.dimensions else count * inside <= chip.per_host
@@ -77,7 +95,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     traffic = []
     turns = float(model.num_layers * accumulation)
     if shape["fsdp"] > 1:
-        size = layer * width / shape["tensor"]
+        size = layer_bytes / shape["tensor"]
         traffic += [line("all-gather", "fsdp", size, 2 * turns)]
         traffic += [line("reduce-scatter", "fsdp", size, turns)]
     for axis in ("data", "slice"):
@@ -87,8 +105,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
         size = tokens * model.model_dim * width
         traffic += [line("all-gather", "tensor", size, 4 * turns)]
         traffic += [line("reduce-scatter", "tensor", size, 4 * turns)]
-    planned = cost.planned(0, training.steps)
-    return timed(config, topology, False, memory, tuple(traffic), planned, parameters, 0.0)
+    return tuple(traffic)
 
 
 def _inner(axis: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.early_exit_loss import active_exits, exit_weights
+from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS, active_exits, exit_weights
 from layerskip_jax.layer_dropout import drop_probabilities
 from layerskip_jax.report.drawing import (
     BLUE,
@@ -76,7 +76,7 @@ def exit_means(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rotation_period(config: RunConfig) -> int:
-    """Returns after how many steps the rotational curriculum repeats itself."""
+    """Returns after how many steps a curriculum that turns repeats itself."""
     layers = config.model.num_layers
     turns = exit_map(config, np.arange(layers))
     for period in range(1, layers):
@@ -131,21 +131,23 @@ def exit_curriculum_map(run: RunRecord) -> Drawing:
       MissingPiece: the curriculum has nothing to show.
     """
     config, total = run.config.early_exit, run.total_steps
-    if config.curriculum == "last":
-        raise MissingPiece("No early exit learns: the loss reads the last layer only.")
-    if config.curriculum == "all":
-        raise MissingPiece("Every exit learns at every step.")
-    if config.curriculum == "rotational":
+    curriculum = CURRICULA[config.curriculum]
+    if curriculum.drawn == "never":
+        raise MissingPiece(curriculum.caption)
+    caption = curriculum.caption
+    if config.layers:
+        caption += f" Only those behind layers {', '.join(map(str, config.layers))} may learn."
+    if curriculum.drawn == "period":
         period = rotation_period(run.config)
         window = min(total, WINDOW, max(2 * period, 16))
         steps, end = np.arange(window), window
-        caption = (
-            f"The exits turn up by one layer a step and repeat every {period} steps. Left: the "
-            f"first {window} of {total:,} steps, one column each. "
+        caption += (
+            f" They repeat every {period} steps. Left: the first {window} of {total:,} steps, one "
+            "column each. "
         )
     else:
         steps, end = sampled_steps(total), total
-        caption = "The exits join from the top down. Left: all steps. "
+        caption += " Left: all steps. "
     on, (share, _) = exit_map(run.config, steps), exit_means(run.config)
     figure = new_figure(_height(run.num_layers))
     axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
@@ -185,7 +187,7 @@ def exit_weight_bars(run: RunRecord) -> Drawing:
     """
     config = run.config.early_exit
     if config.curriculum == "last":
-        raise MissingPiece("No early exit learns: the loss reads the last layer only.")
+        raise MissingPiece(CURRICULA["last"].caption)
     _, weights = exit_means(run.config)
     figure = new_figure(_height(run.num_layers))
     axes = figure.add_subplot()
@@ -208,9 +210,9 @@ def exit_weight_bars(run: RunRecord) -> Drawing:
         figure,
         "How much each exit counts",
         f"Mean weight of each exit in the loss: {listed}.",
-        f"w(t, l) averaged over all {run.total_steps:,} steps; a step's weights sum to 100%. They "
-        f"grow quadratically with depth (LayerSkip, eq. 6), early exits scaled by e_scale = "
-        f"{config.scale:g}; the first exit's weight is 0 by that formula.",
+        f"w(t, l) averaged over all {run.total_steps:,} steps; a step's weights sum to 100%. "
+        f"{DEPTH_WEIGHTS[config.depth_weight].caption} Early exits are scaled by e_scale = "
+        f"{config.scale:g}.",
     )
 
 

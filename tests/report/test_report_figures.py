@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from layerskip_jax.early_exit_loss import EarlyExitConfig
+from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS, EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.report import schedule_figures
 from layerskip_jax.report.drawing import layer_ticks, smooth, thin
@@ -70,6 +70,29 @@ def test_drop_map_is_linear_in_depth_and_falls_to_zero():
 @pytest.mark.parametrize("total, limit, expected", [(3, 120, [0, 1, 2]), (101, 3, [0, 50, 100])])
 def test_sampled_steps(total, limit, expected):
     assert schedule_figures.sampled_steps(total, limit).tolist() == expected
+
+
+@pytest.mark.parametrize("depth_weight", DEPTH_WEIGHTS)
+def test_the_weights_are_described_as_they_were_set(tmp_path, depth_weight):
+    run = read_run(make_run(tmp_path, small_config(depth_weight=depth_weight, scale=0.7)))
+    caption = FIGURES["exit_weights"](run).caption
+    others = {name: weight.caption for name, weight in DEPTH_WEIGHTS.items()}
+    assert others.pop(depth_weight) in caption and "e_scale = 0.7" in caption
+    assert not any(other in caption for other in others.values())
+
+
+@pytest.mark.parametrize("curriculum", CURRICULA)
+def test_the_curriculum_is_described_as_it_was_set(tmp_path, curriculum):
+    config = small_config(curriculum=curriculum)
+    exits = dataclasses.replace(config.early_exit, layers=(1, 2))
+    run = read_run(make_run(tmp_path, dataclasses.replace(config, early_exit=exits)))
+    expected = CURRICULA[curriculum].caption
+    if CURRICULA[curriculum].drawn == "never":
+        with pytest.raises(MissingPiece, match=expected):
+            FIGURES["exit_curriculum"](run)
+    else:
+        caption = FIGURES["exit_curriculum"](run).caption
+        assert expected in caption and "Only those behind layers 1, 2 may learn." in caption
 
 
 def test_what_is_off_is_said_and_not_drawn(tmp_path):
