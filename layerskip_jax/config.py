@@ -19,7 +19,15 @@ from layerskip_jax.distributed.sharding import ShardingRules
 from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.schema import ConfigError, UserError, build, nearest, require, require_choice
+from layerskip_jax.schema import (
+    ConfigError,
+    UserError,
+    build,
+    changeable,
+    nearest,
+    require,
+    require_choice,
+)
 
 LEARNING_RATE_SCHEDULES = ("cosine", "wsd", "constant")
 
@@ -210,16 +218,16 @@ class TrainingConfig:
 
     steps: int = 1000
     batch_size: int = 32
-    accumulation: int = 1
-    rows_per_device: int = 0
+    accumulation: int = changeable(1)
+    rows_per_device: int = changeable(0)
     loss_chunk: int = 128
-    log_every: int = 10
-    evaluate_every: int = 0
-    evaluate_batches: int = 0
-    peak_tflops: float = 0.0
-    profile_step: int = 0
-    profile_steps: int = 3
-    wandb: str = ""
+    log_every: int = changeable(10)
+    evaluate_every: int = changeable(0)
+    evaluate_batches: int = changeable(0)
+    peak_tflops: float = changeable(0.0)
+    profile_step: int = changeable(0)
+    profile_steps: int = changeable(3)
+    wandb: str = changeable("")
 
     def __post_init__(self):
         for name in (
@@ -260,16 +268,16 @@ class RunConfig:
 
     seed: int = 0
     init_from: str = ""
-    data: DataConfig = DataConfig()
+    data: DataConfig = changeable(DataConfig())
     model: ModelConfig = ModelConfig()
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guards: GuardsConfig = GuardsConfig()
-    mesh: MeshConfig = MeshConfig()
-    compiler: CompilerConfig = CompilerConfig()
+    checkpoint: CheckpointConfig = changeable(CheckpointConfig())
+    guards: GuardsConfig = changeable(GuardsConfig())
+    mesh: MeshConfig = changeable(MeshConfig())
+    compiler: CompilerConfig = changeable(CompilerConfig())
 
     def to_dict(self) -> dict:
         """Returns nested plain values, as `from_dict` and JSON take them."""

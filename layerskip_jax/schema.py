@@ -47,6 +47,30 @@ def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
         )
 
 
+def changeable(default: Any) -> Any:
+    """Returns a field that a run may have another value of when it goes on.
+
+    Such a setting changes neither the parameters that a run arrives at nor the order of its data.
+    """
+    return dataclasses.field(default=default, metadata={_CHANGEABLE: True})
+
+
+_CHANGEABLE = "changeable"
+
+
+def changeable_keys(cls: type, path: str = "config") -> list[str]:
+    """Returns the dotted keys of all `changeable` fields; those of a whole group end with a dot."""
+    keys = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, is_group = f"{path}.{field.name}", dataclasses.is_dataclass(hints[field.name])
+        if field.metadata.get(_CHANGEABLE):
+            keys.append(f"{key}." if is_group else key)
+        elif is_group:
+            keys += changeable_keys(hints[field.name], key)
+    return keys
+
+
 def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     """Builds the frozen dataclass `cls` from nested mappings, checking every key and type.
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from layerskip_jax.ops.attention import KERNELS
-from layerskip_jax.schema import require, require_choice
+from layerskip_jax.schema import changeable, require, require_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMAT_POLICIES = ("none", "dots", "save_attention", "full", "offload")
@@ -97,8 +97,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
-    remat: str = "dots"
-    attention: str = "auto"
+    remat: str = changeable("dots")
+    attention: str = changeable("auto")
     packing_mask: bool = True
 
     def __post_init__(self):

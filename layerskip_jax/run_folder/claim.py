@@ -14,27 +14,9 @@ from layerskip_jax.config import RunConfig, differences
 from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.object_store import AnyPath
 from layerskip_jax.run_folder.paths import RunFolder, run_folder
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, changeable_keys
 
 logger = logging.getLogger(__name__)
-
-# Settings that change neither the parameters a run arrives at nor the order of its data.
-FREE_TO_CHANGE = (
-    "config.data.",
-    "config.checkpoint.",
-    "config.guards.",
-    "config.mesh.",
-    "config.compiler.",
-    "config.training.accumulation",
-    "config.training.rows_per_device",
-    "config.training.log_every",
-    "config.training.evaluate_",
-    "config.training.peak_tflops",
-    "config.training.profile_step",
-    "config.training.wandb",
-    "config.model.remat",
-    "config.model.attention",
-)
 
 
 @contextlib.contextmanager
@@ -69,11 +51,9 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
       UserError: it holds a run with another config or other data, or something else.
     """
     if folder.config_file.is_file():
-        lines = [
-            line
-            for line in differences(_config_of(folder), config.to_dict())
-            if not line.startswith(FREE_TO_CHANGE)
-        ]
+        changes = differences(_config_of(folder), config.to_dict())
+        free = tuple(key if key.endswith(".") else f"{key}:" for key in changeable_keys(RunConfig))
+        lines = [line for line in changes if not line.startswith(free)]
         if lines:
             raise UserError(
                 f"--workdir={folder.home} holds a run with another config:\n  "
