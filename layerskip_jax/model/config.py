@@ -5,10 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from layerskip_jax.ops.attention import KERNELS
+from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.schema import changeable, require, require_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMAT_POLICIES = ("none", "dots", "save_attention", "full", "offload")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 

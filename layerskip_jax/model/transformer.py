@@ -22,7 +22,7 @@ from layerskip_jax.ops.attention import PLAIN_ATTENTION, PackedAttention
 from layerskip_jax.ops.elementwise import rms_norm, swiglu
 from layerskip_jax.ops.exit_buffer import keep_exit
 from layerskip_jax.ops.linear import Product, contract
-from layerskip_jax.ops.remat import LAYER_INPUT, OFFLOAD, rematerialised, run_block
+from layerskip_jax.ops.remat import LAYER_INPUT, rematerialised, run_block
 
 # Cosines, sines and segment ids: what a block reads of each row beside the residual stream.
 Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
@@ -286,7 +286,7 @@ class Transformer(nnx.Module):
             # Without a remat of its own inside, a switch over capacities would hand all residuals
             # of a layer from its forward to its backward pass. What both compute again is left out.
             run = functools.partial(_run_layer, execution, "none" if plan is None else "full")
-            run = jax.checkpoint(run, policy=OFFLOAD)
+            run = rematerialised(run, "offload")
         else:
             run = functools.partial(_run_layer, execution, remat)
 

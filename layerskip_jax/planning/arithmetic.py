@@ -8,6 +8,7 @@ from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.distributed.sharding import least_accumulation
 from layerskip_jax.hardware.topology import Topology
 from layerskip_jax.ops.attention import choose_kernel
+from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.planning.step_plan import Memory, Plan, Traffic, timed
 from layerskip_jax.training.flops import CostModel
 
@@ -45,13 +46,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     parameters = 4.0 * (layer * model.num_layers + heads) / split
     width = 2 if model.dtype == "bfloat16" else 4
     gathered = 2 * layer * width / shape["tensor"]
-    kept = {  # values a token that a layer keeps, over the residual stream and over `tensor`
-        "none": 6 * model.model_dim + 3 * model.ffn_dim,
-        "dots": 4 * model.model_dim + 2 * model.ffn_dim,
-        "save_attention": 2 * model.model_dim,
-        "full": model.model_dim,
-        "offload": 0,
-    }[model.remat]
+    kept = REMAT_POLICIES[model.remat].kept(model.model_dim, model.ffn_dim)
     per_value = tokens * model.num_layers * width / shape["tensor"]
     activations = float(per_value * kept)
     cost = CostModel(config, length)

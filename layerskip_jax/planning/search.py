@@ -12,7 +12,7 @@ from typing import NamedTuple
 from layerskip_jax.config import RunConfig
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.hardware.topology import Topology
-from layerskip_jax.model.config import REMAT_POLICIES
+from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.planning.arithmetic import calculate_step
 from layerskip_jax.planning.compile import plan_step_apart
 from layerskip_jax.planning.step_plan import Plan

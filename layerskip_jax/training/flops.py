@@ -24,6 +24,7 @@ from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights, scored_
 from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.ops.attention import computed_pairs
+from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.training.step import StepMetrics
 
 MFU_DEFINITION = (
@@ -96,17 +97,8 @@ class CostModel:
             scores_again = (attention + square) / 2
         # These save what their backward pass needs under the name that the policy keeps.
         kernel_again = attention if model.attention in ("triton", "cudnn") else 0.0
-        # The last product of a layer feeds no other one, so it is not computed again.
-        again = (
-            scores_again
-            + {
-                "none": 0.0,
-                "dots": attention + square,
-                "save_attention": matrices - down + kernel_again,
-                "full": matrices - down + attention + square,
-                "offload": matrices + attention + square,
-            }[model.remat]
-        )
+        policy = REMAT_POLICIES[model.remat]
+        again = scores_again + policy.again(matrices, down, attention + square, kernel_again)
         masked = run * 3 * square
         if self.config.layer_dropout.execution == "mask":
             masked += (all_layers - run) * (3 * (matrices + attention + square) + again)

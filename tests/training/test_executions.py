@@ -10,7 +10,7 @@ import pytest
 
 from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.layer_dropout import LayerDropoutConfig
-from layerskip_jax.model.config import REMAT_POLICIES
+from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.planning.hlo import Program
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
