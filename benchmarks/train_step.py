@@ -100,10 +100,12 @@ def exits(curriculum: str, **changes) -> dict:
 
 
 # Don't Drop Dropout (docs/method.md, section 1), with a mean probability of .15.
-DONT_DROP = dropout(0.6, "gather", time="decreasing", residual_scale="inverse_keep")
+DONT_DROP = dropout(0.6, "gather", time_schedule="decreasing", residual_scale="inverse_keep")
 # LayerSkip's continual pretraining (docs/method.md, section 3): p_max .1, rotational 8.
-LAYERSKIP = dropout(0.1, "gather", "exp") | exits("rotational", interval=8)
-QUARTER = dropout(0.1, "gather", "exp") | exits("rotational", interval=8, exit_token_fraction=0.25)
+LAYERSKIP = dropout(0.1, "gather", "exp") | exits("rotational", rotation_interval=8)
+QUARTER = dropout(0.1, "gather", "exp") | exits(
+    "rotational", rotation_interval=8, exit_token_fraction=0.25
+)
 
 
 def settings(device: str, quick: bool = False) -> dict[str, Setting]:
@@ -144,11 +146,11 @@ def settings(device: str, quick: bool = False) -> dict[str, Setting]:
             "the proportions of the paper's 1.5B model: 24 layers, V = 16 D",
             deep, 2 if quick else 8, length,
             {
-                "exits rotational(23)": exits("rotational", interval=23),
-                "exits rotational(8)": exits("rotational", interval=8),
+                "exits rotational(23)": exits("rotational", rotation_interval=23),
+                "exits rotational(8)": exits("rotational", rotation_interval=8),
                 "exits all": exits("all"),
-                "1.5B recipe": dropout(0.1, "gather", "exp", time="exp")
-                | exits("rotational", interval=23),
+                "1.5B recipe": dropout(0.1, "gather", "exp", time_schedule="exp")
+                | exits("rotational", rotation_interval=23),
                 "dont_drop": DONT_DROP,
             },
             compiler,

@@ -53,17 +53,17 @@ def get_config(variant="both"):
         config.training.batch_size = 64
         config.training.evaluate_every = 1000
 
-    config.layer_dropout.groups = 1 if size == "" else 8
+    config.layer_dropout.row_groups = 1 if size == "" else 8
     if method in ("dropout", "both"):
         config.layer_dropout.p_max = 0.1
-        config.layer_dropout.time = "exp"
+        config.layer_dropout.time_schedule = "exp"
     if method in ("exits", "both"):
         config.early_exit.curriculum = "rotational"
-        config.early_exit.interval = 8
-        config.early_exit.scale = 1.0
+        config.early_exit.rotation_interval = 8
+        config.early_exit.e_scale = 1.0
     if method == "dont_drop":
         config.layer_dropout.p_max = 0.6
-        config.layer_dropout.depth = "linear"
-        config.layer_dropout.time = "decreasing"
+        config.layer_dropout.depth_schedule = "linear"
+        config.layer_dropout.time_schedule = "decreasing"
         config.layer_dropout.residual_scale = "inverse_keep"
     return config

@@ -19,11 +19,11 @@ def get_config(variant=""):
     config = default_config()
     small = variant == "cpu"
     config.layer_dropout.p_max = 0.1
-    config.layer_dropout.groups = 1 if small else 8
+    config.layer_dropout.row_groups = 1 if small else 8
 
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 5
-    config.early_exit.scale = 0.2
+    config.early_exit.rotation_interval = 5
+    config.early_exit.e_scale = 0.2
 
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 20 if small else 100

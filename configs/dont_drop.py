@@ -42,10 +42,10 @@ def get_config(variant=""):
     config.model.max_sequence_length = 2048
 
     config.layer_dropout.p_max = 0.6
-    config.layer_dropout.depth = "linear"
-    config.layer_dropout.time = "decreasing"
+    config.layer_dropout.depth_schedule = "linear"
+    config.layer_dropout.time_schedule = "decreasing"
     config.layer_dropout.residual_scale = "inverse_keep"
-    config.layer_dropout.groups = 64
+    config.layer_dropout.row_groups = 64
 
     config.optimizer.learning_rate = 4e-4
     config.optimizer.warmup_steps = 2000

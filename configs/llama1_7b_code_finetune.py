@@ -42,11 +42,11 @@ def get_config(variant=""):
     config.model.max_sequence_length = 4096
 
     config.layer_dropout.p_max = 0.1
-    config.layer_dropout.groups = 64
+    config.layer_dropout.row_groups = 64
 
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 16
-    config.early_exit.scale = 1.0
+    config.early_exit.rotation_interval = 16
+    config.early_exit.e_scale = 1.0
 
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 500

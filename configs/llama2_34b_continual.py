@@ -42,11 +42,11 @@ def get_config(variant=""):
     config.model.remat = "full"
 
     config.layer_dropout.p_max = 0.1
-    config.layer_dropout.groups = 128
+    config.layer_dropout.row_groups = 128
 
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 47
-    config.early_exit.scale = 0.1
+    config.early_exit.rotation_interval = 47
+    config.early_exit.e_scale = 0.1
 
     config.optimizer.learning_rate = 1.5e-5
     config.optimizer.warmup_steps = 2000

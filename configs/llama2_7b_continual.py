@@ -24,7 +24,7 @@ TARGETS = {
         "mesh.topology": "v5e:8x8",
         "mesh.shape.slice": 2,
         "model.remat": "full",
-        "layer_dropout.groups": 128,
+        "layer_dropout.row_groups": 128,
     },
     "h100": {
         "mesh.topology": "h100:64",
@@ -44,11 +44,11 @@ def get_config(variant=""):
     config.model.max_sequence_length = 4096
 
     config.layer_dropout.p_max = 0.1
-    config.layer_dropout.groups = 64
+    config.layer_dropout.row_groups = 64
 
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 8
-    config.early_exit.scale = 0.2
+    config.early_exit.rotation_interval = 8
+    config.early_exit.e_scale = 0.2
 
     config.optimizer.learning_rate = 3e-5
     config.optimizer.warmup_steps = 2000

@@ -45,11 +45,11 @@ def get_config(variant=""):
     config.model.tie_embeddings = True
 
     config.layer_dropout.p_max = 0.1
-    config.layer_dropout.groups = 64
+    config.layer_dropout.row_groups = 64
 
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 8
-    config.early_exit.scale = 0.1
+    config.early_exit.rotation_interval = 8
+    config.early_exit.e_scale = 0.1
     config.early_exit.exit_token_fraction = 0.25
 
     config.optimizer.learning_rate = 3e-5

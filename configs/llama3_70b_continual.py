@@ -23,7 +23,7 @@ TARGETS = {
         "mesh.topology": "v6e:16x16",
         "mesh.shape.fsdp": 64,
         "mesh.shape.tensor": 4,
-        "training.accumulation": 4,
+        "training.gradient_accumulation": 4,
     },
     "h100": {
         "mesh.topology": "h100:512",
@@ -46,11 +46,11 @@ def get_config(variant=""):
     config.model.remat = "full"
 
     config.layer_dropout.p_max = 0.1
-    config.layer_dropout.groups = 256
+    config.layer_dropout.row_groups = 256
 
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 79
-    config.early_exit.scale = 0.1
+    config.early_exit.rotation_interval = 79
+    config.early_exit.e_scale = 0.1
     config.early_exit.exit_token_fraction = 0.25
 
     config.optimizer.learning_rate = 1e-5

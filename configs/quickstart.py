@@ -33,11 +33,11 @@ def get_config(variant=""):
     config.model.remat = "none"
 
     config.layer_dropout.p_max = 0.2
-    config.layer_dropout.groups = 8  # so that it runs on 1, 2, 4 or 8 devices
+    config.layer_dropout.row_groups = 8  # so that it runs on 1, 2, 4 or 8 devices
 
     config.early_exit.curriculum = "all"
     config.early_exit.depth_weight = "uniform"
-    config.early_exit.scale = 1.0
+    config.early_exit.e_scale = 1.0
     config.early_exit.layers = (1, 3)
 
     config.optimizer.learning_rate = 4e-3

@@ -41,12 +41,12 @@ def get_config(variant=""):
     config.model.max_sequence_length = 4096
 
     config.layer_dropout.p_max = 0.1
-    config.layer_dropout.time = "exp"
-    config.layer_dropout.groups = 64
+    config.layer_dropout.time_schedule = "exp"
+    config.layer_dropout.row_groups = 64
 
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 23
-    config.early_exit.scale = 0.2
+    config.early_exit.rotation_interval = 23
+    config.early_exit.e_scale = 0.2
 
     config.optimizer.learning_rate = 8e-4 if "plain" not in variant else 4e-4
     config.optimizer.warmup_steps = 2000

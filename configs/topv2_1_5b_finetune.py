@@ -23,12 +23,12 @@ TARGETS = {
     "v6e": {
         "mesh.topology": "v6e:4x4",
         "model.remat": "full",
-        "training.accumulation": 2,
+        "training.gradient_accumulation": 2,
     },
     "h100": {
         "mesh.topology": "h100:8",
         "model.remat": "full",
-        "training.accumulation": 8,
+        "training.gradient_accumulation": 8,
     },
 }
 
@@ -44,10 +44,10 @@ def get_config(variant=""):
     config.model.max_sequence_length = 4096
 
     config.layer_dropout.p_max = 0.2
-    config.layer_dropout.groups = 64
+    config.layer_dropout.row_groups = 64
 
     config.early_exit.curriculum = "gradual"
-    config.early_exit.scale = 1.0
+    config.early_exit.e_scale = 1.0
 
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 200

@@ -25,6 +25,7 @@ from layerskip_jax.schema import (
     build,
     changeable,
     nearest,
+    new_names,
     require,
     require_choice,
 )
@@ -199,10 +200,10 @@ class TrainingConfig:
     Attributes:
       steps: optimizer steps, T, at least 1.
       batch_size: windows per optimizer step, over all devices and accumulation steps, at least 1.
-      accumulation: microbatches a step is computed in, at least 0; 0 takes as few as
+      gradient_accumulation: microbatches a step is computed in, at least 0; 0 takes as few as
         `rows_per_device` allows.
-      rows_per_device: windows of a microbatch that one device may get, where accumulation is 0;
-        at least 0, and 0 elsewhere.
+      rows_per_device: windows of a microbatch that one device may get, where
+        gradient_accumulation is 0; at least 0, and 0 elsewhere.
       loss_chunk: positions of the sequence scored by the head at once, at least 1.
       log_every: steps between two logged lines, at least 1.
       evaluate_every: steps between two evaluations, at least 0; 0 evaluates at the end only.
@@ -218,7 +219,7 @@ class TrainingConfig:
 
     steps: int = 1000
     batch_size: int = 32
-    accumulation: int = changeable(1)
+    gradient_accumulation: int = changeable(1, was="accumulation")
     rows_per_device: int = changeable(0)
     loss_chunk: int = 128
     log_every: int = changeable(10)
@@ -234,13 +235,14 @@ class TrainingConfig:
             "steps", "batch_size", "loss_chunk", "log_every", "profile_steps"
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        accumulation, rows = self.accumulation, self.rows_per_device
-        require(accumulation >= 0, f"accumulation={accumulation} must not be negative")
+        accumulation, rows = self.gradient_accumulation, self.rows_per_device
+        require(accumulation >= 0, f"gradient_accumulation={accumulation} must not be negative")
         require(rows >= 0, f"rows_per_device={rows} must not be negative")
         require(
             (accumulation == 0) == (rows > 0),
-            f"accumulation={accumulation} and rows_per_device={rows} do not go together: either "
-            "set accumulation to 0 and rows_per_device to at least 1, or leave rows_per_device 0",
+            f"gradient_accumulation={accumulation} and rows_per_device={rows} do not go together: "
+            "either set gradient_accumulation to 0 and rows_per_device to at least 1, or leave "
+            "rows_per_device 0",
         )
         for name in ("evaluate_every", "evaluate_batches", "peak_tflops", "profile_step"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
@@ -287,6 +289,11 @@ class RunConfig:
     def from_dict(cls, values) -> "RunConfig":
         """Builds a config from nested values; see `schema.build` for the errors."""
         return build(cls, values)
+
+    @classmethod
+    def of_run(cls, values) -> "RunConfig":
+        """Builds the config of a run's folder, whose settings may bear names they had before."""
+        return build(cls, values, old_names=True)
 
 
 def default_config() -> ConfigDict:
@@ -380,6 +387,8 @@ def load_config(argv: list[str]) -> RunConfig:
     known = set(_leaves(default_config()))
     for arg in argv:
         key = re.match(r"--config\.([^=]*)", arg)
+        if key and (new := new_names(RunConfig).get(f"config.{key[1]}")):
+            raise ConfigError(f"config.{key[1]} is called {new} now")
         if key and key[1] not in known:
             raise ConfigError(f"config.{key[1]} is not a setting.{nearest(key[1], known)}")
     values = flags.FlagValues()
@@ -391,8 +400,19 @@ def load_config(argv: list[str]) -> RunConfig:
         message, inner = error, error
         while inner := inner.__cause__ or inner.__context__:
             message = inner if isinstance(inner, ConfigError) else message
-        raise ConfigError(f"{given[0]}: {message}") from error
+        raise ConfigError(f"{given[0]}: {message}{_renamed_in(str(message))}") from error
     return RunConfig.from_dict(values.config.to_dict())
+
+
+def _renamed_in(message: str) -> str:
+    """Returns what a key that a message says does not exist is called now, if it was renamed."""
+    missing = re.search(r"Key \"(\w+)\" does not exist", message)
+    new = [
+        f"{old} is called {new} now"
+        for old, new in new_names(RunConfig).items()
+        if missing and old.rpartition(".")[2] == missing[1]
+    ]
+    return f"; {', '.join(new)}" if new else ""
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> list[str]:

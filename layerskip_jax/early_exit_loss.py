@@ -28,7 +28,7 @@ from layerskip_jax.ops.linear_cross_entropy import (
     Layout,
     linear_cross_entropy,
 )
-from layerskip_jax.schema import require, require_choice
+from layerskip_jax.schema import renamed, require, require_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,12 @@ class EarlyExitConfig:
     """Which exits learn and how much.
 
     Attributes:
-      curriculum: `last` (ordinary training), `all`, `rotational` (every `interval`-th exit,
-        moving down by one layer a step) or `gradual` (from the top down over the first
+      curriculum: `last` (ordinary training), `all`, `rotational` (every `rotation_interval`-th
+        exit, moving down by one layer a step) or `gradual` (from the top down over the first
         `gradual_fraction` of the steps).
-      interval: R of the rotational curriculum, in layers, at least 1.
+      rotation_interval: R of the rotational curriculum, in layers, at least 1.
       gradual_fraction: f of the gradual curriculum, in (0, 1].
-      scale: e_scale, the weight of the early exits against the last layer, at least 0.
+      e_scale: the weight of the early exits against the last layer, at least 0.
       layers: the exits that may learn beside the last layer's, by the index of the layer they read
         (exit E reads layer E - 1); empty means all. For whoever knows which exits will be used.
       depth_weight: e(l), `quadratic` (LayerSkip), `uniform`, `linear`, `sqrt`, `inverse` or
@@ -52,9 +52,9 @@ class EarlyExitConfig:
     """
 
     curriculum: str = "last"
-    interval: int = 4
+    rotation_interval: int = renamed("interval", 4)
     gradual_fraction: float = 0.5
-    scale: float = 0.2
+    e_scale: float = renamed("scale", 0.2)
     layers: tuple[int, ...] = ()
     depth_weight: str = "quadratic"
     exit_token_fraction: float = 1.0
@@ -62,12 +62,15 @@ class EarlyExitConfig:
 
     def __post_init__(self):
         require_choice("curriculum", self.curriculum, CURRICULA)
-        require(self.interval >= 1, f"interval={self.interval} must be at least 1")
+        require(
+            self.rotation_interval >= 1,
+            f"rotation_interval={self.rotation_interval} must be at least 1",
+        )
         require(
             0 < self.gradual_fraction <= 1,
             f"gradual_fraction={self.gradual_fraction} must be in (0, 1]",
         )
-        require(self.scale >= 0, f"scale={self.scale} must not be negative")
+        require(self.e_scale >= 0, f"e_scale={self.e_scale} must not be negative")
         for layer in self.layers:
             require(layer >= 0, f"layers={self.layers} must hold layer indices from 0 on")
         require_choice("depth_weight", self.depth_weight, DEPTH_WEIGHTS)
@@ -154,12 +157,12 @@ def rotational_start(num_layers: int, interval: int) -> Bool[np.ndarray, "L"]:
 
 
 def _rotational(config, num_layers, step, total_steps):
-    start = jnp.asarray(rotational_start(num_layers, config.interval))
+    start = jnp.asarray(rotational_start(num_layers, config.rotation_interval))
     return start[(jnp.arange(num_layers) - step) % num_layers]
 
 
 def _every_turn(config, num_layers):
-    start = rotational_start(num_layers, config.interval)
+    start = rotational_start(num_layers, config.rotation_interval)
     return np.stack([np.roll(start, turn) for turn in range(num_layers)])
 
 
@@ -245,7 +248,7 @@ def check_exits(config: EarlyExitConfig, num_layers: int) -> None:
 
 def max_active_exits(config: EarlyExitConfig, num_layers: int) -> int:
     """Returns A, the most exits that are on and have a weight at any step."""
-    weights = depth_weights(num_layers, config.scale, config.depth_weight)
+    weights = depth_weights(num_layers, config.e_scale, config.depth_weight)
     has_weight = (weights > 0) & may_learn(config, num_layers)
     largest = CURRICULA[config.curriculum].largest(config, num_layers)
     return int((largest & has_weight)[:, :-1].sum(axis=1).max()) + 1
@@ -256,7 +259,7 @@ def exit_weights(
 ) -> Float[Array, "L"]:
     """Returns w(t, l), which sums to 1 over the layers (LayerSkip, eq. 5)."""
     active = active_exits(config, num_layers, step, total_steps)
-    weights = jnp.where(active, depth_weights(num_layers, config.scale, config.depth_weight), 0.0)
+    weights = jnp.where(active, depth_weights(num_layers, config.e_scale, config.depth_weight), 0.0)
     return weights / weights.sum()
 
 

@@ -39,7 +39,7 @@ from layerskip_jax.ops.capacity_switch import (
     take_rows,
 )
 from layerskip_jax.ops.remat import rematerialised, run_block
-from layerskip_jax.schema import require, require_choice
+from layerskip_jax.schema import renamed, require, require_choice
 
 # D(l) as a function of the layer index l and the depth L; L = 1 gives 1 (see `depth_schedule`).
 DEPTH_SCHEDULES: dict[str, Callable] = {
@@ -72,36 +72,36 @@ class LayerDropoutConfig:
     Attributes:
       p_max: the largest drop probability, reached by the last layer, in [0, 1); 0 turns dropout
         off.
-      depth: schedule D(l) over the layers: `exp` (LayerSkip), `linear`, `uniform`, `alternating`
+      depth_schedule: D(l) over the layers: `exp` (LayerSkip), `linear`, `uniform`, `alternating`
         (every second layer), `log`, `sin` or `sigmoid`.
-      time: schedule S(t) over the steps: `constant`, `exp` (LayerSkip from scratch), `increasing`
+      time_schedule: S(t) over the steps: `constant`, `exp` (LayerSkip from scratch), `increasing`
         or `decreasing`.
       residual_scale: r, `none` (1) or `inverse_keep` (1 / (1 - p) at training).
       layers: the layer indices that may be skipped, each at least 0; empty means all.
       execution: `mask` or `gather`, which draw and do the same, and `gather` saves the
         compute; or `cond`, which draws a layer for the whole batch of a step.
-      groups: equal groups, at least 1, of consecutive rows of the global batch that keep the same
-        number of rows. `gather` needs a multiple of (batch shards x accumulation steps). It belongs
-        to the recipe, not to the machine: the same value draws the same plans on any mesh.
+      row_groups: equal groups, at least 1, of consecutive rows of the global batch that keep the
+        same number of rows. `gather` needs a multiple of (batch shards x accumulation steps). It
+        belongs to the recipe, not to the machine: the same value draws the same plans on any mesh.
     """
 
     p_max: float = 0.0
-    depth: str = "exp"
-    time: str = "constant"
+    depth_schedule: str = renamed("depth", "exp")
+    time_schedule: str = renamed("time", "constant")
     residual_scale: str = "none"
     layers: tuple[int, ...] = ()
     execution: str = "gather"
-    groups: int = 1
+    row_groups: int = renamed("groups", 1)
 
     def __post_init__(self):
         require(0 <= self.p_max < 1, f"p_max={self.p_max} must be in [0, 1)")
-        require_choice("depth", self.depth, DEPTH_SCHEDULES)
-        require_choice("time", self.time, TIME_SCHEDULES)
+        require_choice("depth_schedule", self.depth_schedule, DEPTH_SCHEDULES)
+        require_choice("time_schedule", self.time_schedule, TIME_SCHEDULES)
         require_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
         require_choice("execution", self.execution, EXECUTIONS)
         for layer in self.layers:
             require(layer >= 0, f"layers={self.layers} must hold layer indices from 0 on")
-        require(self.groups >= 1, f"groups={self.groups} must be at least 1")
+        require(self.row_groups >= 1, f"row_groups={self.row_groups} must be at least 1")
 
     def menu(self, group_size: int) -> tuple[int, ...]:
         """Returns the numbers of rows that a group of `group_size` may keep, ascending."""
@@ -150,8 +150,8 @@ def drop_probabilities(
     config: LayerDropoutConfig, num_layers: int, step: int | Int[Array, ""], total_steps: int
 ) -> Float[Array, "L"]:
     """Returns p(l, t) = p_max D(l) S(t) for every layer, 0 for those that are not listed."""
-    time = time_schedule(config.time, step, total_steps)
-    depth = depth_schedule(config.depth, num_layers)
+    time = time_schedule(config.time_schedule, step, total_steps)
+    depth = depth_schedule(config.depth_schedule, num_layers)
     if config.layers:
         depth = jnp.where(np.isin(np.arange(num_layers), config.layers), depth, 0.0)
     return config.p_max * depth * time
@@ -283,18 +283,19 @@ def check_layers(config: LayerDropoutConfig, num_layers: int) -> None:
 def check_groups(
     config: LayerDropoutConfig, *, batch_size: int, batch_shards: int, accumulation: int
 ) -> None:
-    """Raises `ConfigError` unless `config.groups` fits the batch and the machine."""
+    """Raises `ConfigError` unless `config.row_groups` fits the batch and the machine."""
     if config.p_max == 0:
         return
     require(
-        batch_size % config.groups == 0,
-        f"config.layer_dropout.groups={config.groups} must divide the batch of {batch_size} rows",
+        batch_size % config.row_groups == 0,
+        f"config.layer_dropout.row_groups={config.row_groups} must divide the batch of "
+        f"{batch_size} rows",
     )
     pieces = batch_shards * accumulation
     require(
-        config.execution != "gather" or config.groups % pieces == 0,
-        f"config.layer_dropout.groups={config.groups} must be a multiple of {pieces} "
+        config.execution != "gather" or config.row_groups % pieces == 0,
+        f"config.layer_dropout.row_groups={config.row_groups} must be a multiple of {pieces} "
         f"({batch_shards} batch shards x {accumulation} accumulation steps) for "
-        f"execution='gather'; set --config.layer_dropout.groups={pieces}, "
+        f"execution='gather'; set --config.layer_dropout.row_groups={pieces}, "
         "or --config.layer_dropout.execution=mask",
     )

@@ -47,15 +47,36 @@ def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
         )
 
 
-def changeable(default: Any) -> Any:
+def changeable(default: Any, was: str = "") -> Any:
     """Returns a field that a run may have another value of when it goes on.
 
     Such a setting changes neither the parameters that a run arrives at nor the order of its data.
+
+    Args:
+      default: its default.
+      was: what it was called before, see `renamed`.
     """
-    return dataclasses.field(default=default, metadata={_CHANGEABLE: True})
+    return dataclasses.field(default=default, metadata={_CHANGEABLE: True, _WAS: was})
 
 
-_CHANGEABLE = "changeable"
+def renamed(was: str, default: Any) -> Any:
+    """Returns a field that was called `was` before: a recipe is told so, a run's folder is read."""
+    return dataclasses.field(default=default, metadata={_WAS: was})
+
+
+_CHANGEABLE, _WAS = "changeable", "was"
+
+
+def new_names(cls: type, path: str = "config") -> dict[str, str]:
+    """Returns the present key of every old one, both with all dots."""
+    names = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if was := field.metadata.get(_WAS):
+            names[f"{path}.{was}"] = f"{path}.{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            names |= new_names(hints[field.name], f"{path}.{field.name}")
+    return names
 
 
 def changeable_keys(cls: type, path: str = "config") -> list[str]:
@@ -71,13 +92,16 @@ def changeable_keys(cls: type, path: str = "config") -> list[str]:
     return keys
 
 
-def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+def build(
+    cls: type[T], values: Mapping[str, Any], path: str = "config", *, old_names: bool = False
+) -> T:
     """Builds the frozen dataclass `cls` from nested mappings, checking every key and type.
 
     Args:
       cls: a dataclass whose fields are scalars, tuples of scalars, or dataclasses.
       values: nested mapping with a subset of the fields; what is missing takes its default.
       path: dotted prefix used in messages.
+      old_names: whether fields may bear the names they had before, as in the folder of an old run.
 
     Raises:
       ConfigError: unknown key, wrong type, or a value `cls.__post_init__` refuses.
@@ -85,10 +109,17 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     arguments = {}
+    before = {
+        field.metadata[_WAS]: name for name, field in fields.items() if _WAS in field.metadata
+    }
     for key, value in values.items():
+        if key not in fields and key in before:
+            if not old_names:
+                raise ConfigError(f"{path}.{key} is called {path}.{before[key]} now")
+            key = before[key]
         if key not in fields:
             raise ConfigError(f"{path}.{key} is not a setting.{nearest(key, fields)}")
-        arguments[key] = _convert(hints[key], value, f"{path}.{key}")
+        arguments[key] = _convert(hints[key], value, f"{path}.{key}", old_names)
     try:
         return cls(**arguments)
     except ConfigError as error:
@@ -98,11 +129,11 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
         ) from None
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: Any, value: Any, path: str, old_names: bool = False) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value!r} must be a group of settings")
-        return build(hint, value, path)
+        return build(hint, value, path, old_names=old_names)
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:

@@ -38,10 +38,10 @@ def get_config(variant=""):
     config.model.max_sequence_length = 64
     config.model.dtype = "float32"
     config.layer_dropout.p_max = 0.4
-    config.layer_dropout.time = "exp"
-    config.layer_dropout.groups = 8
+    config.layer_dropout.time_schedule = "exp"
+    config.layer_dropout.row_groups = 8
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 2
+    config.early_exit.rotation_interval = 2
     config.optimizer.learning_rate = 3e-3
     config.training.steps = 12
     config.training.batch_size = 24
@@ -63,9 +63,9 @@ def get_config(variant=""):
     config.model.max_sequence_length = 256
     config.model.dtype = "float32"
     config.layer_dropout.p_max = 0.2
-    config.layer_dropout.groups = 8
+    config.layer_dropout.row_groups = 8
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 2
+    config.early_exit.rotation_interval = 2
     config.optimizer.learning_rate = 1e-2
     config.training.batch_size = 8
     config.training.evaluate_every = 40
@@ -92,8 +92,8 @@ def small_run(**changes) -> RunConfig:
     """A run with layer dropout and rotating exits on `small_model`, 16 rows a step."""
     settings = {
         "model": small_model(),
-        "layer_dropout": LayerDropoutConfig(p_max=0.5, groups=8),
-        "early_exit": EarlyExitConfig("rotational", interval=2),
+        "layer_dropout": LayerDropoutConfig(p_max=0.5, row_groups=8),
+        "early_exit": EarlyExitConfig("rotational", rotation_interval=2),
         "training": TrainingConfig(steps=20, batch_size=16),
     }
     return RunConfig(**{**settings, **changes})

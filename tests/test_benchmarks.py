@@ -213,7 +213,7 @@ def test_the_ablation_trains_five_variants_and_tabulates_them(tmp_path, capsys):
         "--config.model.num_layers=4",
         "--config.model.model_dim=32",
         "--config.training.evaluate_every=3",
-        "--config.layer_dropout.groups=8",  # the tests have eight devices
+        "--config.layer_dropout.row_groups=8",  # the tests have eight devices
         "--config.training.log_every=1",
     ]
     assert ablation.main(arguments) == 0

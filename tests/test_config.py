@@ -10,6 +10,7 @@ from layerskip_jax.commands import plan
 from layerskip_jax.config import (
     ConfigError,
     RunConfig,
+    TrainingConfig,
     UserError,
     as_variant,
     default_config,
@@ -17,7 +18,14 @@ from layerskip_jax.config import (
     load_config,
     recipe_names,
 )
+from layerskip_jax.early_exit_loss import EarlyExitConfig
+from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.run_folder.claim import check_workdir
+from layerskip_jax.run_folder.paths import RunFolder, open_run
+from layerskip_jax.schema import new_names
 
+# Old names of settings, and their new ones.
+RENAMED = new_names(RunConfig)
 RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 
 
@@ -199,6 +207,38 @@ def test_a_typo_inside_a_recipe_is_named(recipe):
 def test_bad_values_in_a_file_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_dict(values)
+
+
+def test_a_renamed_setting_is_refused_with_its_new_name(recipe):
+    assert len(RENAMED) == 7
+    for old, new in RENAMED.items():
+        message = f"{re.escape(old)} is called {re.escape(new)} now"
+        with pytest.raises(ConfigError, match=message):
+            load_config([f"--config={recipe}", f"--{old}=1"])
+        group, _, name = old.removeprefix("config.").partition(".")
+        with pytest.raises(ConfigError, match=message):
+            RunConfig.from_dict({group: {name: 1}})
+    old_line = "    config.early_exit.scale = 1.0\n"
+    recipe.write_text(recipe.read_text().replace("    return as", f"{old_line}    return as"))
+    with pytest.raises(ConfigError, match="config.early_exit.scale is called .*e_scale now"):
+        load_config([f"--config={recipe}"])
+
+
+def test_a_run_from_before_the_renaming_is_read_and_goes_on(tmp_path):
+    run = RunFolder(tmp_path)
+    config = RunConfig(
+        layer_dropout=LayerDropoutConfig(0.2, "linear", "exp", row_groups=4),
+        early_exit=EarlyExitConfig("rotational", rotation_interval=3, e_scale=0.7),
+        training=TrainingConfig(batch_size=8, gradient_accumulation=2),
+    )
+    values = config.to_dict()
+    for old, new in RENAMED.items():
+        group, _, name = old.removeprefix("config.").partition(".")
+        values[group][name] = values[group].pop(new.rpartition(".")[2])
+    run.config_file.write_text(json.dumps(values))
+    run.data_file.write_text(json.dumps({"fingerprint": "same"}))
+    assert open_run(tmp_path)[1] == config
+    check_workdir(run, config, {"fingerprint": "same"})
 
 
 def test_plain_turns_both_ideas_off():

@@ -50,7 +50,7 @@ TINY = {
         "--config.training.log_every=2",
         "--config.training.evaluate_every=0",
         "--config.training.evaluate_batches=1",
-        "--config.layer_dropout.groups=8",
+        "--config.layer_dropout.row_groups=8",
     ],
     "evaluate": [],
     "sweep": ["--prompts=2", "--prompt-tokens=16", "--new-tokens=8", "--drafts=1,2"],

@@ -16,7 +16,7 @@ from layerskip_jax.schema import ConfigError
     [(1.0, [0, 0.1, 0.3, 0.6]), (0.2, [0, 0.045455, 0.136364, 0.818182]), (0.0, [0, 0, 0, 1])],
 )
 def test_depth_weights_have_the_published_values(scale, expected):
-    weights = ee.exit_weights(ee.EarlyExitConfig("all", scale=scale), 4, 0, 10)
+    weights = ee.exit_weights(ee.EarlyExitConfig("all", e_scale=scale), 4, 0, 10)
     np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
@@ -25,12 +25,12 @@ def test_depth_weights_have_the_published_values(scale, expected):
     [(0, [0, 4, 7]), (1, [1, 5, 7]), (2, [2, 6, 7]), (3, [3, 7]), (4, [0, 4, 7]), (8, [0, 4, 7])],
 )
 def test_rotational_curriculum_by_hand(step, expected):
-    config = ee.EarlyExitConfig("rotational", interval=4)
+    config = ee.EarlyExitConfig("rotational", rotation_interval=4)
     assert np.flatnonzero(ee.active_exits(config, 8, step, 100)).tolist() == expected
 
 
 def test_rotation_of_an_uneven_depth_has_period_l():
-    config = ee.EarlyExitConfig("rotational", interval=2)
+    config = ee.EarlyExitConfig("rotational", rotation_interval=2)
     on = [np.flatnonzero(ee.active_exits(config, 5, t, 9)).tolist() for t in range(6)]
     assert on == [[0, 2, 4], [0, 1, 3, 4], [1, 2, 4], [0, 2, 3, 4], [1, 3, 4], [0, 2, 4]]
 
@@ -44,13 +44,13 @@ def test_gradual_curriculum_goes_from_the_top_down():
 
 
 def test_only_listed_exits_learn():
-    every = ee.EarlyExitConfig("all", layers=(1, 3), depth_weight="uniform", scale=1.0)
+    every = ee.EarlyExitConfig("all", layers=(1, 3), depth_weight="uniform", e_scale=1.0)
     assert np.flatnonzero(ee.active_exits(every, 8, 0, 10)).tolist() == [1, 3, 7]
     assert ee.max_active_exits(every, 8) == 3
     chosen = ee.select_exits(every, 8, 0, 10)
     assert chosen.layers.tolist() == [1, 3, 7]
     np.testing.assert_allclose(chosen.weights, [1 / 3] * 3, rtol=1e-6)
-    turning = ee.EarlyExitConfig("rotational", interval=4, layers=(1, 3))
+    turning = ee.EarlyExitConfig("rotational", rotation_interval=4, layers=(1, 3))
     shown = [np.flatnonzero(ee.active_exits(turning, 8, t, 10)).tolist() for t in range(4)]
     assert shown == [[7], [1, 7], [7], [3, 7]]
     assert ee.max_active_exits(turning, 8) == 2
@@ -68,9 +68,9 @@ def test_last_and_all():
 curricula = st.fixed_dictionaries(
     {
         "curriculum": st.sampled_from(sorted(ee.CURRICULA)),
-        "interval": st.integers(1, 9),
+        "rotation_interval": st.integers(1, 9),
         "gradual_fraction": st.floats(0.1, 1),
-        "scale": st.sampled_from([0.0, 0.1, 1.0, 2.0]),
+        "e_scale": st.sampled_from([0.0, 0.1, 1.0, 2.0]),
         "depth_weight": st.sampled_from(sorted(ee.DEPTH_WEIGHTS)),
     }
 )
@@ -203,9 +203,9 @@ def test_a_share_of_the_tokens_gives_the_loss_and_gradient_on_average():
     "settings_, message",
     [
         ({"curriculum": "rotate"}, "curriculum='rotate' is not one of .*'rotational'"),
-        ({"interval": 0}, "interval=0"),
+        ({"rotation_interval": 0}, "rotation_interval=0"),
         ({"gradual_fraction": 0.0}, "gradual_fraction=0.0"),
-        ({"scale": -1.0}, "scale=-1.0"),
+        ({"e_scale": -1.0}, "e_scale=-1.0"),
         ({"depth_weight": "cubic"}, "depth_weight='cubic' is not one of quadratic"),
         ({"exit_token_fraction": 0.0}, r"exit_token_fraction=0.0 must be in \(0, 1\]"),
         ({"z_loss": -1e-4}, "z_loss=-0.0001"),

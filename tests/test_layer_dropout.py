@@ -120,7 +120,7 @@ class _ToyBlock(NamedTuple):
 
 
 def _toy_case(groups, execution="gather", scale=None, batch=8, layers=6):
-    config = ld.LayerDropoutConfig(p_max=0.9, execution=execution, groups=groups)
+    config = ld.LayerDropoutConfig(p_max=0.9, execution=execution, row_groups=groups)
     menu = config.menu(batch // groups)
     plan = ld.draw_keep_plan(
         jax.random.key(3), jnp.full(layers, 0.45), batch_size=batch, groups=groups, menu=menu
@@ -174,7 +174,9 @@ def test_gradients_equal_those_of_mask(execution, remat):
 
 
 def test_cond_keeps_all_rows_or_none_with_probability_p():
-    config = ld.LayerDropoutConfig(p_max=0.6, depth="uniform", execution="cond", groups=2)
+    config = ld.LayerDropoutConfig(
+        p_max=0.6, depth_schedule="uniform", execution="cond", row_groups=2
+    )
     menu = config.menu(4)
     assert menu == (0, 4)
     p = jnp.array([0.0, 0.3, 0.6])
@@ -190,7 +192,9 @@ def test_cond_keeps_all_rows_or_none_with_probability_p():
 
 
 def test_inverse_keep_scales_by_one_over_the_keep_probability():
-    config = ld.LayerDropoutConfig(p_max=0.6, depth="linear", residual_scale="inverse_keep")
+    config = ld.LayerDropoutConfig(
+        p_max=0.6, depth_schedule="linear", residual_scale="inverse_keep"
+    )
     p = ld.drop_probabilities(config, 4, 0, 1)
     np.testing.assert_allclose(ld.residual_scales(config, p), [1, 1.25, 1 / 0.6, 2.5], rtol=1e-6)
     plain = dataclasses.replace(config, residual_scale="none")
@@ -216,7 +220,7 @@ def test_inverse_keep_leaves_the_mean_output_unchanged():
 
 
 def test_only_listed_layers_are_dropped():
-    config = ld.LayerDropoutConfig(p_max=0.5, depth="uniform", layers=(1, 3))
+    config = ld.LayerDropoutConfig(p_max=0.5, depth_schedule="uniform", layers=(1, 3))
     np.testing.assert_allclose(ld.drop_probabilities(config, 5, 0, 1), [0, 0.5, 0, 0.5, 0])
 
 
@@ -238,10 +242,10 @@ def test_the_plan_of_a_microbatch_is_its_part_of_the_plan():
     [
         ({"p_max": 1.0}, r"p_max=1.0 must be in \[0, 1\)"),
         ({"p_max": -0.1}, "p_max=-0.1"),
-        ({"depth": "expo"}, "depth='expo' is not one of .* Did you mean 'exp'"),
-        ({"time": "warp"}, "time='warp' is not one of"),
+        ({"depth_schedule": "expo"}, "depth_schedule='expo' is not one of .* Did you mean 'exp'"),
+        ({"time_schedule": "warp"}, "time_schedule='warp' is not one of"),
         ({"execution": "scatter"}, "execution='scatter'"),
-        ({"groups": 0}, "groups=0"),
+        ({"row_groups": 0}, "row_groups=0"),
         ({"residual_scale": "keep"}, "residual_scale='keep' is not one of none, inverse_keep"),
         ({"layers": (0, -1)}, r"layers=\(0, -1\)"),
     ],
@@ -252,7 +256,7 @@ def test_bad_settings_are_refused(settings_, message):
 
 
 def test_gather_refuses_groups_that_straddle_shards():
-    config = ld.LayerDropoutConfig(p_max=0.1, groups=2)
+    config = ld.LayerDropoutConfig(p_max=0.1, row_groups=2)
     with pytest.raises(ConfigError, match="must be a multiple of 8 .*groups=8,"):
         ld.check_groups(config, batch_size=16, batch_shards=4, accumulation=2)
     ld.check_groups(config, batch_size=16, batch_shards=2, accumulation=1)

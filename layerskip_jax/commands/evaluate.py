@@ -51,15 +51,17 @@ def evaluate(
             f"--tokenizer={folder.shown(folder.tokenizer_file)}"
         )
     devices, training = jax.device_count(), config.training
-    if training.accumulation:
-        rows = -(-training.batch_size // training.accumulation // devices) * devices
+    if training.gradient_accumulation:
+        rows = -(-training.batch_size // training.gradient_accumulation // devices) * devices
     else:
         rows = training.rows_per_device * devices
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=path),
         mesh=MeshConfig(MeshShape(data=1, fsdp=-1), config.mesh.rules),
-        training=dataclasses.replace(training, batch_size=rows, accumulation=1, rows_per_device=0),
+        training=dataclasses.replace(
+            training, batch_size=rows, gradient_accumulation=1, rows_per_device=0
+        ),
         layer_dropout=LayerDropoutConfig(),
     )
     setup = make_setup(config)

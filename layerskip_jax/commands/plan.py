@@ -165,7 +165,8 @@ def _print(plan: Plan) -> None:
     how = "compiled" if plan.compiled else "by arithmetic only"
     console.print(
         f"{topology.num_devices} devices, {topology}, {how}; mesh {mesh}; "
-        f"{config.training.batch_size} windows in {config.training.accumulation} microbatch(es); "
+        f"{config.training.batch_size} windows in {config.training.gradient_accumulation} "
+        "microbatch(es); "
         f"remat {config.model.remat}; attention {config.model.attention}"
     )
     memory = plan.memory

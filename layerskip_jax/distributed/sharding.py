@@ -102,7 +102,7 @@ def parameter_shardings(
             count = parts(mesh, getattr(rules, logical))
             if size % count:
                 # Of all axes only the vocabulary can be padded without changing the model.
-                pad = f"pad it with config.model.vocab_multiple={count}, or "
+                pad = f"pad it with config.model.pad_vocab_to_multiple_of={count}, or "
                 raise ConfigError(
                     f"parameter {name}: its axis {logical!r} of size {size} is not divisible "
                     f"by the {count} devices of mesh axes {getattr(rules, logical)}; "
@@ -134,7 +134,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh, rul
     shards = parts(mesh, rules.batch)
     require(
         batch_size % accumulation == 0,
-        f"config.training.accumulation={accumulation} must divide "
+        f"config.training.gradient_accumulation={accumulation} must divide "
         f"config.training.batch_size={batch_size}",
     )
     require(

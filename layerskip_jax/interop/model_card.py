@@ -138,14 +138,15 @@ def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> d
         "windows a step": config.training.batch_size,
         "learning rate": config.optimizer.learning_rate,
         "layer dropout": (
-            f"up to {dropout.p_max}, {dropout.depth} over the layers, {dropout.time} over the steps"
+            f"up to {dropout.p_max}, {dropout.depth_schedule} over the layers, "
+            f"{dropout.time_schedule} over the steps"
             if dropout.p_max
             else "none"
         ),
         "early-exit loss": (
             "none; the last layer alone was trained"
             if exits.curriculum == "last"
-            else f"{exits.curriculum} curriculum, scale {exits.scale}"
+            else f"{exits.curriculum} curriculum, scale {exits.e_scale}"
         ),
         "seed": config.seed,
     }

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from layerskip_jax.ops.attention import KERNELS
 from layerskip_jax.ops.remat import REMAT_POLICIES
-from layerskip_jax.schema import changeable, require, require_choice
+from layerskip_jax.schema import changeable, renamed, require, require_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ROPE_SCALINGS = ("none", "linear", "llama3")
@@ -56,8 +56,8 @@ class ModelConfig:
 
     Attributes:
       vocab_size: V, at least 0; 0 takes it from the prepared data's tokenizer.
-      vocab_multiple: embedding and head have V rounded up to a multiple of this, at least 1, so
-        that devices can share them. What is added is never a target, drawn or exported.
+      pad_vocab_to_multiple_of: embedding and head have V rounded up to a multiple of this, at least
+        1, so that devices can share them. What is added is never a target, drawn or exported.
       num_layers: L, at least 1.
       model_dim: D, the width of the residual stream, at least 1.
       ffn_dim: F, the hidden width of the SwiGLU MLP, at least 1.
@@ -83,7 +83,7 @@ class ModelConfig:
     """
 
     vocab_size: int = 0
-    vocab_multiple: int = 1
+    pad_vocab_to_multiple_of: int = renamed("vocab_multiple", 1)
     num_layers: int = 12
     model_dim: int = 768
     ffn_dim: int = 2048
@@ -103,7 +103,8 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = (
-            "vocab_multiple num_layers model_dim ffn_dim num_heads num_kv_heads max_sequence_length"
+            "pad_vocab_to_multiple_of num_layers model_dim ffn_dim num_heads num_kv_heads "
+            "max_sequence_length"
         ).split()
         for name in sizes:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -131,8 +132,9 @@ class ModelConfig:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of the embedding and the head: V, padded to a multiple of `vocab_multiple`."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        """Rows of the embedding and the head: V and what it is padded with."""
+        multiple = self.pad_vocab_to_multiple_of
+        return -(-self.vocab_size // multiple) * multiple
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -34,7 +34,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     model = dataclasses.replace(config.model, attention=kernel)
     config = dataclasses.replace(config, model=model)
     shards = shape["slice"] * shape["data"] * shape["fsdp"]
-    accumulation = training.accumulation or least_accumulation(
+    accumulation = training.gradient_accumulation or least_accumulation(
         training.batch_size, training.rows_per_device, shards
     )
     rows = training.batch_size / shards / accumulation

@@ -142,7 +142,7 @@ def _layouts(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
         for accumulation in (1, 2, 4, 8, 16):
             if batch % (shards * accumulation):
                 continue
-            groups = config.layer_dropout.groups
+            groups = config.layer_dropout.row_groups
             if config.layer_dropout.p_max and config.layer_dropout.execution == "gather":
                 groups = math.lcm(groups, shards * accumulation)
                 if batch % groups:
@@ -152,9 +152,9 @@ def _layouts(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
                 model=dataclasses.replace(config.model, remat=remat),
                 mesh=dataclasses.replace(config.mesh, shape=shape),
                 training=dataclasses.replace(
-                    config.training, accumulation=accumulation, rows_per_device=0
+                    config.training, gradient_accumulation=accumulation, rows_per_device=0
                 ),
-                layer_dropout=dataclasses.replace(config.layer_dropout, groups=groups),
+                layer_dropout=dataclasses.replace(config.layer_dropout, row_groups=groups),
             )
 
 
@@ -163,9 +163,13 @@ def _changes(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
     pairs = [(f"mesh.shape.{axis}", size, getattr(new.mesh.shape, axis)) for axis, size in sizes]
     pairs += [
         ("model.remat", old.model.remat, new.model.remat),
-        ("training.accumulation", old.training.accumulation, new.training.accumulation),
+        (
+            "training.gradient_accumulation",
+            old.training.gradient_accumulation,
+            new.training.gradient_accumulation,
+        ),
         ("training.rows_per_device", old.training.rows_per_device, 0),
-        ("layer_dropout.groups", old.layer_dropout.groups, new.layer_dropout.groups),
+        ("layer_dropout.row_groups", old.layer_dropout.row_groups, new.layer_dropout.row_groups),
     ]
     return tuple(f"--config.{name}={b}" for name, a, b in pairs if a != b)
 

@@ -110,13 +110,13 @@ def drop_probability_map(run: RunRecord) -> Drawing:
         figure,
         "How often each layer is skipped",
         f"Heat map of the skip probability of {run.num_layers} layers over {run.total_steps:,} "
-        f"steps, schedule {config.depth} over the layers and {config.time} over the steps; it "
-        f"peaks at {percent(float(p.max()), 1)}, and {percent(kept, 1)} of the layers run on "
-        "average.",
+        f"steps, schedule {config.depth_schedule} over the layers and {config.time_schedule} over "
+        f"the steps; it peaks at {percent(float(p.max()), 1)}, and {percent(kept, 1)} of the "
+        "layers run on average.",
         f"p(l, t) = p_max D(l) S(t): the probability that a training sequence skips layer l at "
-        f"step t. Here p_max = {config.p_max:g}, D is “{config.depth}” and S is “{config.time}”; "
-        f"on average {percent(kept, 1)} of the layers run. Layers count from 0 (exit E reads the "
-        f"output of layer E-1).{note}",
+        f"step t. Here p_max = {config.p_max:g}, D is “{config.depth_schedule}” and S is "
+        f"“{config.time_schedule}”; on average {percent(kept, 1)} of the layers run. Layers count "
+        f"from 0 (exit E reads the output of layer E-1).{note}",
     )
 
 
@@ -212,7 +212,7 @@ def exit_weight_bars(run: RunRecord) -> Drawing:
         f"Mean weight of each exit in the loss: {listed}.",
         f"w(t, l) averaged over all {run.total_steps:,} steps; a step's weights sum to 100%. "
         f"{DEPTH_WEIGHTS[config.depth_weight].caption} Early exits are scaled by e_scale = "
-        f"{config.scale:g}.",
+        f"{config.e_scale:g}.",
     )
 
 

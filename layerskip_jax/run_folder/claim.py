@@ -83,7 +83,7 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
 
 def _config_of(folder: RunFolder) -> dict:
     """Returns the run's config; settings newer than the run take their defaults."""
-    return RunConfig.from_dict(json.loads(folder.config_file.read_text())).to_dict()
+    return RunConfig.of_run(json.loads(folder.config_file.read_text())).to_dict()
 
 
 def claim_workdir(

@@ -185,7 +185,7 @@ def open_run(workdir: str | PurePath) -> tuple[RunFolder, RunConfig]:
             "another program's); train one with `layerskip train`, or bring one in with "
             "`layerskip import`"
         )
-    return folder, RunConfig.from_dict(json.loads(folder.config_file.read_text()))
+    return folder, RunConfig.of_run(json.loads(folder.config_file.read_text()))
 
 
 def read_prompt(path: Path) -> str:

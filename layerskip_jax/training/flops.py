@@ -126,7 +126,7 @@ class CostModel:
         """The mean share of layers run, and the early exits scored, at every step of the run."""
         config = self.config
         # How rows are grouped is not in the schedule: one evaluation serves every layout.
-        dropout = dataclasses.replace(config.layer_dropout, groups=1)
+        dropout = dataclasses.replace(config.layer_dropout, row_groups=1)
         total = config.training.steps
         return _schedule(dropout, config.early_exit, config.model.num_layers, total)
 

@@ -84,9 +84,10 @@ class _OfRun:
     def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
         if config.vocab_rows != self.config.vocab_rows:
             raise UserError(
-                f"config.model.vocab_multiple={config.vocab_multiple} differs from that of the run "
-                f"in {self.folder.home}, {self.config.vocab_multiple}; leave it out, or start from "
-                "an export of that run"
+                f"config.model.pad_vocab_to_multiple_of={config.pad_vocab_to_multiple_of} differs "
+                f"from that of the run in {self.folder.home}, "
+                f"{self.config.pad_vocab_to_multiple_of}; leave it out, or start from an export of "
+                "that run"
             )
         shapes = ModelDefinition(self.config).shapes
         template = jax.tree.map(
@@ -171,7 +172,7 @@ def shaped_like(model: ModelConfig, source: ModelConfig) -> ModelConfig:
       ConfigError: a setting of the shape was changed, to something else than the source's.
     """
     free, default = ["dtype", "remat", "attention", "packing_mask"], ModelConfig()
-    for name in ("max_sequence_length", "vocab_multiple"):
+    for name in ("max_sequence_length", "pad_vocab_to_multiple_of"):
         if getattr(model, name) != getattr(default, name):
             free.append(name)
     for field in dataclasses.fields(ModelConfig):

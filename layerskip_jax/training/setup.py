@@ -101,7 +101,7 @@ class TrainSetup:
 
     def abstract_batch(self, sequence_length: int) -> Batch:
         """Returns shapes, dtypes and shardings of the batches `placement` makes."""
-        accumulation = self.config.training.accumulation
+        accumulation = self.config.training.gradient_accumulation
         shape = (accumulation, self.config.training.batch_size // accumulation, sequence_length)
         ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.sharding)
         bools = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=self.placement.sharding)
@@ -140,18 +140,18 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     """
     rules, training = config.mesh.rules, config.training
     mesh = make_mesh(config.mesh.shape, devices)
-    if training.accumulation == 0:
+    if training.gradient_accumulation == 0:
         count = least_accumulation(
             training.batch_size, training.rows_per_device, parts(mesh, rules.batch)
         )
-        training = dataclasses.replace(training, accumulation=count, rows_per_device=0)
+        training = dataclasses.replace(training, gradient_accumulation=count, rows_per_device=0)
         config = dataclasses.replace(config, training=training)
-    shards = check_batch(training.batch_size, training.accumulation, mesh, rules)
+    shards = check_batch(training.batch_size, training.gradient_accumulation, mesh, rules)
     layer_dropout.check_groups(
         config.layer_dropout,
         batch_size=training.batch_size,
         batch_shards=shards,
-        accumulation=training.accumulation,
+        accumulation=training.gradient_accumulation,
     )
     layer_dropout.check_layers(config.layer_dropout, config.model.num_layers)
     check_exits(config.early_exit, config.model.num_layers)
@@ -188,7 +188,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         optimizer=optimizer,
         shardings=TrainState(everywhere, parameters, optimizer_state),
         placement=BatchPlacement(
-            mesh, rules.batch, rules.sequence, training.batch_size, training.accumulation
+            mesh, rules.batch, rules.sequence, training.batch_size, training.gradient_accumulation
         ),
     )
 

@@ -97,14 +97,14 @@ def make_train_step(
         to measure what they cost.
     """
     num_layers, total_steps = config.model.num_layers, config.training.steps
-    accumulation, batch_size = config.training.accumulation, config.training.batch_size
+    accumulation, batch_size = config.training.gradient_accumulation, config.training.batch_size
     rows = batch_size // accumulation
     dropout = config.layer_dropout
-    menu = dropout.menu(batch_size // dropout.groups)
+    menu = dropout.menu(batch_size // dropout.row_groups)
     constrain = definition.constrain
     execution = layer_dropout.Execution(
         dropout.execution,
-        max(dropout.groups // accumulation, 1),
+        max(dropout.row_groups // accumulation, 1),
         menu,
         lambda x: constrain(x, "batch", "residual", "activation"),
     )
@@ -162,7 +162,7 @@ def make_train_step(
         if dropout.p_max > 0:
             p = layer_dropout.drop_probabilities(dropout, num_layers, state.step, total_steps)
             plan = layer_dropout.draw_keep_plan(
-                key, p, batch_size=batch_size, groups=dropout.groups, menu=menu
+                key, p, batch_size=batch_size, groups=dropout.row_groups, menu=menu
             )._replace(residual_scale=layer_dropout.residual_scales(dropout, p))
             layers_run = plan.keep.mean(dtype=jnp.float32)
         exits = select_exits(config.early_exit, num_layers, state.step, total_steps)

@@ -317,13 +317,13 @@ def _log_decisions(
         "microbatch(es)",
         setup.mesh.size, setup.mesh.devices.flat[0].platform, dict(setup.mesh.shape),
         setup.definition.num_parameters / 1e6, source.num_windows, source.sequence_length,
-        config.training.batch_size, config.training.accumulation,
+        config.training.batch_size, config.training.gradient_accumulation,
     )  # fmt: skip
     dropout, exits = config.layer_dropout, config.early_exit
     logger.info(
         "attention %s, remat %s, %s; layer dropout %s; early exits %s",
         config.model.attention, config.model.remat, config.model.dtype,
-        f"p_max {dropout.p_max} {dropout.depth}/{dropout.time}, residual scale "
+        f"p_max {dropout.p_max} {dropout.depth_schedule}/{dropout.time_schedule}, residual scale "
         f"{dropout.residual_scale}, by {dropout.execution}" if dropout.p_max else "off",
         exits.curriculum,
     )  # fmt: skip

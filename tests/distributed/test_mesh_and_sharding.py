@@ -51,7 +51,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match="batch_size=12 .* 8 batch shards .* multiple of 8"):
         make_setup(with_training(small_run(), batch_size=12))
     with pytest.raises(ConfigError, match="accumulation=3 must divide .*batch_size=16"):
-        make_setup(with_training(small_run(), accumulation=3))
+        make_setup(with_training(small_run(), gradient_accumulation=3))
 
 
 def test_heads_that_tensor_does_not_divide_are_refused():
@@ -116,7 +116,7 @@ def test_a_sequence_that_the_devices_cannot_share_is_refused():
     setup.check_sequence(24)
     with pytest.raises(ConfigError, match="windows of 12 tokens are not divisible by the 8 dev"):
         setup.check_sequence(12)
-    partly = EarlyExitConfig("rotational", interval=2, exit_token_fraction=0.5)
+    partly = EarlyExitConfig("rotational", rotation_interval=2, exit_token_fraction=0.5)
     setup = make_setup(_on_mesh(small_run(early_exit=partly), MeshShape(1, -1, 2, context=4)))
     setup.check_sequence(32)
     with pytest.raises(ConfigError, match="scores 12 of 24 positions, .* 8 devices .*choose 0.33"):
@@ -127,9 +127,11 @@ def test_a_sequence_that_the_devices_cannot_share_is_refused():
 
 def test_rows_per_device_says_what_does_not_fit():
     with pytest.raises(ConfigError, match="batch_size=12 .* 8 batch shards .* multiple of 8"):
-        make_setup(with_training(small_run(), batch_size=12, accumulation=0, rows_per_device=1))
+        make_setup(
+            with_training(small_run(), batch_size=12, gradient_accumulation=0, rows_per_device=1)
+        )
     with pytest.raises(ConfigError, match="accumulation=2 and rows_per_device=1 do not go"):
-        with_training(small_run(), accumulation=2, rows_per_device=1)
+        with_training(small_run(), gradient_accumulation=2, rows_per_device=1)
 
 
 def test_moments_are_sharded_like_their_parameters():

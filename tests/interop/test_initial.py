@@ -23,9 +23,9 @@ def get_config(variant=""):
     config = default_config()
     config.model.dtype = "float32"
     config.layer_dropout.p_max = 0.2
-    config.layer_dropout.groups = 8
+    config.layer_dropout.row_groups = 8
     config.early_exit.curriculum = "rotational"
-    config.early_exit.interval = 2
+    config.early_exit.rotation_interval = 2
     config.training.steps = 4
     config.training.batch_size = 8
     config.training.evaluate_every = 2
@@ -67,7 +67,7 @@ def continued(arguments, source, tmp_path_factory):
     """Four steps from the published weights on four devices, the vocabulary padded for them."""
     workdir = tmp_path_factory.mktemp("runs") / "continued"
     mesh = ["--config.mesh.shape.data=2", "--config.mesh.shape.tensor=4"]
-    rules = ["--config.mesh.rules.kv_heads=()", "--config.model.vocab_multiple=8"]
+    rules = ["--config.mesh.rules.kv_heads=()", "--config.model.pad_vocab_to_multiple_of=8"]
     start = f"--config.init_from={source}"
     assert main(["train", f"--workdir={workdir}", *arguments, start, *mesh, *rules]) == 0
     return RunFolder(workdir)
@@ -132,9 +132,9 @@ def test_a_run_starts_from_another_run(continued, arguments, tmp_path, capsys):
         load_run(continued.path).parameters,
     )
     assert (tmp_path / "run" / "published" / "chat_template.jinja").is_file()
-    start += ["--config.model.vocab_multiple=3"]
+    start += ["--config.model.pad_vocab_to_multiple_of=3"]
     assert main(["train", f"--workdir={tmp_path / 'other'}", *arguments, *start]) == 2
-    assert "vocab_multiple=3 differs from that of the run" in capsys.readouterr().err
+    assert "pad_vocab_to_multiple_of=3 differs from that of the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_any_mesh_reads_and_any_mesh_writes(family, shape_in, shape_out, tmp_pat
     """
     source = published(tmp_path / "there", tokenizer_file, family, vocab_size=290)
     pretrained = open_pretrained(source)
-    model = dataclasses.replace(pretrained.config, vocab_multiple=64, num_kv_heads=2)
+    model = dataclasses.replace(pretrained.config, pad_vocab_to_multiple_of=64, num_kv_heads=2)
     config = RunConfig(model=model)
     rules = dataclasses.replace(ShardingRules(), vocab=("fsdp", "tensor"), kv_heads=(), embed=())
     definition = ModelDefinition(model)

@@ -23,7 +23,7 @@ SETTINGS = [
     "--config.layer_dropout.execution=gather",
     "--config.mesh.shape.data=1",
     # Four devices take the batch of 24 at once, two in two microbatches, one in four.
-    "--config.training.accumulation=0",
+    "--config.training.gradient_accumulation=0",
     "--config.training.rows_per_device=6",
 ]
 FSDP = ["--config.mesh.shape.fsdp=-1"]

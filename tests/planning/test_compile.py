@@ -128,9 +128,11 @@ def test_every_recipe_is_laid_out_for_its_devices(recipe, target):
         topology = parse_topology(config.mesh.topology, config.mesh.shape.slice)
         sizes = config.mesh.shape.resolve(topology.num_devices)
         shards = sizes[0] * sizes[1] * sizes[2]
-        microbatch = config.training.batch_size // config.training.accumulation
-        assert config.training.batch_size % (config.training.accumulation * shards) == 0
-        assert config.layer_dropout.groups % (shards * config.training.accumulation) == 0
+        microbatch = config.training.batch_size // config.training.gradient_accumulation
+        assert config.training.batch_size % (config.training.gradient_accumulation * shards) == 0
+        assert (
+            config.layer_dropout.row_groups % (shards * config.training.gradient_accumulation) == 0
+        )
         assert microbatch >= 2 * shards, "one row a shard would be dropped as a whole"
     if topology.chip.platform == "gpu":
         assert plan_step(config, topology).fits

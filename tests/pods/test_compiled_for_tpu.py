@@ -101,8 +101,8 @@ def test_fsdp_gathers_and_scatters_weights_and_nothing_else():
 def test_a_vocabulary_shared_over_tensor_gathers_no_logits():
     config = _config(
         "llama2_7b_scratch", "", "--config.model.remat=full", "--config.model.num_layers=2",
-        "--config.early_exit.interval=1", "--config.training.batch_size=16",
-        "--config.layer_dropout.groups=4", f"--config.compiler.options=('{WHOLE}',)",
+        "--config.early_exit.rotation_interval=1", "--config.training.batch_size=16",
+        "--config.layer_dropout.row_groups=4", f"--config.compiler.options=('{WHOLE}',)",
         "--config.training.steps=100",
     )  # fmt: skip
     shape = MeshShape(data=1, fsdp=4, tensor=4)
@@ -121,8 +121,8 @@ def test_a_vocabulary_shared_over_tensor_gathers_no_logits():
 def test_what_does_not_fit_says_so_with_the_compilers_figure_and_what_does(capsys, tmp_path):
     arguments = [
         f"--config={CONFIGS / 'scratch_1_5b'}.py", "--topology=v5e:2x2",
-        "--config.model.num_layers=4", "--config.early_exit.interval=3",
-        "--config.training.batch_size=64", "--config.layer_dropout.groups=16",
+        "--config.model.num_layers=4", "--config.early_exit.rotation_interval=3",
+        "--config.training.batch_size=64", "--config.layer_dropout.row_groups=16",
         "--config.training.steps=100", f"--json={tmp_path / 'plan.json'}",
     ]  # fmt: skip
     assert command.main(arguments) == 1

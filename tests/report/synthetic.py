@@ -18,7 +18,7 @@ from layerskip_jax.run_folder.atomic import write_json
 def small_config(layers: int = 8, steps: int = 60, **early_exit) -> RunConfig:
     """Returns the config of a run with linear, decreasing dropout and rotating exits."""
     config = RunConfig()
-    early_exit = {"curriculum": "rotational", "interval": 4, **early_exit}
+    early_exit = {"curriculum": "rotational", "rotation_interval": 4, **early_exit}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -31,7 +31,9 @@ def small_config(layers: int = 8, steps: int = 60, **early_exit) -> RunConfig:
             num_kv_heads=2,
             ffn_dim=160,
         ),
-        layer_dropout=LayerDropoutConfig(p_max=0.6, depth="linear", time="decreasing"),
+        layer_dropout=LayerDropoutConfig(
+            p_max=0.6, depth_schedule="linear", time_schedule="decreasing"
+        ),
         early_exit=EarlyExitConfig(**early_exit),
         training=dataclasses.replace(config.training, steps=steps, log_every=1, evaluate_every=20),
     )

@@ -27,8 +27,8 @@ def test_rotational_map_is_the_hand_worked_one():
 
 
 def test_rotation_of_an_interval_that_does_not_divide_the_depth_takes_all_layers():
-    assert schedule_figures.rotation_period(small_config(layers=6, interval=5)) == 6
-    assert schedule_figures.rotation_period(small_config(layers=1, interval=1)) == 1
+    assert schedule_figures.rotation_period(small_config(layers=6, rotation_interval=5)) == 6
+    assert schedule_figures.rotation_period(small_config(layers=1, rotation_interval=1)) == 1
 
 
 def test_exit_shares_and_weights_over_the_whole_run():
@@ -74,7 +74,7 @@ def test_sampled_steps(total, limit, expected):
 
 @pytest.mark.parametrize("depth_weight", DEPTH_WEIGHTS)
 def test_the_weights_are_described_as_they_were_set(tmp_path, depth_weight):
-    run = read_run(make_run(tmp_path, small_config(depth_weight=depth_weight, scale=0.7)))
+    run = read_run(make_run(tmp_path, small_config(depth_weight=depth_weight, e_scale=0.7)))
     caption = FIGURES["exit_weights"](run).caption
     others = {name: weight.caption for name, weight in DEPTH_WEIGHTS.items()}
     assert others.pop(depth_weight) in caption and "e_scale = 0.7" in caption

@@ -16,7 +16,7 @@ from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
 from tests.helpers import REAL_PROGRAM, SEQUENCE, random_batch, small_model, small_run
 
-DROPOUT = LayerDropoutConfig(0.6, "linear", residual_scale="inverse_keep", groups=8)
+DROPOUT = LayerDropoutConfig(0.6, "linear", residual_scale="inverse_keep", row_groups=8)
 MESHES = [MeshShape(8, 1, 1), MeshShape(1, 8, 1), MeshShape(2, 2, 2)]
 
 

@@ -112,8 +112,8 @@ def test_dropped_rows_cost_nothing_unless_masked(execution):
 
 def test_the_plan_is_the_mean_of_the_schedules():
     config = small_run(
-        layer_dropout=LayerDropoutConfig(0.6, "linear", "decreasing", groups=8),
-        early_exit=EarlyExitConfig("rotational", interval=2),
+        layer_dropout=LayerDropoutConfig(0.6, "linear", "decreasing", row_groups=8),
+        early_exit=EarlyExitConfig("rotational", rotation_interval=2),
     )
     cost = CostModel(config, SEQUENCE)
     layers_run, early = cost.schedule
@@ -124,7 +124,7 @@ def test_the_plan_is_the_mean_of_the_schedules():
 
 
 def test_what_is_done_follows_the_draws():
-    config = small_run(layer_dropout=LayerDropoutConfig(0.5, "linear", groups=8))
+    config = small_run(layer_dropout=LayerDropoutConfig(0.5, "linear", row_groups=8))
     _, _, history = run_steps(config, 2)
     cost = CostModel(config, SEQUENCE)
     for metrics in history:

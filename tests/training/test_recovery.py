@@ -216,7 +216,7 @@ def test_the_checksum_of_a_batch_is_the_same_on_every_mesh_and_accumulation():
     )
     sums = []
     for devices, accumulation in ((1, 1), (2, 1), (4, 2)):
-        config = with_training(base, accumulation=accumulation)
+        config = with_training(base, gradient_accumulation=accumulation)
         _, _, history = run_steps(config, 2, devices)
         sums.append([int(metrics.batch) for metrics in history])
     assert sums[0] == sums[1] == sums[2]

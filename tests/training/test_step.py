@@ -74,7 +74,7 @@ def test_eight_devices_give_the_losses_of_one(one_device_throughout, shape):
 
 @pytest.mark.parametrize("shape", [MESHES[4], MESHES[5]], ids=str)
 def test_sampled_exit_positions_do_not_depend_on_the_mesh(shape):
-    exits = EarlyExitConfig("rotational", interval=2, exit_token_fraction=2 / 3)
+    exits = EarlyExitConfig("rotational", rotation_interval=2, exit_token_fraction=2 / 3)
     config = small_run(early_exit=exits)
     _, _, alone = run_steps(config, 4)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, shape=shape))
@@ -84,7 +84,7 @@ def test_sampled_exit_positions_do_not_depend_on_the_mesh(shape):
 
 def test_a_padded_vocabulary_trains_the_same_model():
     """64 tokens in 96 rows, 24 on each of four devices, one of which has no token at all."""
-    config = small_run(model=small_model(vocab_multiple=48, num_kv_heads=4))
+    config = small_run(model=small_model(pad_vocab_to_multiple_of=48, num_kv_heads=4))
     alone = run_steps(small_run(model=small_model(num_kv_heads=4)), 4)
     config = dataclasses.replace(
         config, mesh=dataclasses.replace(config.mesh, shape=MeshShape(1, 2, 4))
@@ -113,7 +113,7 @@ def test_accumulation_equals_the_whole_batch(one_device, accumulation):
     valid = random_batch(0).valid.reshape(accumulation, -1).sum(axis=1)
     assert len(set(valid.tolist())) > 1
     parameters, history = one_device
-    _, state, parts = run_steps(with_training(small_run(), accumulation=accumulation), 8)
+    _, state, parts = run_steps(with_training(small_run(), gradient_accumulation=accumulation), 8)
     np.testing.assert_allclose(_losses(parts), _losses(history), rtol=1e-6)
     for a, b in zip(history, parts, strict=True):
         np.testing.assert_allclose(a.exit_losses, b.exit_losses, rtol=1e-5)
@@ -203,7 +203,7 @@ def test_metrics_follow_the_schedules(one_device):
 
 def test_any_step_can_be_taken_alone():
     """Schedules are functions of the step: no step needs the one before it."""
-    config = small_run(layer_dropout=LayerDropoutConfig(p_max=0.5, time="exp", groups=8))
+    config = small_run(layer_dropout=LayerDropoutConfig(0.5, time_schedule="exp", row_groups=8))
     setup = make_setup(config, jax.devices()[:1])
     with jax.set_mesh(setup.mesh):
         step = setup.compile_step(SEQUENCE)
@@ -221,12 +221,12 @@ SCHEDULES = {
     "gradual, decreasing": {
         "early_exit": EarlyExitConfig("gradual", gradual_fraction=1.0, z_loss=1e-3),
         "layer_dropout": LayerDropoutConfig(
-            0.6, "linear", "decreasing", residual_scale="inverse_keep", groups=2
+            0.6, "linear", "decreasing", residual_scale="inverse_keep", row_groups=2
         ),
     },
     "rotational, exp, on a share of the tokens": {
-        "early_exit": EarlyExitConfig("rotational", interval=2, exit_token_fraction=0.5),
-        "layer_dropout": LayerDropoutConfig(0.5, "exp", "exp", groups=2),
+        "early_exit": EarlyExitConfig("rotational", rotation_interval=2, exit_token_fraction=0.5),
+        "layer_dropout": LayerDropoutConfig(0.5, "exp", "exp", row_groups=2),
     },
     "all, increasing, cond, some layers": {
         "early_exit": EarlyExitConfig("all", depth_weight="inverse_sqrt"),
@@ -257,10 +257,10 @@ def test_going_on_in_the_middle_of_a_schedule_gives_the_same_steps(name):
 
 
 def test_a_share_of_the_tokens_does_not_depend_on_accumulation():
-    exits = EarlyExitConfig("rotational", interval=2, exit_token_fraction=0.5, z_loss=1e-3)
+    exits = EarlyExitConfig("rotational", rotation_interval=2, exit_token_fraction=0.5, z_loss=1e-3)
     config = small_run(early_exit=exits)
     _, _, whole = run_steps(config, 3)
-    _, _, parts = run_steps(with_training(config, accumulation=4), 3)
+    _, _, parts = run_steps(with_training(config, gradient_accumulation=4), 3)
     np.testing.assert_allclose(_losses(parts), _losses(whole), rtol=1e-6)
     _, _, all_tokens = run_steps(small_run(), 3)
     # the last exit is scored on every token, the early one on half of them

@@ -235,7 +235,7 @@ def test_a_foreign_folder_is_left_alone(arguments, tmp_path, capsys):
         ("--config.model.max_sequence_length=8", "shorter than the windows of 12"),
         ("--config.training.batch_size=12", "batch_size=12 .* not divisible by the 8 batch"),
         ("--config.mesh.shape.tensor=3", "does not fit 8 device"),
-        ("--config.layer_dropout.groups=4", "groups=4 must be a multiple of 8"),
+        ("--config.layer_dropout.row_groups=4", "groups=4 must be a multiple of 8"),
     ],
 )
 def test_nothing_is_written_for_a_run_that_cannot_be(arguments, tmp_path, capsys, extra, message):
