@@ -12,7 +12,7 @@ from layerskip_jax.decoding.sequences import Limits, SequenceState
 from layerskip_jax.decoding.weights import DecoderLayer, decoder_weights
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.self_speculation import accept, count_drafts, draft
+from layerskip_jax.self_speculation import count_drafts, cycle
 from tests.helpers import small_model
 
 LAYERS = 4
@@ -208,16 +208,16 @@ def test_every_fed_token_passes_every_layer_once(monkeypatch):
             capacity=8,
             lookahead=4,
         )
-        drafts, cache = draft(
+        cycle(
             weights,
             cache,
             rows,
+            limits,
             None,
             exit_layer=2,
             draft_length=3,
             acceptance="same_noise",
         )
-        accept(weights, cache, rows, drafts, limits, None, exit_layer=2)
     # prefill over the prompt's 3, then one cycle: 4 tokens, singly below E, at once above
     assert widths[0] == widths[1] == [3, 1, 1, 1, 1]
     assert widths[2] == widths[3] == [3, 4]

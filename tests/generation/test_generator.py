@@ -187,7 +187,7 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
     model = Transformer(small_model(max_sequence_length=120), jax.random.key(0))
     prompts = [list(range(50)), [7] * 3, list(range(20, 53))]
     expected = Generator(model).generate(prompts, 5).tokens
-    for module in ("decoding.autoregressive", "generator"):
+    for module in ("decoding.autoregressive", "generation.generator"):
         monkeypatch.setattr(f"layerskip_jax.{module}.PREFILL_CHUNK", 16)
     assert prompt_bucket(50, 120) == 64 and prompt_bucket(120, 120) == 128
     assert Generator(model).generate(prompts, 5).tokens == expected
