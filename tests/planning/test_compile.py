@@ -77,7 +77,8 @@ def test_the_bound_on_the_step_is_the_arithmetic_that_is_printed(capsys):
 
 def test_more_microbatches_take_less_memory_and_more_traffic():
     once, four = (
-        plan_step(_run(fsdp=8, accumulation=n), parse_topology("h100:8"), 16) for n in (1, 4)
+        plan_step(_run(fsdp=8, gradient_accumulation=n), parse_topology("h100:8"), 16)
+        for n in (1, 4)
     )
     assert four.memory.activations == once.memory.activations / 4
     assert four.traffic_seconds == 4 * once.traffic_seconds
