@@ -143,8 +143,8 @@ class CheckpointConfig:
       keep: checkpoints kept, newest first, at least 1.
       keep_every_steps: checkpoints of multiples of so many steps, at least 0, are kept for good; 0
         keeps none.
-      keep_every_hours: the first checkpoint after so many hours, at least 0, since the last one so
-        kept is kept for good; 0 keeps none.
+      keep_every_hours: a checkpoint is kept for good where the last one kept for this reason is so
+        many hours older, at least 0; 0 keeps none.
       on_failure: what a save that fails does to the run: `stop` it, or `continue` with an error
         in the log (the last save stops it all the same).
     """
@@ -173,8 +173,8 @@ class GuardsConfig:
     Attributes:
       nonfinite_limit: steps in a row, at least 0, that may be skipped because their loss or
         gradient is not finite; one more ends the run.
-      roll_backs: how often, at least 0 times, a run that would so end goes back instead to the
-        newest checkpoint from before those steps, and leaves their batches out from then on.
+      roll_backs: how often, at least 0 times, a run that would end like that goes back instead to
+        the newest checkpoint from before those steps, and leaves their batches out from then on.
       spike_deviations: a loss so many standard deviations, at least 0, above the mean of the last
         50 steps is logged with its batch; 0 logs none.
       step_timeout: seconds, at least 0, that a step, an evaluation's batch or the last save may
@@ -253,7 +253,7 @@ class RunConfig:
     """Everything that defines a run; two runs with equal configs and data are equal.
 
     Attributes:
-      seed: of parameters, data order and layer dropout; any whole number.
+      seed: what parameters, data order and layer dropout are drawn from; any whole number.
       init_from: where the first parameters come from: a Hugging Face folder, a GGUF file or the
         folder of another run; its shape is then the model's. Empty draws them at random.
       data: what the run reads.

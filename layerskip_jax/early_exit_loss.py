@@ -341,9 +341,9 @@ def early_exit_loss(
         over them counts S / M times, so that value and gradient are right on average.
       norm: applied to the states before the head; a pytree.
       chunk: positions of the sequence scored at once.
-      z_loss: see `linear_cross_entropy`.
-      vocab_size: see `linear_cross_entropy`.
-      layout: see `linear_cross_entropy`.
+      z_loss: weight of the squared log-partition.
+      vocab_size: V without padding, as in `linear_cross_entropy`.
+      layout: how the states lie over the devices.
 
     Returns:
       J, in nats, and each slot's mean cross-entropy before weighting (0 if not computed);

@@ -53,7 +53,7 @@ class LanguageModel:
 
     Attributes:
       generator: for token ids instead of text.
-      tokenizer: of the data the model was trained on.
+      tokenizer: that of the data the model was trained on.
       end_token: id of the token that ends a document, if there is one.
       more_end_tokens: ids of others that end a text too, such as that of a chat's turn.
       best_pair: (E, G) that `layerskip sweep` found best, `PLAIN` where it found plain decoding

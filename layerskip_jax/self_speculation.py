@@ -88,8 +88,8 @@ def draft(
     """Proposes G tokens a row with layers 0..E-1 and the head: the first half of a cycle.
 
     Args:
-      weights: of the model.
-      cache: of all layers.
+      weights: the model's weights.
+      cache: the cache of all layers.
       sequences: what is known of each.
       sampling: None decodes greedily.
       exit_layer: E, the layers that draft.
@@ -182,9 +182,9 @@ def accept(
 
     Args:
       sequences: those that are not done get 1 to G + 1 tokens.
-      drafts: of `draft`.
-      tokens: of `verify`.
-      accepted: of `verify`, how many drafts begin them.
+      drafts: what `draft` proposed.
+      tokens: what `verify` chose.
+      accepted: how many drafts begin them.
       limits: when sequences end.
     """
     counts = count_drafts(drafts.tokens, accepted, sequences, limits)
@@ -205,8 +205,8 @@ def cycle(
     """Runs one cycle: drafts, verifies and accepts.
 
     Args:
-      weights: of the model.
-      cache: of all layers.
+      weights: the model's weights.
+      cache: the cache of all layers.
       sequences: those that are not done get 1 to G + 1 tokens.
       limits: when sequences end.
       sampling: None decodes greedily.

@@ -45,7 +45,7 @@ def export(
       step: the checkpoint; None takes the newest.
       exit_layer: E, to export the first E layers with the shared head, a model of its own; None
         exports all.
-      dtype: of the stored tensors, one of `huggingface.DTYPES`.
+      dtype: the stored tensors' dtype, one of `huggingface.DTYPES`.
       max_shard_bytes: tensor bytes in a file.
       overwrite: whether an earlier export in `output` may be replaced.
 

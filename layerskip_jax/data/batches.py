@@ -28,7 +28,7 @@ class BatchSource:
     """Batches of one split of prepared data.
 
     Attributes:
-      manifest: of the folder, the first one of a mixture.
+      manifest: the folder's manifest, of a mixture the first one's.
       num_windows: windows in the split, of all folders.
       sequence_length: S.
       batch_size: B.
@@ -56,7 +56,7 @@ class BatchSource:
           folder: made by `layerskip prepare`.
           split: `train` or `validation`.
           batch_size: rows of a global batch.
-          seed: of the order.
+          seed: the seed of the order.
           shuffle: whether to draw an order and go on for ever; otherwise the windows come
             once, as they lie, and rows past the last one are padding.
           skip_damaged: whether a damaged record is logged and read as padding, not raised.

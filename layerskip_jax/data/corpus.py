@@ -68,7 +68,7 @@ class CorpusReader:
           skip_bad_files: whether to leave out what is not UTF-8 text, instead of failing.
           max_bytes: UTF-8 bytes to take at most, as whole documents drawn with `seed`; 0 is
             no limit.
-          seed: of that draw.
+          seed: the seed of that draw.
 
         Raises:
           UserError: a source is named twice.

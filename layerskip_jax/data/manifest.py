@@ -21,7 +21,7 @@ class Request:
     Attributes:
       sources: as given by --source.
       sequence_length: S, inputs per window.
-      vocab_size: of the tokenizer to train; 0 with an existing one.
+      vocab_size: size of the tokenizer to train; 0 with an existing one.
       tokenizer_sha256: of the existing tokenizer, or "".
       end_token: as given, or "".
       validation_fraction: share of the documents held out.
@@ -29,7 +29,7 @@ class Request:
       jsonl_field: field of `.jsonl` lines.
       text_field: field of TFDS examples.
       skip_bad_files: whether files that are not UTF-8 text are left out.
-      seed: of the split and of the draw that `max_bytes` makes.
+      seed: the seed of the split and of the draw that `max_bytes` makes.
     """
 
     sources: tuple[str, ...]
@@ -79,7 +79,7 @@ class Split:
 
     Attributes:
       documents: documents that are not blank.
-      bytes: of their UTF-8 text.
+      bytes: length of their UTF-8 text.
       tokens: with one end token a document, and those that the tokenizer begins it with.
       windows: packed windows.
       shards: the files they are in.

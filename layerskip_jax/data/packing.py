@@ -22,7 +22,7 @@ class Batch(NamedTuple):
       targets: the token after each input.
       valid: which targets count: those in the same document as their input.
       segment_ids: document of each input within its window, from 1; 0 is padding.
-      positions: of each input within its document's part of the window, from 0.
+      positions: the position of each input within its document's part of the window, from 0.
     """
 
     tokens: Int32[np.ndarray, "B S"]

@@ -29,7 +29,7 @@ def prefill(
     """Reads the prompts and chooses each row's first new token.
 
     Args:
-      weights: of the model.
+      weights: the model's weights.
       prompts: right-padded; P is at most `PREFILL_CHUNK` or a multiple of it.
       lengths: tokens in each prompt, at least 1.
       limits: when sequences end.

@@ -85,10 +85,10 @@ def run_layers(
     """Runs layers `first` to `last - 1` on new tokens, consecutive within each row.
 
     Args:
-      weights: of the model.
+      weights: the model's weights.
       cache: written at `positions` in these layers.
       x: states before layer `first`.
-      positions: of the tokens; all must lie within the cache.
+      positions: the tokens' positions; all must lie within the cache.
       first: first layer to run.
       last: the layer to stop before.
 

@@ -28,7 +28,7 @@ class Sampling(NamedTuple):
       temperature: above 0.
       top_k: tokens kept; V keeps all.
       top_p: mass kept, in (0, 1]; 1 keeps all.
-      seed: of each row.
+      seed: the seed of each row.
     """
 
     temperature: Float[Array, ""]

@@ -25,8 +25,8 @@ class ShardingRules:
     Attributes:
       batch: rows of the batch.
       sequence: positions, inside attention and MLP.
-      residual: positions of the residual stream outside them, where norms and sums are alone and
-        `tensor` would otherwise hold copies (sequence parallelism).
+      residual: positions of the residual stream outside them, where only norms and sums read
+        it and `tensor` would otherwise hold copies (sequence parallelism).
       key_sequence: positions of keys and values; every device attends to all of them.
       activation: the width of the residual stream.
       exits: slots of the early-exit buffer.
@@ -150,7 +150,7 @@ def check_sequence(length: int, scored: int, mesh: jax.sharding.Mesh, rules: Sha
     """Raises `ConfigError` unless the devices can share the positions.
 
     Args:
-      length: of the windows.
+      length: the windows' length.
       scored: positions of a window that early exits are scored on.
       mesh: the device mesh.
       rules: from names to mesh axes.

@@ -58,7 +58,7 @@ def score(
     """Returns the log-probability of each token after the first, and that of the likeliest one.
 
     Args:
-      weights: of the model.
+      weights: the model's weights.
       tokens: right-padded; S - 1 is a multiple of `CHUNK`.
       config: shapes.
       num_layers: E, the layers before the head.

@@ -103,7 +103,7 @@ class Generator:
     costs, and remembers from call to call how often drafts were accepted.
 
     Attributes:
-      config: of the model.
+      config: the model's shapes.
       weights: laid out for decoding.
       compilations: buckets compiled so far, two programs each: prompts, and the loop.
     """

@@ -204,14 +204,14 @@ def advance(
     """Goes on until every row is done, or for `most_cycles` cycles.
 
     Args:
-      weights: of the model.
-      state: of `start`.
+      weights: the model's weights.
+      state: what `start` returned.
       limits: when sequences end.
       sampling: None decodes greedily.
       costs: time of a cycle of each arm, in any unit.
       most_cycles: as far as to go at most.
       arms: the ways to go on.
-      acceptance: see `draft`.
+      acceptance: for sampling, `same_noise` or `rejection`, as in `draft`.
     """
 
     def may_go_on(state, done):

@@ -31,9 +31,9 @@ class Request:
       temperature: 0 decodes greedily.
       top_k: draw from so many likeliest tokens only; None draws from all.
       top_p: draw from the fewest likeliest tokens that have this share of the probability.
-      seed: of the noise; row i draws with seed + i.
-      acceptance: of drawn tokens, `same_noise` (the very tokens of `plain`) or `rejection` (the
-        same distribution).
+      seed: the seed of the noise; row i draws with seed + i.
+      acceptance: how drawn tokens are accepted, `same_noise` (the very tokens of `plain`) or
+        `rejection` (the same distribution).
     """
 
     prompts: Sequence[Sequence[int]]
@@ -191,7 +191,7 @@ class Generation:
     Attributes:
       tokens: new tokens of each prompt, with the end token or stop sequence where reached.
       seconds: wall-clock time of the compiled programs, compilation not included.
-      seconds_to_first_token: of them, until each row had its first token.
+      seconds_to_first_token: the part of them until each row had its first token.
       weight_bytes: weights that a device read after the first tokens, each as often as a pass
         through it.
       drafting: for the modes that draft.

@@ -23,7 +23,7 @@ class Chip:
       memory_bandwidth: between the device and its memory.
       links: to the other devices of its slice (TPU) or host (GPU), over all links.
       network: beyond that.
-      dimensions: of the TPU's torus; 0 where every device reaches every other one alike.
+      dimensions: how many the TPU's torus has; 0 where every device reaches every other one alike.
       per_host: devices of one host.
     """
 

@@ -136,7 +136,7 @@ def keep_compiled(cache: str, folder: str, platform: str) -> str:
       cache: `auto`, a folder, or empty (see `CompilerConfig`).
       folder: what `auto` takes on accelerators. A CPU's programs are quick to compile and fit that
         CPU only.
-      platform: of the devices.
+      platform: the devices' platform.
     """
     if cache == "auto":
         cache = "" if platform == "cpu" else folder

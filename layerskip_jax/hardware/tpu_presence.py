@@ -25,7 +25,7 @@ def may_have_tpu(environment: Mapping[str, str] = os.environ, root: Path = Path(
 
     Args:
       environment: the process's variables.
-      root: of the file system that holds `dev` and `sys`.
+      root: the root of the file system that holds `dev` and `sys`.
     """
     from jax._src import hardware_utils
 

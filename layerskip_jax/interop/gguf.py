@@ -53,7 +53,7 @@ class GGUF:
 
     Attributes:
       config: the model's shapes.
-      shapes: of each tensor, by its Hugging Face name.
+      shapes: the shape of each tensor, by its Hugging Face name.
       end_token_id: the token that ends a text.
     """
 

@@ -207,8 +207,8 @@ def from_hugging_face(
     Args:
       read: `read(name, index)` returns a part of a tensor, given a slice a dimension.
       config: the shapes; see `check_tensors` for whether the tensors have them.
-      shardings: of all parameters, or nested like them. Each process reads the parts of its own
-        devices.
+      shardings: one for all parameters, or nested like them. Each process reads the parts of its
+        own devices.
     """
 
     def make(weight: Weight, sharding) -> jax.Array:
@@ -249,7 +249,7 @@ def check_tensors(shapes: dict[str, tuple[int, ...]], config: ModelConfig, sourc
     """Checks that a model's tensors are those of `config`, all of them at once.
 
     Args:
-      shapes: of each tensor by name.
+      shapes: the shape of each tensor by name.
       config: what they should be.
       source: where they are, for the message.
 

@@ -68,7 +68,7 @@ def write_model_card(
       config: the run's.
       model: what is exported, with as many layers as are exported.
       step: optimizer steps the parameters were trained for.
-      dtype: of the stored tensors.
+      dtype: the stored tensors' dtype.
       evaluation: `{"step": n, "exits": [{"layers": E, "loss": ..., "perplexity": ...}]}`, loss
         in nats a token; None where there was none.
       before: the same of the model that the run started from.

@@ -116,7 +116,7 @@ def end_token_ids(files: dict[str, bytes], source: Path) -> list[int]:
     """Returns the ids of the tokens that end a text, the model's own end token first.
 
     Args:
-      files: see `Pretrained`.
+      files: its small files by name, as in `Pretrained`.
       source: where they are, for the message.
 
     Raises:

@@ -81,7 +81,7 @@ def compare_exits(
     Args:
       weights: ours, float32.
       config: their shapes, to compute in float32.
-      model: of `load_transformers`.
+      model: what `load_transformers` returned.
       tokens: to read, `[S]`.
     """
     import torch

@@ -270,7 +270,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: states before the first layer.
-          rows: see `rows`.
+          rows: what `rows` returned.
           visit: `visit(carry, item, x_{l+1}) -> (carry, output)`, called after each layer,
             outside of what is rematerialised.
           carry: its first carry.
@@ -316,12 +316,12 @@ class Transformer(nnx.Module):
 
         Args:
           x: states before the first layer.
-          rows: see `rows`.
+          rows: what `rows` returned.
           slot_of_layer: where each layer's output is kept; `slots` for nowhere.
           slots: number of early exits kept, A - 1.
           positions: the positions that are kept of them; None keeps all.
-          plan: see `scan_layers`.
-          execution: see `scan_layers`.
+          plan: the rows each layer runs on; None runs all.
+          execution: how the plan is carried out.
         """
         kept = x.shape[1] if positions is None else positions.size
         buffer = jnp.zeros((slots, x.shape[0], kept, x.shape[2]), x.dtype)

@@ -78,7 +78,7 @@ def rematerialised(function: Callable, policy: str) -> Callable:
     """Wraps a function of arrays so that its backward pass keeps what the policy says.
 
     Args:
-      function: of arrays.
+      function: a function of arrays.
       policy: a name in `REMAT_POLICIES`.
     """
     return REMAT_POLICIES[policy].wrap(function)

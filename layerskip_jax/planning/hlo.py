@@ -31,7 +31,7 @@ class Collective:
     Attributes:
       kind: one of `KINDS`, by what it is for.
       written: the kind that the compiler wrote it as.
-      shape: of the whole array on one device, after a gather or before a scatter.
+      shape: the whole array's on one device, after a gather or before a scatter.
       size: its bytes.
       group: partitions that exchange it, the first of all such groups.
       turns: how often a step does so.

@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
     """A layout of the run.
 
     Attributes:
-      config: the run, so laid out.
+      config: the run in this layout.
       changes: its settings that differ from the run's, as they stand on a command line.
       estimate: what arithmetic says of it.
     """

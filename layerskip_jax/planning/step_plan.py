@@ -82,13 +82,13 @@ class Plan:
       config: the run, resolved for the devices.
       topology: the devices.
       compiled: whether the compiler says so, not arithmetic alone.
-      memory: of one device.
+      memory: what one device holds.
       traffic: by kind and group.
-      flops_needed: of a step, over all devices, the mean over the run.
+      flops_needed: FLOPs of a step over all devices, the mean over the run.
       flops_computed: with what is computed again or masked.
-      compute_seconds: see the module.
-      traffic_seconds: see the module.
-      update_seconds: see the module.
+      compute_seconds: the time to compute at full peak, as above.
+      traffic_seconds: the time to send at full bandwidth, as above.
+      update_seconds: the optimizer's pass over its state, as above.
       compile_seconds: what the compiler took.
     """
 
@@ -137,7 +137,7 @@ def timed(
       config: the run, resolved for the devices.
       topology: the devices.
       compiled: whether the compiler says so.
-      memory: of one device.
+      memory: what one device holds.
       traffic: by kind and group.
       planned: FLOPs of a step, the mean over the run.
       parameters: bytes of one device's, float32.

@@ -63,12 +63,12 @@ def table(
 
     Args:
       title: heading above it, or "".
-      headings: of the columns.
+      headings: the columns' headings.
       rows: cells as text; the first cell heads its row.
       note: definitions, printed under it.
       marked: indices of rows to set off, with the CSS class `kind`.
       text_columns: indices of columns that hold words, not numbers.
-      kind: see `marked`.
+      kind: the kind of row, as in `marked`.
     """
 
     def cell(tag: str, column: int, text: str, scope: str = "") -> str:

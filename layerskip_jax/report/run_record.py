@@ -42,7 +42,7 @@ class RunRecord:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """The number of layers, L."""
         return self.config.model.num_layers
 
     @property

@@ -45,7 +45,7 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
     Args:
       folder: the run's folder, which need not exist.
       config: the resolved config.
-      manifest: of the data, as plain values; its `fingerprint` identifies the data.
+      manifest: what the data is, as plain values; its `fingerprint` identifies it.
 
     Raises:
       UserError: it holds a run with another config or other data, or something else.
@@ -96,10 +96,10 @@ def claim_workdir(
     """Creates the folder and writes what identifies the run, the config last.
 
     Args:
-      folder: see `check_workdir`.
-      config: see `check_workdir`.
-      manifest: see `check_workdir`.
-      tokenizer_file: of the data.
+      folder: the run's folder.
+      config: the resolved config.
+      manifest: what the data is, as plain values.
+      tokenizer_file: the data's tokenizer.
       published: files by name of the model that the run starts from, see `RunFolder.published`.
 
     Raises:

@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def published(self) -> Path:
-        """Small files of the published model the run began from; an export has them again."""
+        """Small files of the published model the run began from; an export carries them along."""
         return self.path / "published"
 
     def published_files(self) -> dict[str, bytes]:

@@ -61,7 +61,8 @@ class Checkpoints:
           every_steps: steps between two saves.
           keep: the number kept; None opens an existing folder to read.
           keep_every_steps: checkpoints of multiples of it are kept beside those; 0 keeps none.
-          keep_every_hours: so is the first one that is so much younger than the last so kept.
+          keep_every_hours: the first checkpoint so many hours after the last one kept for this
+            reason stays too; 0 keeps none.
           on_failure: `stop` raises what goes wrong in a save, `continue` logs it.
           about: plain values for the record.
         """

@@ -51,7 +51,7 @@ class Guards:
           config: the limits.
           windows: numbers of the training windows in the batch of a step, from 0.
           last_checkpoint: the step of the newest one, or None.
-          roll_backs_done: of the run, so far.
+          roll_backs_done: how often the run went back so far.
         """
         self._config = config
         self._windows, self._last_checkpoint = windows, last_checkpoint

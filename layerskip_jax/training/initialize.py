@@ -25,7 +25,7 @@ class Initial(Protocol):
 
     Attributes:
       config: its shape.
-      files: see `RunFolder.published`.
+      files: small files by name, as in `RunFolder.published`.
     """
 
     config: ModelConfig

@@ -19,8 +19,8 @@ class TrainedRun(NamedTuple):
       folder: its paths.
       config: its resolved config.
       definition: the model's structure.
-      parameters: of the checkpoint, float32, on the first device.
-      step: of the checkpoint.
+      parameters: the checkpoint's parameters, float32, on the first device.
+      step: the checkpoint's step.
     """
 
     folder: RunFolder

@@ -55,7 +55,7 @@ class StepMetrics(NamedTuple):
       exit_losses: mean cross-entropy of each slot, before weighting.
       exit_weights: w(t, l) of each slot; 0 marks a slot that was not scored.
       gradient_norm: global norm before clipping.
-      learning_rate: of this step.
+      learning_rate: the learning rate of this step.
       layers_run: share of (layer, row) pairs that were not dropped.
       valid_tokens: targets that counted.
       batch: checksum of the tokens of the global batch, whatever the mesh.

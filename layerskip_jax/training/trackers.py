@@ -34,7 +34,7 @@ class Boards:
         Args:
           folder: the run's.
           first_step: the step gone on from.
-          project: of Weights & Biases; empty for TensorBoard alone.
+          project: the project at Weights & Biases; empty for TensorBoard alone.
           config: the run's settings, to be shown there.
 
         Raises:
