@@ -61,7 +61,8 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
         host=float(per_value * model.model_dim) if model.remat == "offload" else 0.0,
     )  # fmt: skip
 
-    traffic = _traffic(config, topology, shape, accumulation, layer * width, tokens, parameters)
+    layer_bytes = float(layer * width)
+    traffic = _traffic(config, topology, shape, accumulation, layer_bytes, tokens, parameters)
     planned = cost.planned(0, training.steps)
     return timed(config, topology, False, memory, traffic, planned, parameters, 0.0)
 
