@@ -135,7 +135,7 @@ def settings(device: str, quick: bool = False) -> dict[str, Setting]:
         for p_max in (0.1, 0.2, 0.6)
         for execution in ("mask", "gather", "cond")
     }
-    # Without the newer emitters a step compiles in a third of the time, and runs about as fast.
+    # Without the newer emitters a step compiles in 0.7 of the time, and runs about as fast.
     compiler = CompilerConfig(options=("xla_cpu_use_fusion_emitters=false",) if quick else ())
     return {
         "layers": Setting(

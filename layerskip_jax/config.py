@@ -384,10 +384,10 @@ def load_config(argv: list[str]) -> RunConfig:
     recipe, colon, variant = given[0].partition(":")
     file = f"--config={recipe_path(recipe)}{colon}{variant}"
     argv = [file if arg.startswith("--config=") else arg for arg in argv]
-    known = set(_leaves(default_config()))
+    known, renamed = set(_leaves(default_config())), new_names(RunConfig)
     for arg in argv:
         key = re.match(r"--config\.([^=]*)", arg)
-        if key and (new := new_names(RunConfig).get(f"config.{key[1]}")):
+        if key and (new := renamed.get(f"config.{key[1]}")):
             raise ConfigError(f"config.{key[1]} is called {new} now")
         if key and key[1] not in known:
             raise ConfigError(f"config.{key[1]} is not a setting.{nearest(key[1], known)}")

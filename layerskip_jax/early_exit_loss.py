@@ -129,7 +129,7 @@ DEPTH_WEIGHTS = {
     ),
     "inverse_sqrt": DepthWeight(
         _of_depth(lambda depth: 1 / np.sqrt(depth)),
-        "They fall with the square root of the depth.",
+        "They fall in inverse proportion to the square root of the depth.",
     ),
 }
 
@@ -139,8 +139,8 @@ class Curriculum(NamedTuple):
 
     Attributes:
       active: `active(config, num_layers, step, total_steps)` returns C(t, l) of every layer.
-      largest: `largest(config, num_layers)` returns sets of exits, one a line, of which any
-        that are on together are a part; the fewer exits in them, the fewer slots a step needs.
+      largest: `largest(config, num_layers)` returns sets of exits, one a line: those that are on at
+        any step all belong to one of them. The largest set decides how many slots a step has.
       drawn: how the report draws it: `never`, over a `period`, or over the `run`.
       caption: what the report says of it.
     """

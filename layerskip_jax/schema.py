@@ -56,12 +56,16 @@ def changeable(default: Any, was: str = "") -> Any:
       default: its default.
       was: what it was called before, see `renamed`.
     """
-    return dataclasses.field(default=default, metadata={_CHANGEABLE: True, _WAS: was})
+    return dataclasses.field(default=default, metadata={_CHANGEABLE: True, **_called(was)})
 
 
 def renamed(was: str, default: Any) -> Any:
     """Returns a field that was called `was` before: a recipe is told so, a run's folder is read."""
-    return dataclasses.field(default=default, metadata={_WAS: was})
+    return dataclasses.field(default=default, metadata=_called(was))
+
+
+def _called(was: str) -> dict[str, str]:
+    return {_WAS: was} if was else {}
 
 
 _CHANGEABLE, _WAS = "changeable", "was"

@@ -159,12 +159,7 @@ class Generator:
           ConfigError: before anything is compiled, naming the value and the remedy.
         """
         request = Request(prompts, max_new_tokens, **options)
-        request.check(self.config)
-        job = self._job(request)
-        self._check_memory(job)
-        programs = self._compiled(job)
-        costs = self._cost(job)
-        evidence = self._evidence.get(job.arms, _no_evidence(job.arms))
+        job, programs, costs, evidence = self._ready(request)
         arguments = self._on_device((job.prompts, job.lengths, job.limits, job.sampling, evidence))
         rest = self._on_device((costs, np.int32(np.iinfo(np.int32).max)))
         begin = time.perf_counter()
@@ -208,12 +203,7 @@ class Generator:
           ConfigError: at the first item, before anything is compiled.
         """
         request = Request([prompt], max_new_tokens, **options)
-        request.check(self.config)
-        job = self._job(request)
-        self._check_memory(job)
-        programs = self._compiled(job)
-        costs = self._cost(job)
-        evidence = self._evidence.get(job.arms, _no_evidence(job.arms))
+        job, programs, costs, evidence = self._ready(request)
         with self._on_mesh():
             arguments = self._on_device(
                 (job.prompts, job.lengths, job.limits, job.sampling, evidence)
@@ -241,6 +231,15 @@ class Generator:
                 drafts, state = drafting(self.weights, state, sampling)
                 yield StreamEvent(True, jax.device_get(drafts.tokens[0]).tolist())
                 state = settling(self.weights, state, drafts, limits, sampling)
+
+    def _ready(self, request: Request) -> tuple[_Job, _Programs, np.ndarray, Evidence]:
+        """Checks a request; returns it as arrays, its programs, and what arms are chosen by."""
+        request.check(self.config)
+        job = self._job(request)
+        self._check_memory(job)
+        programs = self._compiled(job)
+        costs = self._cost(job)
+        return job, programs, costs, self._evidence.get(job.arms, _no_evidence(job.arms))
 
     def _halves(self, job: _Job, index: int):
         """Returns the two halves of a cycle of an arm as programs of their own."""

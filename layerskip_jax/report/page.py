@@ -13,6 +13,7 @@ from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, per
 from layerskip_jax.report.stylesheet import CSS
 from layerskip_jax.report.summary import headline, sentence
 from layerskip_jax.report.words import amount, percent, times
+from layerskip_jax.run_folder.atomic import write_bytes
 from layerskip_jax.run_folder.object_store import AnyPath, is_remote, require_local
 from layerskip_jax.schema import UserError, nearest
 
@@ -97,13 +98,9 @@ def save_figure(workdir: str | PurePath, name: str, path: str | Path) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes beside `path` and moves into place, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_bytes(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 

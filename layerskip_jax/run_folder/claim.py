@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 import jax
 
 from layerskip_jax.config import RunConfig, differences
-from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.atomic import write_bytes, write_json
 from layerskip_jax.run_folder.object_store import AnyPath
 from layerskip_jax.run_folder.paths import RunFolder, run_folder
 from layerskip_jax.schema import UserError, changeable_keys
@@ -108,9 +108,7 @@ def claim_workdir(
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.tokenizer_file.exists():
-            temporary = folder.path / f".tokenizer.json.{os.getpid()}"
-            shutil.copyfile(tokenizer_file, temporary)
-            os.replace(temporary, folder.tokenizer_file)
+            write_bytes(folder.tokenizer_file, tokenizer_file.read_bytes())
         write_published(folder, published or {})
         write_json(folder.data_file, manifest)
         write_json(folder.config_file, config.to_dict())

@@ -113,7 +113,7 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
             batches = watchdog.each(validation_batches(config, setup, limit))
             with clock.cause("evaluation"):
                 exits = evaluate_exits(scorer, state.parameters, batches)
-            _record_evaluation(folder, metrics_log, f"step {step}/{total_steps}", step, exits)
+            _record_evaluation(folder, metrics_log, step, total_steps, exits)
 
         def save(step: int) -> None:
             with clock.cause("checkpoint"):
@@ -289,7 +289,7 @@ def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
 
 
 def _record_evaluation(
-    folder: RunFolder, metrics_log: MetricsLog, at: str, step: int, exits: list[dict]
+    folder: RunFolder, metrics_log: MetricsLog, step: int, total_steps: int, exits: list[dict]
 ) -> None:
     """Says and writes down the loss and perplexity of each exit."""
     metrics_log.evaluation(step, exits)
@@ -297,7 +297,7 @@ def _record_evaluation(
     text = "  ".join(
         f"exit {e['layers']} {e['perplexity']:.2f}" for e in exits if e["layers"] in chosen
     )
-    metrics_log.say(f"{at}  validation perplexity: {text}")
+    metrics_log.say(f"step {step}/{total_steps}  validation perplexity: {text}")
     if jax.process_index() == 0:
         with folder.evaluations_file.open("a") as file:
             file.write(json.dumps({"step": step, "exits": exits}) + "\n")
