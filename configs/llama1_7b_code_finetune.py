@@ -10,52 +10,26 @@ with 4 sequences each, 10k steps at 1e-4. Self-speculative decoding ran at 1.83 
 decoding there (HumanEval, E = 8, G = 6).
 The paper starts from the published weights. Add
 `--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
-
-`--config=configs/llama1_7b_code_finetune.py:plain` is the plain
-twin: the same without layer dropout and early exits. `:v5e` and `:h100` lay the
-recipe out for the devices in TARGETS below, `:plain-v5e` its twin.
 """
 
-from layerskip_jax.config import as_variant, default_config
+from common import at_scale
 
-# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+from layerskip_jax.config import as_variant
+
 TARGETS = {
-    "v5e": {
-        "mesh.topology": "v5e:8x8",
-        "model.remat": "full",
-    },
-    "h100": {
-        "mesh.topology": "h100:32",
-        "model.remat": "full",
-    },
+    "v5e": {"mesh.topology": "v5e:8x8", "model.remat": "full"},
+    "h100": {"mesh.topology": "h100:32", "model.remat": "full"},
 }
 
 
 def get_config(variant=""):
-    config = default_config()
-    config.model.vocab_size = 32000
-    config.model.num_layers = 32
-    config.model.model_dim = 4096
-    config.model.ffn_dim = 11008
-    config.model.num_heads = 32
-    config.model.num_kv_heads = 32
-    config.model.max_sequence_length = 4096
-
-    config.layer_dropout.p_max = 0.1
-    config.layer_dropout.row_groups = 64
-
-    config.early_exit.curriculum = "rotational"
+    config = at_scale("Llama 2 7B")
     config.early_exit.rotation_interval = 16
     config.early_exit.e_scale = 1.0
-
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 500
-
     config.training.steps = 10000
     config.training.batch_size = 128
     config.training.evaluate_every = 1000
-    config.training.evaluate_batches = 16
     config.checkpoint.every_steps = 200
-    config.mesh.shape.data = 1
-    config.mesh.shape.fsdp = -1
     return as_variant(config, variant, TARGETS)

@@ -9,53 +9,24 @@ r"""Continual pretraining at the shape of Llama 2 34B (CodeLlama 34B) with Layer
 LayerSkip published a checkpoint of CodeLlama 34B without its settings: those of its 13B are taken,
 and a learning rate a little lower. Keys and values have 8 heads.
 FOLDER is the Hugging Face folder of the published weights; without it they are random.
-
-`--config=configs/llama2_34b_continual.py:plain` is the plain
-twin: the same without layer dropout and early exits. `:v5p` and `:h100` lay the
-recipe out for the devices in TARGETS below, `:plain-v5p` its twin.
 """
 
-from layerskip_jax.config import as_variant, default_config
+from common import at_scale
 
-# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+from layerskip_jax.config import as_variant
+
 TARGETS = {
-    "v5p": {
-        "mesh.topology": "v5p:4x4x8",
-        "mesh.shape.data": 2,
-        "mesh.shape.fsdp": 64,
-    },
-    "h100": {
-        "mesh.topology": "h100:32",
-    },
+    "v5p": {"mesh.topology": "v5p:4x4x8", "mesh.shape.data": 2, "mesh.shape.fsdp": 64},
+    "h100": {"mesh.topology": "h100:32"},
 }
 
 
 def get_config(variant=""):
-    config = default_config()
-    config.model.vocab_size = 32000
-    config.model.num_layers = 48
-    config.model.model_dim = 8192
-    config.model.ffn_dim = 22016
-    config.model.num_heads = 64
-    config.model.num_kv_heads = 8
-    config.model.max_sequence_length = 4096
+    config = at_scale("Llama 2 34B")
     config.model.remat = "full"
-
-    config.layer_dropout.p_max = 0.1
     config.layer_dropout.row_groups = 128
-
-    config.early_exit.curriculum = "rotational"
     config.early_exit.rotation_interval = 47
     config.early_exit.e_scale = 0.1
-
     config.optimizer.learning_rate = 1.5e-5
-    config.optimizer.warmup_steps = 2000
-
-    config.training.steps = 50000
-    config.training.batch_size = 256
-    config.training.evaluate_every = 5000
-    config.training.evaluate_batches = 16
     config.checkpoint.every_steps = 500
-    config.mesh.shape.data = 1
-    config.mesh.shape.fsdp = -1
     return as_variant(config, variant, TARGETS)

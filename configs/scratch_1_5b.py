@@ -9,53 +9,23 @@ LayerSkip, section 5: 24 layers of width 2048, layer dropout exponential in time
 rotating exits with R = 23 (one early exit a step), e_scale .2; 32 GPUs with 4 sequences each,
 50k steps. With layer dropout the paper doubles the learning rate, to 8e-4; the plain twin goes
 back to 4e-4.
-
-`--config=configs/scratch_1_5b.py:plain` is the plain
-twin: the same without layer dropout and early exits. `:v5e` and `:h100` lay the
-recipe out for the devices in TARGETS below, `:plain-v5e` its twin.
 """
 
-from layerskip_jax.config import as_variant, default_config
+from common import at_scale
 
-# What the recipe is laid out for, chip by chip; `layerskip plan --all` compiles all of it.
+from layerskip_jax.config import as_variant
+
 TARGETS = {
-    "v5e": {
-        "mesh.topology": "v5e:4x8",
-        "model.remat": "full",
-    },
-    "h100": {
-        "mesh.topology": "h100:32",
-        "model.remat": "full",
-    },
+    "v5e": {"mesh.topology": "v5e:4x8", "model.remat": "full"},
+    "h100": {"mesh.topology": "h100:32", "model.remat": "full"},
 }
 
 
 def get_config(variant=""):
-    config = default_config()
-    config.model.vocab_size = 32000
-    config.model.num_layers = 24
-    config.model.model_dim = 2048
-    config.model.ffn_dim = 5504
-    config.model.num_heads = 16
-    config.model.num_kv_heads = 16
-    config.model.max_sequence_length = 4096
-
-    config.layer_dropout.p_max = 0.1
+    config = at_scale("1.5B")
     config.layer_dropout.time_schedule = "exp"
-    config.layer_dropout.row_groups = 64
-
-    config.early_exit.curriculum = "rotational"
     config.early_exit.rotation_interval = 23
     config.early_exit.e_scale = 0.2
-
     config.optimizer.learning_rate = 8e-4 if "plain" not in variant else 4e-4
-    config.optimizer.warmup_steps = 2000
-
-    config.training.steps = 50000
     config.training.batch_size = 128
-    config.training.evaluate_every = 5000
-    config.training.evaluate_batches = 16
-    config.checkpoint.every_steps = 1000
-    config.mesh.shape.data = 1
-    config.mesh.shape.fsdp = -1
     return as_variant(config, variant, TARGETS)

@@ -4,10 +4,13 @@ A recipe in `configs/` starts from `default_config()`, changes what differs, and
 ConfigDict. The dataclasses below hold the defaults and the ranges; nothing else does.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import runpy
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from layerskip_jax.schema import (
 )
 
 LEARNING_RATE_SCHEDULES = ("cosine", "wsd", "constant")
+COMMON = "common"  # what recipes share, beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +351,31 @@ def recipe_folder() -> Path:
 
 def recipe_names() -> list[str]:
     """Returns the names that `--config=NAME` takes from any folder."""
-    return sorted(path.stem for path in recipe_folder().glob("*.py"))
+    return sorted(path.stem for path in recipe_folder().glob("*.py") if path.stem != COMMON)
+
+
+def recipe_targets(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Returns the TARGETS of a recipe: by name, the settings that lay it out for some devices."""
+    with _recipe_imports(file):
+        return runpy.run_path(str(file)).get("TARGETS", {})
+
+
+@contextlib.contextmanager
+def _recipe_imports(file: Path) -> Iterator[None]:
+    """Lets a recipe import the files beside it and our `common`, and forgets them afterwards."""
+    folders = [file.parent.resolve(), recipe_folder()]
+    path, known, common = list(sys.path), set(sys.modules), sys.modules.pop(COMMON, None)
+    sys.path[:0] = map(str, folders)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - known | {COMMON}:
+            source = getattr(sys.modules.get(name), "__file__", None)
+            if source and Path(source).parent in folders:
+                del sys.modules[name]
+        if common:
+            sys.modules[COMMON] = common
 
 
 def recipe_path(recipe: str) -> Path:
@@ -394,7 +422,8 @@ def load_config(argv: list[str]) -> RunConfig:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["layerskip", *argv])
     try:
-        values(["layerskip", *argv])
+        with _recipe_imports(recipe_path(recipe)):
+            values(["layerskip", *argv])
     except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as error:
         # What a recipe itself refuses comes wrapped with a traceback; the innermost has the words.
         message, inner = error, error
@@ -446,4 +475,5 @@ __all__ = [
     "recipe_folder",
     "recipe_names",
     "recipe_path",
+    "recipe_targets",
 ]

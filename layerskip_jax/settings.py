@@ -58,7 +58,7 @@ def setting_groups() -> list[Group]:
 
 
 def _groups(cls: type, defaults: Any, prefix: str) -> list[Group]:
-    summary, details, meanings = _read_docstring(cls)
+    summary, details, meanings = read_docstring(cls)
     hints = typing.get_type_hints(cls)
     settings, inner = [], []
     for field in dataclasses.fields(cls):
@@ -73,7 +73,7 @@ def _groups(cls: type, defaults: Any, prefix: str) -> list[Group]:
     return own + inner
 
 
-def _read_docstring(cls: type) -> tuple[str, str, dict[str, str]]:
+def read_docstring(cls: type) -> tuple[str, str, dict[str, str]]:
     """Returns the first line, the text after it, and the entries of `Attributes:`."""
     text, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
     summary, _, details = text.partition("\n")

@@ -282,7 +282,9 @@ def wheel(tmp_path_factory):
 def test_a_wheel_holds_the_package_and_the_recipes(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "layerskip_jax").rglob("*.py")}
-    assert names == files | {f"layerskip_jax/configs/{name}.py" for name in recipe_names()}
+    assert names == files | {
+        f"layerskip_jax/configs/{name}.py" for name in (*recipe_names(), "common")
+    }
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ from layerskip_jax.schema import new_names
 
 # Old names of settings, and their new ones.
 RENAMED = new_names(RunConfig)
-RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.py"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = [CONFIGS / f"{name}.py" for name in recipe_names()]
 
 
 @pytest.fixture
@@ -52,6 +55,26 @@ def test_every_recipe_loads(path, variant):
     assert (config.layer_dropout.p_max == 0) == plain
     if path.name != "dont_drop.py":  # layer dropout alone
         assert (config.early_exit.curriculum == "last") == plain
+
+
+def test_a_recipe_imports_what_lies_beside_it_and_our_common(tmp_path, monkeypatch):
+    """And forgets it: two folders may have a file of one name."""
+    monkeypatch.setitem(sys.modules, "common", mine := types.ModuleType("common"))
+    for name, layers in (("one", 3), ("two", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "sizes.py").write_text(f"LAYERS = {layers}\n")
+        (folder / "recipe.py").write_text(
+            "from common import at_scale\nfrom sizes import LAYERS\n\n\n"
+            "def get_config(variant=''):\n"
+            "    config = at_scale('1.5B')\n"
+            "    config.model.num_layers = LAYERS\n"
+            "    return config\n"
+        )
+        config = load_config([f"--config={folder / 'recipe.py'}"])
+        assert (config.model.num_layers, config.model.model_dim) == (layers, 2048)
+    assert sys.modules["common"] is mine and "sizes" not in sys.modules
+    assert str(tmp_path / "two") not in sys.path
 
 
 def test_a_config_survives_json():

@@ -1,12 +1,13 @@
 """What the verbs share in reading their command lines."""
 
 import argparse
+import dataclasses
 import textwrap
 from pathlib import Path
 
 from layerskip_jax.config import recipe_names
 from layerskip_jax.run_folder.object_store import require_local
-from layerskip_jax.settings import setting_groups
+from layerskip_jax.settings import read_docstring, setting_groups
 
 
 def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -27,6 +28,41 @@ def local_path(text: str) -> Path:
     """
     require_local(text, "what is written there")
     return Path(text)
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, leave_out: str = "") -> None:
+    """Adds an option for each field of a dataclass, with its default and its docstring's entry.
+
+    Args:
+      parser: what to add them to.
+      cls: the dataclass; a tuple field `things` becomes `--thing`, which may be repeated.
+      leave_out: a field that is no option.
+    """
+    _, _, meanings = read_docstring(cls)
+    for field in dataclasses.fields(cls):
+        if field.name == leave_out:
+            continue
+        default, name = field.default, field.name
+        shown = ", ".join(default) if isinstance(default, tuple) else default
+        how: dict = {"type": type(default), "default": default}
+        if isinstance(default, bool):
+            how = {"action": "store_true"}
+        elif isinstance(default, tuple):
+            # The first that is given replaces the default.
+            name = name.removesuffix("s")
+            how = {"action": _Repeated, "default": default, "metavar": name.upper()}
+        option = f"--{name.replace('_', '-')}"
+        text = meanings[field.name].removesuffix(".") + (f" (default: {shown})" if shown else "")
+        parser.add_argument(option, dest=field.name, help=text, **how)
+
+
+class _Repeated(argparse.Action):
+    """Collects the values of an option that may be repeated, in a tuple without the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = getattr(namespace, self.dest)
+        given = () if given is self.default else given
+        setattr(namespace, self.dest, (*given, values))
 
 
 def make_run_parser(verb: str, description: str) -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from layerskip_jax.interop.folder import (
     check_tokenizer,
     write_folder,
 )
-from layerskip_jax.interop.huggingface import DTYPES, to_hugging_face
+from layerskip_jax.interop.huggingface import STORED_DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
 from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.run_folder.atomic import write_json
@@ -45,7 +45,7 @@ def export(
       step: the checkpoint; None takes the newest.
       exit_layer: E, to export the first E layers with the shared head, a model of its own; None
         exports all.
-      dtype: the stored tensors' dtype, one of `huggingface.DTYPES`.
+      dtype: the stored tensors' dtype, one of `huggingface.STORED_DTYPES`.
       max_shard_bytes: tensor bytes in a file.
       overwrite: whether an earlier export in `output` may be replaced.
 
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--exit", type=int, metavar="E", help="export the first E layers, as a model of its own"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors")
+    parser.add_argument("--dtype", choices=STORED_DTYPES, default="float32", help="of the tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
         "--max-shard-size",

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import runpy
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layerskip_jax.commands.arguments import split_config_arguments
-from layerskip_jax.config import RunConfig, load_config, recipe_folder
+from layerskip_jax.config import RunConfig, load_config, recipe_folder, recipe_targets
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.hardware.chips import GIB
 from layerskip_jax.hardware.compiler_options import compiler_table
@@ -102,8 +101,7 @@ def _plan_all(options: argparse.Namespace) -> int:
     """Plans every target of every recipe, LayerSkip and plain, and prints one table."""
     recipes = []
     for file in sorted(options.configs.glob("*.py")):
-        targets = runpy.run_path(str(file)).get("TARGETS", {})
-        recipes += [(file, target) for target in targets if options.only in target]
+        recipes += [(file, name) for name in recipe_targets(file) if options.only in name]
     if not recipes:
         raise ConfigError(
             f"--configs={options.configs} has no recipe with a target named "

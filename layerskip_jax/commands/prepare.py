@@ -8,7 +8,6 @@ trained on the former, and packed. The output appears when it is complete; prepa
 it is left as it is.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -17,9 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from layerskip_jax.commands.arguments import local_path
-from layerskip_jax.data.corpus import STANDARD_LIBRARY
-from layerskip_jax.data.manifest import Manifest, Request
+from layerskip_jax.commands.arguments import add_fields, local_path, make_parser
+from layerskip_jax.data.manifest import Manifest, PrepareOptions
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
 from layerskip_jax.interop.pretrained import end_token_ids
@@ -30,35 +28,14 @@ from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="layerskip prepare", description=__doc__, allow_abbrev=False
-    )
+    parser = make_parser("prepare", __doc__)
     add = parser.add_argument
-    add("--source", action="append", help="may be repeated (default: stdlib)")
     add("--output", type=local_path, required=True, help="folder to make")
-    add("--sequence-length", type=int, default=512, help="inputs per window (default: %(default)s)")
-    add(
-        "--vocab-size",
-        type=int,
-        default=8192,
-        help="of the tokenizer to train (default: %(default)s)",
-    )
+    add_fields(parser, PrepareOptions, leave_out="tokenizer_sha256")
     add(
         "--tokenizer",
         help="existing tokenizer to use instead: a tokenizer.json, or a model's or run's folder",
     )
-    add("--end-token", default="", help="its token that ends a document, if not a usual one")
-    add(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        help="share of documents held out (default: %(default)s)",
-    )
-    add("--max-bytes", type=int, default=0, help="cap on the text, drawn by document; 0 is none")
-    add("--jsonl-field", default="text", help="field of .jsonl lines (default: %(default)s)")
-    add("--text-field", default="text", help="field of TFDS examples (default: %(default)s)")
-    add("--skip-bad-files", action="store_true", help="leave out files that are not UTF-8 text")
-    add("--seed", type=int, default=0, help="of the split and of --max-bytes")
     add("--overwrite", action="store_true", help="replace prepared data in --output")
     add("--json", type=local_path, help="also write the figures to this file")
     options = parser.parse_args(argv)
@@ -74,19 +51,11 @@ def main(argv: list[str]) -> int:
         if not options.end_token and all(token is None for token in usual):
             options.end_token = _end_token_of_model(model, tokenizer)
         tokenizer_sha256 = file_sha256(options.tokenizer)
-    request = Request(
-        sources=tuple(options.source or [STANDARD_LIBRARY]),
-        sequence_length=options.sequence_length,
-        vocab_size=0 if options.tokenizer else options.vocab_size,
-        tokenizer_sha256=tokenizer_sha256,
-        end_token=options.end_token,
-        validation_fraction=options.validation_fraction,
-        max_bytes=options.max_bytes,
-        jsonl_field=options.jsonl_field,
-        text_field=options.text_field,
-        skip_bad_files=options.skip_bad_files,
-        seed=options.seed,
-    )
+    names = {field.name for field in dataclasses.fields(PrepareOptions)} & vars(options).keys()
+    given = {name: getattr(options, name) for name in names}
+    if options.tokenizer:
+        given |= {"vocab_size": 0, "tokenizer_sha256": tokenizer_sha256}
+    request = PrepareOptions(**given)
     manifest = prepare(
         request, options.output, tokenizer_file=options.tokenizer, overwrite=options.overwrite
     )

@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
-from layerskip_jax.data.packing import Batch, unpack
+from layerskip_jax.data.packing import Rows, unpack
 from layerskip_jax.schema import ConfigError, UserError
 
 READ_THREADS = 2
@@ -100,7 +100,7 @@ class BatchSource:
             orders.append(order.seed(part_seed).shuffle().repeat())
         return grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
 
-    def rows(self, step: int, rows: Sequence[int] | slice) -> Batch:
+    def rows(self, step: int, rows: Sequence[int] | slice) -> Rows:
         """Returns these rows of batch `step`, in this order, reading no other.
 
         Args:
@@ -135,14 +135,14 @@ class BatchSource:
         stop = last if self._shuffle else min(last, self.num_windows)
         return [int(self._order[index]) for index in range(first, stop)]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Rows:
         """Returns the whole of batch `step`."""
         return self.rows(step, range(self.batch_size))
 
     @contextmanager
     def prefetch(
         self, steps: range, rows: Sequence[int] | slice, *, buffer_size: int = 4
-    ) -> Iterator[Iterator[tuple[int, Batch]]]:
+    ) -> Iterator[Iterator[tuple[int, Rows]]]:
         """Gives an iterator of `(step, rows of that batch)`, read ahead in the background.
 
         At most `buffer_size` batches are held. Leaving the context ends the reading.

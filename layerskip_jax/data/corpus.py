@@ -16,11 +16,10 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
+from layerskip_jax.data.manifest import STANDARD_LIBRARY, PrepareOptions
 from layerskip_jax.schema import UserError
 
-EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl")
 SPLITS = ("train", "validation")
-STANDARD_LIBRARY = "stdlib"
 TFDS_PREFIX = "tfds:"
 # Tests, generated caches and installed packages are no part of the library's own source.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -45,42 +44,13 @@ class CorpusReader:
     """Reads the documents of several sources, in a fixed order.
 
     Attributes:
-      sources: as given.
+      options: what to read, and how.
       skipped: files, lines and examples left out by the last reading as they hold no text.
     """
 
-    def __init__(
-        self,
-        sources: tuple[str, ...],
-        *,
-        jsonl_field: str = "text",
-        text_field: str = "text",
-        skip_bad_files: bool = False,
-        max_bytes: int = 0,
-        seed: int = 0,
-    ):
-        """Takes what `layerskip prepare` takes; nothing is read yet.
-
-        Args:
-          sources: as `--source` has them.
-          jsonl_field: field of a `.jsonl` line that holds the text.
-          text_field: field of a TFDS example that holds the text.
-          skip_bad_files: whether to leave out what is not UTF-8 text, instead of failing.
-          max_bytes: UTF-8 bytes to take at most, as whole documents drawn with `seed`; 0 is
-            no limit.
-          seed: the seed of that draw.
-
-        Raises:
-          UserError: a source is named twice.
-        """
-        if len(set(sources)) < len(sources):
-            raise UserError(f"--source: {', '.join(sources)} names a source twice; name it once")
-        self.sources = sources
-        self._jsonl_field = jsonl_field
-        self._text_field = text_field
-        self._skip_bad_files = skip_bad_files
-        self._max_bytes = max_bytes
-        self._seed = seed
+    def __init__(self, options: PrepareOptions):
+        """Takes what `layerskip prepare` takes; nothing is read yet."""
+        self.options = options
         self._last_draw: int | None = None
         self.skipped: list[str] = []
 
@@ -91,7 +61,7 @@ class CorpusReader:
           UserError: a source that does not exist or matches nothing, a file that two sources
             match, or a file that is not UTF-8 text.
         """
-        if not self._max_bytes:
+        if not self.options.max_bytes:
             yield from self._documents()
             return
         if self._last_draw is None:
@@ -101,7 +71,7 @@ class CorpusReader:
                 yield document
 
     def _draw(self, document: Document) -> int:
-        return seeded_hash(f"take {self._seed}", document.key)
+        return seeded_hash(f"take {self.options.seed}", document.key)
 
     def _draw_documents(self) -> int:
         """Returns the draw of the last document, in order of draws, that the limit has room for.
@@ -112,20 +82,20 @@ class CorpusReader:
         last, total = -1, 0
         for draw, size in sizes:
             total += size
-            if total > self._max_bytes:
+            if total > self.options.max_bytes:
                 break
             last = draw
         if sizes and last < 0:
             raise UserError(
-                f"--max-bytes={self._max_bytes} has no room for the first document drawn, of "
-                f"{sizes[0][1]} bytes; raise it"
+                f"--max-bytes={self.options.max_bytes} has no room for the first document drawn, "
+                f"of {sizes[0][1]} bytes; raise it"
             )
         return last
 
     def _documents(self) -> Iterator[Document]:
         self.skipped = []
         found_by: dict[Path, str] = {}
-        for number, source in enumerate(self.sources):
+        for number, source in enumerate(self.options.sources):
             if source.startswith(TFDS_PREFIX):
                 for path, text in self._dataset(source):
                     yield Document(path, f"{number}:{path}", text)
@@ -143,20 +113,18 @@ class CorpusReader:
                         "leave it out of one"
                     )
                 found_by[real] = source
-                for path, text in self._file(str(file.relative_to(root)), file):
+                read = FORMATS.get(file.suffix, CorpusReader._file)
+                for path, text in read(self, str(file.relative_to(root)), file):
                     yield Document(path, f"{number}:{path}", text)
 
     def _bad(self, name: str, message: str, error: Exception | None = None) -> None:
         """Counts what cannot be read, or fails."""
-        if not self._skip_bad_files:
+        if not self.options.skip_bad_files:
             raise UserError(f"{message}, or pass --skip-bad-files") from error
         self.skipped.append(name)
 
     def _file(self, path: str, file: Path) -> Iterator[tuple[str, str]]:
-        """Yields the documents of a file, as path and text."""
-        if file.suffix == ".jsonl":
-            yield from self._json_lines(path, file)
-            return
+        """Yields the one document of a file, as path and text."""
         try:
             text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
@@ -186,7 +154,7 @@ class CorpusReader:
         if not line.strip():
             return ""
         try:
-            text = json.loads(line.decode("utf-8").removeprefix("\ufeff"))[self._jsonl_field]
+            text = json.loads(line.decode("utf-8").removeprefix("\ufeff"))[self.options.jsonl_field]
             text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
             return text
         except UnicodeDecodeError as error:
@@ -194,7 +162,7 @@ class CorpusReader:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self._bad(
                 name,
-                f"{name} is no JSON object with text in its field {self._jsonl_field!r} "
+                f"{name} is no JSON object with text in its field {self.options.jsonl_field!r} "
                 f"({error!r}); name the field with --jsonl-field",
                 error,
             )
@@ -216,14 +184,14 @@ class CorpusReader:
                 f"disk, in array_record format, with the split {split!r} ({error})"
             ) from error
         for number, example in enumerate(examples):
-            if not isinstance(example.get(self._text_field), bytes):
+            if not isinstance(example.get(self.options.text_field), bytes):
                 raise UserError(
-                    f"--source={source} has no text in a field {self._text_field!r}; its fields "
-                    f"are {', '.join(sorted(example))}: name one with --text-field"
+                    f"--source={source} has no text in a field {self.options.text_field!r}; its "
+                    f"fields are {', '.join(sorted(example))}: name one with --text-field"
                 )
             path = f"{builder.name}:{split}:{number}"
             try:
-                text = example[self._text_field].decode("utf-8")
+                text = example[self.options.text_field].decode("utf-8")
             except UnicodeDecodeError as error:
                 self._bad(
                     path, f"--source={source}: example {number} is not UTF-8 ({error})", error
@@ -231,6 +199,13 @@ class CorpusReader:
                 continue
             if text.strip():
                 yield path, text
+
+
+# How the files of each ending are read: from the reader, the path of the documents and the file.
+FORMATS = {
+    **dict.fromkeys((".txt", ".md", ".rst", ".py"), CorpusReader._file),
+    ".jsonl": CorpusReader._json_lines,
+}
 
 
 def _not_utf8(file: Path, offset: int, reason: str) -> str:
@@ -251,7 +226,7 @@ def _files(source: str) -> tuple[Path, list[Path]]:
     if path.is_dir():
         # Like a glob, this passes by what is hidden, such as .git or .venv.
         root, found = path, (path / f for f in glob.glob("**", root_dir=path, recursive=True))
-        files = [file for file in found if file.suffix in EXTENSIONS and file.is_file()]
+        files = [file for file in found if file.suffix in FORMATS and file.is_file()]
     elif path.is_file():
         root, files = path.parent, [path]
     elif glob.has_magic(source):
@@ -262,7 +237,7 @@ def _files(source: str) -> tuple[Path, list[Path]]:
         raise UserError(f"--source={source}: there is no such file or folder")
     if not files:
         raise UserError(
-            f"--source={source} matches no file; a folder is searched for {', '.join(EXTENSIONS)}"
+            f"--source={source} matches no file; a folder is searched for {', '.join(FORMATS)}"
         )
     return root, sorted(files)
 
@@ -286,11 +261,9 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, reader: CorpusReader, seed: int, validation_fraction: float, **kwargs):
+    def __init__(self, *, reader: CorpusReader, **kwargs):
         """Takes what to read and how to split it, and what TFDS builders take."""
         self._reader = reader
-        self._seed = seed
-        self._validation_fraction = validation_fraction
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -303,18 +276,19 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
         return {name: self._generate_examples(validation=name == "validation") for name in SPLITS}
 
     def _generate_examples(self, validation: bool):
-        total = taken = 0
+        options, total, taken = self._reader.options, 0, 0
         for document in self._reader:
             total += 1
-            if is_validation(document.path, self._seed, self._validation_fraction) == validation:
+            held_out = is_validation(document.path, options.seed, options.validation_fraction)
+            if held_out == validation:
                 taken += 1
                 # By the key TFDS orders what it writes, in the same order each time.
                 yield document.key, {"path": document.path, "text": document.text}
         if total == 0:
-            raise UserError(f"--source={', '.join(self._reader.sources)}: every document is blank")
+            raise UserError(f"--source={', '.join(options.sources)}: every document is blank")
         if taken == 0:
             raise UserError(
                 f"none of {total} document(s) fell into the {SPLITS[validation]} split; give "
                 "more documents (a .jsonl file holds one a line), or change "
-                f"--validation-fraction={self._validation_fraction} or --seed={self._seed}"
+                f"--validation-fraction={options.validation_fraction} or --seed={options.seed}"
             )

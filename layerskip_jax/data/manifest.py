@@ -10,41 +10,49 @@ from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.schema import UserError, build, require
 
 FORMAT = 1
+STANDARD_LIBRARY = "stdlib"
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
 _AGAIN = "prepare the data again (`layerskip prepare --overwrite`)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What `layerskip prepare` was asked for; equal requests give equal data.
+class PrepareOptions:
+    """What `layerskip prepare` takes; equal options give equal data.
+
+    The command line is made from these entries.
 
     Attributes:
-      sources: as given by --source.
-      sequence_length: S, inputs per window.
+      sources: a text, folder, glob or data set to read; may be repeated.
+      sequence_length: inputs per window.
       vocab_size: size of the tokenizer to train; 0 with an existing one.
       tokenizer_sha256: of the existing tokenizer, or "".
-      end_token: as given, or "".
+      end_token: the tokenizer's token that ends a document, if not a usual one.
       validation_fraction: share of the documents held out.
-      max_bytes: cap on the text; 0 is none.
-      jsonl_field: field of `.jsonl` lines.
-      text_field: field of TFDS examples.
-      skip_bad_files: whether files that are not UTF-8 text are left out.
-      seed: the seed of the split and of the draw that `max_bytes` makes.
+      max_bytes: UTF-8 bytes of text to take at most, as whole documents drawn by the seed; 0 is
+        no limit.
+      jsonl_field: field of a .jsonl line that holds the text.
+      text_field: field of a TFDS example that holds the text.
+      skip_bad_files: leave out what is not UTF-8 text, instead of failing.
+      seed: of the split, and of the draw by --max-bytes.
     """
 
-    sources: tuple[str, ...]
-    sequence_length: int
-    vocab_size: int
-    tokenizer_sha256: str
-    end_token: str
-    validation_fraction: float
-    max_bytes: int
-    jsonl_field: str
-    text_field: str
-    skip_bad_files: bool
-    seed: int
+    sources: tuple[str, ...] = (STANDARD_LIBRARY,)
+    sequence_length: int = 512
+    vocab_size: int = 8192
+    tokenizer_sha256: str = ""
+    end_token: str = ""
+    validation_fraction: float = 0.05
+    max_bytes: int = 0
+    jsonl_field: str = "text"
+    text_field: str = "text"
+    skip_bad_files: bool = False
+    seed: int = 0
 
     def __post_init__(self):
+        if len(set(self.sources)) < len(self.sources):
+            raise UserError(
+                f"--source: {', '.join(self.sources)} names a source twice; name it once"
+            )
         length, fraction, size = self.sequence_length, self.validation_fraction, self.vocab_size
         require(length >= 2, f"--sequence-length={length} must be at least 2")
         require(0 < fraction < 1, f"--validation-fraction={fraction} must be between 0 and 1")
@@ -118,7 +126,7 @@ class Manifest:
     """
 
     format: int
-    request: Request
+    request: PrepareOptions
     sequence_length: int
     vocab_size: int
     tokenizer_sha256: str

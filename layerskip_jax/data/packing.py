@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 
-class Batch(NamedTuple):
+class Rows(NamedTuple):
     """Rows of S positions, ready to train on.
 
     Attributes:
@@ -66,7 +66,7 @@ def pack(
         )
 
 
-def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Batch:
+def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Rows:
     """Returns the inputs, targets, segments and positions of packed windows.
 
     Positions are not stored: they follow from the segments. The target of a document's end
@@ -77,7 +77,7 @@ def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Batch:
     index = np.arange(inputs.shape[1])
     starts = np.diff(inputs, axis=1, prepend=-1) != 0
     first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    return Batch(
+    return Rows(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
         valid=(inputs == segments[:, 1:]) & (inputs > 0),

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 from layerskip_jax.data import manifest as manifests
 from layerskip_jax.data.corpus import SPLITS, CorpusReader, TextCorpus
-from layerskip_jax.data.manifest import Manifest, Request, Shard, Split
+from layerskip_jax.data.manifest import Manifest, PrepareOptions, Shard, Split
 from layerskip_jax.data.packing import pack
 from layerskip_jax.data.tokenizer import (
     begin_tokens,
@@ -65,7 +65,11 @@ class _Counts:
 
 
 def prepare(
-    request: Request, output: Path, *, tokenizer_file: Path | None = None, overwrite: bool = False
+    request: PrepareOptions,
+    output: Path,
+    *,
+    tokenizer_file: Path | None = None,
+    overwrite: bool = False,
 ) -> Manifest:
     """Prepares what `request` asks for in the folder `output`.
 
@@ -99,10 +103,10 @@ def prepare(
         return _write(request, folder, tokenizer_file)
 
 
-def _require_same(request: Request, existing: Request, output: Path) -> None:
+def _require_same(request: PrepareOptions, existing: PrepareOptions, output: Path) -> None:
     differing = [
         f"{field.name} {old!r} there, {new!r} asked for"
-        for field in dataclasses.fields(Request)
+        for field in dataclasses.fields(PrepareOptions)
         if (old := getattr(existing, field.name)) != (new := getattr(request, field.name))
     ]
     if differing:
@@ -123,15 +127,8 @@ def _disk_errors() -> Iterator[None]:
         raise
 
 
-def _write(request: Request, folder: Path, tokenizer_file: Path | None) -> Manifest:
-    reader = CorpusReader(
-        request.sources,
-        jsonl_field=request.jsonl_field,
-        text_field=request.text_field,
-        skip_bad_files=request.skip_bad_files,
-        max_bytes=request.max_bytes,
-        seed=request.seed,
-    )
+def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -> Manifest:
+    reader = CorpusReader(request)
     target = folder / manifests.TOKENIZER_FILE
     if tokenizer_file is not None:
         shutil.copyfile(tokenizer_file, target)
@@ -139,7 +136,7 @@ def _write(request: Request, folder: Path, tokenizer_file: Path | None) -> Manif
         end_token_of(load_tokenizer(target), request.end_token or None)
 
     logger.info("reading %s", ", ".join(request.sources))
-    corpus = _build_corpus(reader, request, folder / CORPUS)
+    corpus = _build_corpus(reader, folder / CORPUS)
     if tokenizer_file is None:
         logger.info("training a tokenizer")
         train_tokenizer(_texts(corpus, "train"), request.vocab_size).save(str(target))
@@ -182,16 +179,10 @@ def _write(request: Request, folder: Path, tokenizer_file: Path | None) -> Manif
     return manifest
 
 
-def _build_corpus(reader: CorpusReader, request: Request, folder: Path) -> TextCorpus:
+def _build_corpus(reader: CorpusReader, folder: Path) -> TextCorpus:
     """Writes the documents as a TFDS data set and opens it."""
     tfds.disable_progress_bar()
-    builder = TextCorpus(
-        reader=reader,
-        seed=request.seed,
-        validation_fraction=request.validation_fraction,
-        data_dir=folder,
-        file_format="array_record",
-    )
+    builder = TextCorpus(reader=reader, data_dir=folder, file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):  # it announces paths that will not last
         builder.download_and_prepare(file_format="array_record")
     shutil.rmtree(folder / "downloads", ignore_errors=True)

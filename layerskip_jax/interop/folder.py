@@ -118,7 +118,7 @@ def write_folder(
       provenance: where the model comes from; kept in `config.json` under `PROVENANCE`.
       published: files by name of the published model that the run began from: what they say of
         tokenizer, chat and generation stays as it was.
-      dtype: what the tensors are cast to, one of `huggingface.DTYPES`.
+      dtype: what the tensors are cast to, one of `huggingface.STORED_DTYPES`.
       max_shard_bytes: tensor bytes in a file; only a tensor larger than that exceeds it.
       overwrite: whether an earlier export may be replaced.
 

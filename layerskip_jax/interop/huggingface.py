@@ -16,7 +16,7 @@ import numpy as np
 from layerskip_jax.model.config import ModelConfig, RopeScaling
 from layerskip_jax.schema import ConfigError, UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
+STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 # Reads a part of one tensor, given a slice a dimension.
@@ -291,7 +291,7 @@ def to_hugging_face_config(
       config: the shapes.
       eos_token_id: the token that ends a document, or all that end a text.
       bos_token_id: the token that starts one; None where documents start without.
-      dtype: dtype of the stored tensors, one of `DTYPES`.
+      dtype: dtype of the stored tensors, one of `STORED_DTYPES`.
 
     Raises:
       UserError: a Llama there cannot have these shapes.

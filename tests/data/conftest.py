@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from layerskip_jax.data.manifest import Request
+from layerskip_jax.data.manifest import PrepareOptions
 from layerskip_jax.data.prepare import prepare
 
 DOCUMENTS = 40
@@ -19,22 +19,10 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def small_request(*sources: Path | str, **changes) -> Request:
+def small_request(*sources: Path | str, **changes) -> PrepareOptions:
     """Asks for windows of 16 tokens with a fifth of the documents held out."""
-    settings = {
-        "sources": tuple(map(str, sources)),
-        "sequence_length": 16,
-        "vocab_size": 300,
-        "tokenizer_sha256": "",
-        "end_token": "",
-        "validation_fraction": 0.2,
-        "max_bytes": 0,
-        "jsonl_field": "text",
-        "text_field": "text",
-        "skip_bad_files": False,
-        "seed": 0,
-    }
-    return Request(**{**settings, **changes})
+    settings = {"sequence_length": 16, "vocab_size": 300, "validation_fraction": 0.2}
+    return PrepareOptions(tuple(map(str, sources)), **{**settings, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,16 @@ import os
 import pytest
 
 from layerskip_jax.data.corpus import NOT_LIBRARY, CorpusReader, _files, is_validation
+from layerskip_jax.data.manifest import PrepareOptions
 from layerskip_jax.schema import UserError
 
 
+def reader_of(*sources, **options):
+    return CorpusReader(PrepareOptions(tuple(map(str, sources)), **options))
+
+
 def paths(*sources, **options):
-    return [document.path for document in CorpusReader(tuple(map(str, sources)), **options)]
+    return [document.path for document in reader_of(*sources, **options)]
 
 
 @pytest.fixture
@@ -39,8 +44,8 @@ def test_lines_end_at_newlines_only_and_name_their_field(tmp_path):
     file = tmp_path / "d.jsonl"
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     file.write_text("\ufeff" + text + "\n\n", encoding="utf-8")
-    reader = CorpusReader((str(file),), jsonl_field="body")
-    assert [(d.path, d.text) for d in reader] == [
+    documents = reader_of(file, jsonl_field="body")
+    assert [(d.path, d.text) for d in documents] == [
         ("d.jsonl:1", "one\u2028still one"),
         ("d.jsonl:3", "two"),
     ]
@@ -69,16 +74,16 @@ def test_the_split_depends_on_path_and_seed_alone(texts, tmp_path):
 
 
 def test_max_bytes_draws_whole_documents(corpus_folder):
-    reader = CorpusReader((str(corpus_folder),), max_bytes=3000, seed=1)
-    drawn = list(reader)
+    documents = reader_of(corpus_folder, max_bytes=3000, seed=1)
+    drawn = list(documents)
     total = sum(len(document.text.encode()) for document in drawn)
     assert 2000 < total <= 3000
-    assert drawn == list(reader)
-    assert drawn != list(CorpusReader((str(corpus_folder),), max_bytes=3000, seed=2))
-    fewer = CorpusReader((str(corpus_folder),), max_bytes=1500, seed=1)
+    assert drawn == list(documents)
+    assert drawn != list(reader_of(corpus_folder, max_bytes=3000, seed=2))
+    fewer = reader_of(corpus_folder, max_bytes=1500, seed=1)
     assert {d.path for d in fewer} < {d.path for d in drawn}
     with pytest.raises(UserError, match="--max-bytes=3 has no room"):
-        list(CorpusReader((str(corpus_folder),), max_bytes=3))
+        list(reader_of(corpus_folder, max_bytes=3))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +106,9 @@ def test_bytes_that_are_not_utf8_are_named_or_skipped(texts):
     (texts / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(UserError, match="bad.txt is not UTF-8.* byte 3;.*--skip-bad-files"):
         paths(texts)
-    reader = CorpusReader((str(texts),), skip_bad_files=True)
-    assert len(list(reader)) == 3
-    assert reader.skipped == [str(texts / "bad.txt")]
+    documents = reader_of(texts, skip_bad_files=True)
+    assert len(list(documents)) == 3
+    assert documents.skipped == [str(texts / "bad.txt")]
 
 
 @pytest.mark.parametrize(
@@ -114,9 +119,9 @@ def test_lines_without_text_are_named_or_skipped(tmp_path, line):
     file.write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(UserError, match="d.jsonl:2 is no JSON object.*--jsonl-field"):
         paths(file)
-    reader = CorpusReader((str(file),), skip_bad_files=True)
-    assert [document.text for document in reader] == ["good"]
-    assert reader.skipped == [f"{file}:2"]
+    documents = reader_of(file, skip_bad_files=True)
+    assert [document.text for document in documents] == ["good"]
+    assert documents.skipped == [f"{file}:2"]
 
 
 def test_a_bad_byte_in_a_line_is_counted_from_the_start_of_the_file(tmp_path):

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 
 from layerskip_jax.commands import plan as command
-from layerskip_jax.config import RunConfig, load_config
+from layerskip_jax.config import RunConfig, load_config, recipe_targets
 from layerskip_jax.hardware.chips import CHIPS
 from layerskip_jax.hardware.topology import parse_topology
 from layerskip_jax.planning.compile import plan_step, plan_step_apart
@@ -19,9 +18,7 @@ from tests.helpers import small_model, with_training
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(
-    (file.stem, target)
-    for file in CONFIGS.glob("*.py")
-    for target in runpy.run_path(str(file)).get("TARGETS", {})
+    (file.stem, target) for file in CONFIGS.glob("*.py") for target in recipe_targets(file)
 )
 
 
