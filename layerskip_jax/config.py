@@ -39,9 +39,10 @@ COMMON = "common"  # what recipes share, beside them
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate.
+    """The optimizer and its learning rate.
 
     Attributes:
+      name: which optimizer: `adamw`.
       learning_rate: the peak, above 0.
       schedule: `cosine` (to `final_fraction` of the peak), `wsd` (warm up, stay, then decay
         linearly over the last `decay_fraction` of the steps) or `constant`.
@@ -50,12 +51,13 @@ class OptimizerConfig:
       final_fraction: the last learning rate as a share of the peak, in [0, 1].
       beta1: decay of the first moment, in [0, 1].
       beta2: decay of the second moment, in [0, 1].
-      eps: AdamW epsilon, above 0.
+      eps: epsilon, added to the root of the second moment, above 0.
       weight_decay: decoupled decay of matrices and embeddings, at least 0; norms and biases are
         left alone.
       clip_norm: largest global gradient norm, at least 0; 0 turns clipping off.
     """
 
+    name: str = "adamw"
     learning_rate: float = 3e-4
     schedule: str = "cosine"
     warmup_steps: int = 100

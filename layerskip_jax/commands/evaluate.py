@@ -6,9 +6,9 @@ from pathlib import PurePath
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from layerskip_jax.commands.arguments import make_run_parser
+from layerskip_jax.commands.tables import make_table
 from layerskip_jax.config import MeshConfig
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.distributed.mesh import MeshShape
@@ -84,11 +84,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=int, default=0, help="batches to score (default: all)")
     options = parser.parse_args(argv)
     result = evaluate(options.workdir, step=options.step, data=options.data, limit=options.batches)
-    table = Table(title=f"Validation loss by exit, step {result['step']}")
-    for heading in ("layers", "loss (nats/token)", "perplexity"):
-        table.add_column(heading, justify="right")
-    for entry in result["exits"]:
-        table.add_row(str(entry["layers"]), f"{entry['loss']:.4f}", f"{entry['perplexity']:,.2f}")
+    table = make_table(
+        f"Validation loss by exit, step {result['step']}",
+        ("layers", "loss (nats/token)", "perplexity"),
+        [
+            (str(e["layers"]), f"{e['loss']:.4f}", f"{e['perplexity']:,.2f}")
+            for e in result["exits"]
+        ],
+    )
     Console().print(table)
     if options.json:
         write_json(options.json, result)

@@ -9,6 +9,7 @@ from typing import Any
 
 from layerskip_jax import __version__
 from layerskip_jax.commands.arguments import make_run_parser
+from layerskip_jax.config import RunConfig
 from layerskip_jax.interop.folder import (
     DEFAULT_SHARD_BYTES,
     check_output,
@@ -17,10 +18,11 @@ from layerskip_jax.interop.folder import (
 )
 from layerskip_jax.interop.huggingface import STORED_DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
+from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.object_store import require_local
-from layerskip_jax.run_folder.paths import open_run, read_json_lines
+from layerskip_jax.run_folder.paths import RunFolder, open_run, read_json_lines
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
 
@@ -75,23 +77,6 @@ def export(
     parameters = checkpoints.open_parameters(step, ModelDefinition(config.model).shapes)
     checkpoints.close()
 
-    records = read_json_lines(folder.evaluations_file)
-    before = next((record for record in records if record["step"] == 0), None)
-    evaluations = [record for record in records if record["step"] <= step]
-    speculation = None
-    if folder.speculation_file.is_file():
-        speculation = json.loads(folder.speculation_file.read_text())
-    provenance = {
-        "version": __version__,
-        "step": step,
-        "layers_trained": layers,
-    }
-    if step:
-        provenance |= {
-            "seed": config.seed,
-            "layer_dropout": dataclasses.asdict(config.layer_dropout),
-            "early_exit": dataclasses.asdict(config.early_exit),
-        }
     counts = write_folder(
         output,
         to_hugging_face(parameters, model),
@@ -99,17 +84,8 @@ def export(
         tokenizer_file=folder.tokenizer_file,
         end_token=end_token,
         end_token_id=end_token_id,
-        model_card=write_model_card(
-            config,
-            model=model,
-            step=step,
-            dtype=dtype,
-            evaluation=evaluations[-1] if evaluations else None,
-            before=before,
-            data=manifest,
-            speculation=speculation,
-        ),
-        provenance=provenance,
+        model_card=_model_card(folder, config, model, step, dtype, manifest),
+        provenance=_provenance(config, step),
         published=folder.published_files(),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
@@ -117,6 +93,48 @@ def export(
     )
     exported = {"output": str(output), "step": step, "layers": model.num_layers, "dtype": dtype}
     return {**exported, **counts}
+
+
+def _model_card(
+    folder: RunFolder,
+    config: RunConfig,
+    model: ModelConfig,
+    step: int,
+    dtype: str,
+    manifest: dict[str, Any],
+) -> str:
+    """Returns the card, with what the run's folder says of the step that is exported."""
+    records = read_json_lines(folder.evaluations_file)
+    evaluations = [record for record in records if record["step"] <= step]
+    speculation = None
+    if folder.speculation_file.is_file():
+        speculation = json.loads(folder.speculation_file.read_text())
+    return write_model_card(
+        config,
+        model=model,
+        step=step,
+        dtype=dtype,
+        evaluation=evaluations[-1] if evaluations else None,
+        before=next((record for record in records if record["step"] == 0), None),
+        data=manifest,
+        speculation=speculation,
+    )
+
+
+def _provenance(config: RunConfig, step: int) -> dict[str, Any]:
+    """Returns what the export's config.json says of where it comes from."""
+    provenance = {
+        "version": __version__,
+        "step": step,
+        "layers_trained": config.model.num_layers,
+    }
+    if step:
+        provenance |= {
+            "seed": config.seed,
+            "layer_dropout": dataclasses.asdict(config.layer_dropout),
+            "early_exit": dataclasses.asdict(config.early_exit),
+        }
+    return provenance
 
 
 def parse_size(text: str) -> int:

@@ -1,6 +1,6 @@
 """layerskip generate: continue prompts with a trained model.
 
-All layers decode, unless `--exit-layer=E` asks for the first E alone. With `--draft` the first
+All layers decode, unless `--exit=E` asks for the first E alone. With `--draft` the first
 layers draft and the rest verify, to the same tokens: `best` as `layerskip sweep` found fastest,
 `auto` chosen from cycle to cycle by what is accepted, or `E,G` for G drafts of E layers.
 """
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
     add("--max-new-tokens", type=int, default=128)
     add("--draft", type=_draft, metavar="best|auto|E,G", help="draft and verify (default: do not)")
-    add("--exit-layer", type=int, metavar="E", help="decode with the first E layers only")
+    add("--exit", type=int, metavar="E", help="decode with the first E layers only")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-k", type=int, help="draw from so many likeliest tokens")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest of this probability")
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     model = load(options.workdir, step=options.step, dtype=options.dtype)
     request = {
         "draft": options.draft,
-        "exit_layer": options.exit_layer,
+        "exit_layer": options.exit,
         "temperature": options.temperature,
         "top_k": options.top_k,
         "top_p": options.top_p,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from layerskip_jax.commands.arguments import split_config_arguments
+from layerskip_jax.commands.tables import make_table
 from layerskip_jax.config import RunConfig, load_config, recipe_folder, recipe_targets
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.hardware.chips import GIB
@@ -168,20 +168,21 @@ def _print(plan: Plan) -> None:
         f"remat {config.model.remat}; attention {config.model.attention}"
     )
     memory = plan.memory
-    table = Table("GiB a device", "", title="Memory", title_justify="left", show_header=False)
     rows = [("parameters, float32", memory.parameters), ("optimizer", memory.optimizer)]
     if memory.total is not None:
         rows += [
             ("activations that the layers save", memory.activations),
             ("other temporaries", memory.temporaries),
         ]
-    for name, value in rows:
-        table.add_row(name, f"{value / GIB:.2f}")
-    total = "more" if memory.total is None else f"{memory.total / GIB:.2f}"
-    table.add_row("in all" + (", the program included" if plan.compiled else ""), total)
-    table.add_row("there is", f"{memory.limit / GIB:.2f}")
+    total = "in all" + (", the program included" if plan.compiled else "")
+    rows += [(total, memory.total), ("there is", memory.limit)]
     if memory.host:
-        table.add_row("beside it, in the host's memory", f"{memory.host / GIB:.2f}")
+        rows += [("beside it, in the host's memory", memory.host)]
+    table = make_table(
+        "Memory",
+        ("", "GiB a device"),
+        [(name, "more" if value is None else f"{value / GIB:.2f}") for name, value in rows],
+    )
     console.print(table)
     if plan.traffic:
         _print_traffic(console, plan)
@@ -193,16 +194,19 @@ def _print(plan: Plan) -> None:
 
 
 def _print_traffic(console: Console, plan: Plan) -> None:
-    table = Table(title="Collectives of a step, on one device", title_justify="left")
-    for heading in ("", "written as", "devices", "over", "times", "GB", "ms at full bandwidth"):
-        table.add_column(heading, justify="left" if heading in ("", "written as") else "right")
-    for line in plan.traffic:
-        if line.size >= 1e6:
-            written = "" if line.written == line.kind else line.written
-            table.add_row(
-                line.kind, written, str(line.devices), line.over, f"{line.turns:,.0f}",
-                f"{line.size / 1e9:,.2f}", f"{line.seconds * 1e3:,.1f}",
-            )  # fmt: skip
+    table = make_table(
+        "Collectives of a step, on one device",
+        ("", "written as", "devices", "over", "times", "GB", "ms at full bandwidth"),
+        [
+            (
+                line.kind, "" if line.written == line.kind else line.written, str(line.devices),
+                line.over, f"{line.turns:,.0f}", f"{line.size / 1e9:,.2f}",
+                f"{line.seconds * 1e3:,.1f}",
+            )
+            for line in plan.traffic if line.size >= 1e6
+        ],
+        left=("", "written as"),
+    )  # fmt: skip
     console.print(table)
     rest = sum(line.size for line in plan.traffic if line.size < 1e6)
     if rest:
@@ -216,8 +220,9 @@ def _print_time(console: Console, plan: Plan) -> None:
         f"({count} x {chip.flops:.4g} FLOP/s)\n"
         f"traffic  {plan.traffic_seconds * 1e3:,.1f} ms, links {chip.links / 1e9:.0f} GB/s, "
         f"network {chip.network / 1e9:.4g} GB/s a device\n"
-        f"update   {plan.update_seconds * 1e3:,.1f} ms = 28 bytes x "
-        f"{plan.memory.parameters / 4:.4g} parameters / {chip.memory_bandwidth:.4g} byte/s\n"
+        f"update   {plan.update_seconds * 1e3:,.1f} ms = (3 x "
+        f"{plan.memory.parameters:.4g} + 2 x {plan.memory.optimizer:.4g} bytes) / "
+        f"{chip.memory_bandwidth:.4g} byte/s\n"
         f"step     at least {plan.step_seconds * 1e3:,.1f} ms = max(compute, traffic) + update; "
         f"MFU at most {plan.mfu:.1%} = {plan.flops_needed:.4g} FLOPs needed / (step x peak)",
         highlight=False, soft_wrap=True,
@@ -225,30 +230,36 @@ def _print_time(console: Console, plan: Plan) -> None:
 
 
 def _print_layouts(found: list) -> None:
-    table = Table(title="Layouts that fit, fastest first", title_justify="left")
-    for heading in ("GiB a device", "step at least", "MFU at most", "changes"):
-        table.add_column(heading, justify="left" if heading == "changes" else "right")
-    for changes, plan in found:
-        table.add_row(
-            f"{plan.memory.total / GIB:.2f}", f"{plan.step_seconds * 1e3:,.0f} ms",
-            f"{plan.mfu:.1%}", "\n".join(changes) or "none",
-        )  # fmt: skip
+    table = make_table(
+        "Layouts that fit, fastest first",
+        ("GiB a device", "step at least", "MFU at most", "changes"),
+        [
+            (
+                f"{plan.memory.total / GIB:.2f}", f"{plan.step_seconds * 1e3:,.0f} ms",
+                f"{plan.mfu:.1%}", "\n".join(changes) or "none",
+            )
+            for changes, plan in found
+        ],
+        left=("changes",),
+    )  # fmt: skip
     _console().print(table)
 
 
 def _print_all(rows: list) -> None:
-    table = Table(title="GiB of memory a device", title_justify="left")
-    for heading in ("recipe", "devices", "LayerSkip", "plain", "ratio", "of", "step, MFU at best"):
-        table.add_column(heading, justify="left" if heading in ("recipe", "devices") else "right")
+    def gib(value: float | None) -> str:
+        return "no" if value is None else f"{value / GIB:.2f}"
+
+    cells = []
     for name, ours, plain in rows:
         a, b = ours.memory.total, plain.memory.total
-        table.add_row(
-            name,
-            f"{ours.topology}" + ("" if ours.compiled else " (arithmetic)"),
-            "no" if a is None else f"{a / GIB:.2f}",
-            "no" if b is None else f"{b / GIB:.2f}",
-            "" if a is None or b is None else f"{a / b:.3f}",
-            f"{ours.memory.limit / GIB:.2f}",
-            f"{ours.step_seconds:.2f} s, {ours.mfu:.0%}",
-        )
+        topology = f"{ours.topology}" + ("" if ours.compiled else " (arithmetic)")
+        ratio = "" if a is None or b is None else f"{a / b:.3f}"
+        speed = f"{ours.step_seconds:.2f} s, {ours.mfu:.0%}"
+        cells.append((name, topology, gib(a), gib(b), ratio, gib(ours.memory.limit), speed))
+    table = make_table(
+        "GiB of memory a device",
+        ("recipe", "devices", "LayerSkip", "plain", "ratio", "of", "step, MFU at best"),
+        cells,
+        left=("recipe", "devices"),
+    )
     _console().print(table)

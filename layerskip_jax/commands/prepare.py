@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from layerskip_jax.commands.arguments import add_fields, local_path, make_parser
+from layerskip_jax.commands.tables import make_table
 from layerskip_jax.data.manifest import Manifest, PrepareOptions
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
@@ -93,13 +93,13 @@ def figures(manifest: Manifest) -> dict:
 
 
 def _print(manifest: Manifest, output: Path) -> None:
-    table = Table(title=f"{output}: {', '.join(manifest.request.sources)}", title_justify="left")
-    for heading in ("", "documents", "bytes", "tokens", "windows"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name in ("train", "validation"):
-        split = manifest.split(name)
-        counts = (split.documents, split.bytes, split.tokens, split.windows)
-        table.add_row(name, *(f"{count:,}" for count in counts))
+    headings = ("documents", "bytes", "tokens", "windows")
+    splits = {name: manifest.split(name) for name in ("train", "validation")}
+    table = make_table(
+        f"{output}: {', '.join(manifest.request.sources)}",
+        ("", *headings),
+        [(name, *(f"{getattr(split, h):,}" for h in headings)) for name, split in splits.items()],
+    )
     console = Console()
     console.print(table)
     skipped = f"; {manifest.skipped_files} skipped" if manifest.skipped_files else ""

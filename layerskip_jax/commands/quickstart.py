@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from layerskip_jax.commands import evaluate, export, generate, prepare, report, sweep, train
 from layerskip_jax.commands.arguments import local_path
+from layerskip_jax.commands.tables import make_table
 from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.schema import UserError
@@ -111,12 +111,14 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
     ours = json.loads((folder.path / "evaluation.json").read_text())
     twin = json.loads((folder.path / "plain.json").read_text())
     entropy = json.loads(folder.data_file.read_text())["unigram_entropy_nats"]
-    table = Table(title="Perplexity by exit (validation)", title_justify="left")
-    table.add_column("layers run", justify="right")
-    table.add_column("LayerSkip", justify="right")
-    table.add_column(f"plain ({twin['label']})", justify="right", no_wrap=True)
-    for a, b in zip(ours["exits"], twin["exits"], strict=True):
-        table.add_row(str(a["layers"]), f"{a['perplexity']:,.1f}", f"{b['perplexity']:,.1f}")
+    table = make_table(
+        "Perplexity by exit (validation)",
+        ("layers run", "LayerSkip", f"plain ({twin['label']})"),
+        [
+            (str(a["layers"]), f"{a['perplexity']:,.1f}", f"{b['perplexity']:,.1f}")
+            for a, b in zip(ours["exits"], twin["exits"], strict=True)
+        ],
+    )
     console.print()
     console.print(table)
     last = ours["exits"][-1]["loss"]
@@ -129,19 +131,20 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
     )
 
     speculation = json.loads(folder.speculation_file.read_text())
-    table = Table(title="Greedy decoding, batch 1", title_justify="left")
-    for heading in ("", "tokens/s", "speed-up", "accepted", "tokens/cycle", "same"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    plain = f"{speculation['plain_tokens_per_second']:,.0f}"
-    table.add_row("plain", plain, "1.00", "", "", "")
     best = speculation["best"]
-    table.add_row(
+    drafted = (
         f"drafted, E={best['exit_layer']}, G={best['draft_length']}",
         f"{best['tokens_per_second']:,.0f}",
         f"{best['speedup']:.2f}",
         f"{best['acceptance']:.0%}",
         f"{best['tokens_per_cycle']:.2f}",
         "yes" if best["identical"] else "NO",
+    )
+    plain = ("plain", f"{speculation['plain_tokens_per_second']:,.0f}", "1.00", "", "", "")
+    table = make_table(
+        "Greedy decoding, batch 1",
+        ("", "tokens/s", "speed-up", "accepted", "tokens/cycle", "same"),
+        (plain, drafted),
     )
     console.print(table)
     slower = (

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from layerskip_jax.commands.arguments import make_run_parser
+from layerskip_jax.commands.tables import make_table
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
 from layerskip_jax.generation.generator import Generator
@@ -168,21 +168,9 @@ def _csv(result: dict) -> str:
 
 
 def _print(result: dict) -> None:
-    table = Table(
-        title=f"Greedy decoding, batch 1, {result['prompts']} prompts of up to "
-        f"{result['prompt_tokens']} tokens, {result['new_tokens']} new ones",
-        title_justify="left",
-        caption="E: layers that draft; G: drafts a cycle. Predicted from the acceptance of each "
-        "exit and the cost of a cycle; the last line is measured.",
-        caption_justify="left",
-    )
-    for heading in ("E", "G", "accepted", "tokens/cycle", "tokens/s", "speed-up", "same tokens"):
-        table.add_column(heading, justify="right")
-    plain = result["plain_tokens_per_second"]
-    table.add_row("all", "", "", "", f"{plain:,.0f}", "1.00", "", end_section=True)
-
-    def add(pair, **options):
-        table.add_row(
+    plain = ("all", "", "", "", f"{result['plain_tokens_per_second']:,.0f}", "1.00", "")
+    pairs = [
+        (
             str(pair["exit_layer"]),
             str(pair["draft_length"]),
             "" if pair["acceptance"] is None else f"{pair['acceptance']:.0%}",
@@ -190,13 +178,19 @@ def _print(result: dict) -> None:
             f"{pair['tokens_per_second']:,.0f}",
             f"{pair['speedup']:.2f}",
             "yes" if pair["identical"] else "NO",
-            **options,
         )
-
-    for pair in result["pairs"]:
-        add(pair)
-    table.add_section()
-    add(result["best"], style="bold")
+        for pair in [*result["pairs"], result["best"]]
+    ]
+    table = make_table(
+        f"Greedy decoding, batch 1, {result['prompts']} prompts of up to "
+        f"{result['prompt_tokens']} tokens, {result['new_tokens']} new ones",
+        ("E", "G", "accepted", "tokens/cycle", "tokens/s", "speed-up", "same tokens"),
+        [plain, *pairs],
+        styles=[*[None] * len(pairs), "bold"],
+        sections=(0, len(pairs) - 1),
+        caption="E: layers that draft; G: drafts a cycle. Predicted from the acceptance of each "
+        "exit and the cost of a cycle; the last line is measured.",
+    )
     Console().print(table)
     if result["best"]["speedup"] < 1:
         print("Plain decoding is the fastest here, and --draft=best decodes plainly.")

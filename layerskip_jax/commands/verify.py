@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from layerskip_jax.commands.arguments import local_path, make_parser
+from layerskip_jax.commands.tables import make_table
 from layerskip_jax.data.tokenizer import encode_prompt
 from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.generation.generator import Generator
@@ -53,15 +53,15 @@ def main(argv: list[str]) -> int:
     model = ModelDefinition(config).model(pretrained.parameters())
     differences = compare_exits(decoder_weights(model), config, theirs, tokens.astype(np.int32))
 
-    table = Table(title=f"{options.folder} against transformers, {len(tokens)} tokens")
-    for heading in ("layers", "largest difference", "largest logit", "same argmax"):
-        table.add_column(heading, justify="right")
-    for entry in differences:
-        style = "red" if entry.exceeds(options.tolerance) else None
-        table.add_row(
-            str(entry.layers), f"{entry.largest:.2e}", f"{entry.scale:,.1f}",
-            f"{entry.same_argmax:.1%}", style=style,
-        )  # fmt: skip
+    table = make_table(
+        f"{options.folder} against transformers, {len(tokens)} tokens",
+        ("layers", "largest difference", "largest logit", "same argmax"),
+        [
+            (str(e.layers), f"{e.largest:.2e}", f"{e.scale:,.1f}", f"{e.same_argmax:.1%}")
+            for e in differences
+        ],
+        styles=["red" if e.exceeds(options.tolerance) else None for e in differences],
+    )
     Console().print(table)
     wrong = [entry.layers for entry in differences if entry.exceeds(options.tolerance)]
 

@@ -131,6 +131,39 @@ def write_folder(
     """
     published = published or {}
     tokenizer = check_tokenizer(tokenizer_file, config, end_token, end_token_id)
+    settings = _settings(config, published, folder, end_token_id, dtype)
+    begin = settings["bos_token_id"]
+    begin_token = None if begin is None else tokenizer.id_to_token(begin)
+
+    def check(path: Path) -> None:
+        check_output(path, overwrite=overwrite)
+
+    with staged_folder(folder, check) as stage:
+        counts = _write_weights(stage, tensors, config, dtype, max_shard_bytes)
+        shutil.copyfile(tokenizer_file, stage / "tokenizer.json")
+        if "tokenizer_config.json" not in published:
+            described = _tokenizer_settings(config, end_token, begin_token)
+            _write_json(stage / "tokenizer_config.json", described)
+        for name in published.keys() - {"config.json", "generation_config.json"}:
+            (stage / name).write_bytes(published[name])
+        generation = {
+            "bos_token_id": begin,
+            # Finished rows of a batch are filled with it; training has no padding token.
+            "pad_token_id": end_token_id,
+            **json.loads(published.get("generation_config.json", b"{}")),
+            "eos_token_id": settings["eos_token_id"],
+        }
+        _write_json(stage / "generation_config.json", generation)
+        (stage / "README.md").write_text(model_card, encoding="utf-8")
+        # Last: without it the folder does not load, should the process be killed before.
+        _write_json(stage / "config.json", {**settings, PROVENANCE: provenance})
+    return counts
+
+
+def _settings(
+    config: ModelConfig, published: dict[str, bytes], folder: Path, end_token_id: int, dtype: str
+) -> dict[str, Any]:
+    """Returns config.json without the provenance."""
     # What the run was trained to end with ends a text, and what ended one before still does.
     known = end_token_ids(published, folder)
     end_ids = known if end_token_id in known else [end_token_id, *known]
@@ -140,15 +173,14 @@ def write_folder(
         config, eos_token_id=end_ids, bos_token_id=before.get("bos_token_id"), dtype=dtype
     )
     settings["pad_token_id"] = before.get("pad_token_id")
-    settings[PROVENANCE] = provenance
-    generation = {
-        "bos_token_id": settings["bos_token_id"],
-        # Finished rows of a batch are filled with it; training has no padding token.
-        "pad_token_id": end_token_id,
-        **json.loads(published.get("generation_config.json", b"{}")),
-        "eos_token_id": end_ids,
-    }
-    tokenizer_settings = {
+    return settings
+
+
+def _tokenizer_settings(
+    config: ModelConfig, end_token: str, begin_token: str | None
+) -> dict[str, Any]:
+    """Returns tokenizer_config.json."""
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_token,
         "model_max_length": config.max_sequence_length,
@@ -156,24 +188,7 @@ def write_folder(
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    if settings["bos_token_id"] is not None:
-        tokenizer_settings["bos_token"] = tokenizer.id_to_token(settings["bos_token_id"])
-
-    def check(path: Path) -> None:
-        check_output(path, overwrite=overwrite)
-
-    with staged_folder(folder, check) as stage:
-        counts = _write_weights(stage, tensors, config, dtype, max_shard_bytes)
-        shutil.copyfile(tokenizer_file, stage / "tokenizer.json")
-        if "tokenizer_config.json" not in published:
-            _write_json(stage / "tokenizer_config.json", tokenizer_settings)
-        for name in published.keys() - {"config.json", "generation_config.json"}:
-            (stage / name).write_bytes(published[name])
-        _write_json(stage / "generation_config.json", generation)
-        (stage / "README.md").write_text(model_card, encoding="utf-8")
-        # Last: without it the folder does not load, should the process be killed before.
-        _write_json(stage / "config.json", settings)
-    return counts
+    return settings if begin_token is None else settings | {"bos_token": begin_token}
 
 
 def _write_weights(

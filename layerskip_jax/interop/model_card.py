@@ -3,19 +3,12 @@
 from pathlib import PurePath
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from layerskip_jax.config import RunConfig
 from layerskip_jax.model.config import ModelConfig
 
-_FRONT_MATTER = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- layerskip
-- early-exit
-- self-speculative-decoding
----
-"""
+_NAME = "A LayerSkip model"
 
 _DRAFT = """\
 ## Drafting with its own first layers
@@ -89,21 +82,21 @@ def write_model_card(
             f"\nThese are its first {model.num_layers} layers of {config.model.num_layers}, with "
             "the head that all exits share.\n"
         )
+    exits = [e for e in (evaluation or {}).get("exits", ()) if e["layers"] <= model.num_layers]
     parts = [
-        _FRONT_MATTER,
-        "# A LayerSkip model\n",
+        f"---\n{_front_matter(exits, data)}\n---\n",
+        f"# {_NAME}\n",
         text,
         _table(("setting", "value"), _settings(config, model, step, dtype).items()),
     ]
     if data and "train" in data and step:
         parts.append("## Data\n\n" + _table(("", ""), _data(data).items()))
-    if evaluation is not None and evaluation["exits"]:
+    if exits:
         start = {entry["layers"]: entry for entry in (before or {}).get("exits", ())}
         heading = ["layers", "loss (nats a token)", "perplexity"]
         rows = [
             [entry["layers"], f"{entry['loss']:.4f}", f"{entry['perplexity']:.2f}"]
-            for entry in evaluation["exits"]
-            if entry["layers"] <= model.num_layers
+            for entry in exits
         ]
         if start and evaluation["step"]:
             heading.append(f"perplexity of {source or 'the start'}")
@@ -116,6 +109,29 @@ def write_model_card(
     if model.num_layers > 1:
         parts.append(_drafting(model, speculation))
     return "\n".join(parts)
+
+
+def _front_matter(exits: list[dict[str, Any]], data: dict[str, Any] | None) -> ModelCardData:
+    """Returns what the Hub reads: tags, and each exit's perplexity as an evaluation result."""
+    names = _source_names(data) if data and "train" in data else []
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["layerskip", "early-exit", "self-speculative-decoding"],
+        model_name=_NAME,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=names[0] if names else "text",
+                dataset_name=", ".join([*names, "validation set"]),
+                metric_type="perplexity",
+                metric_name=f"Perplexity of the first {entry['layers']} layers",
+                metric_value=round(entry["perplexity"], 2),
+            )
+            for entry in exits
+        ]
+        or None,
+    )
 
 
 def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> dict[str, Any]:
@@ -154,16 +170,19 @@ def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> d
 
 def _data(data: dict[str, Any]) -> dict[str, Any]:
     """Returns what the manifest says of the corpus, without the folders of who prepared it."""
-    sources = [str(source) for source in data["request"]["sources"]]
-    names = [PurePath(source).name if "/" in source else source for source in sources]
     train, validation = data["train"], data["validation"]
     return {
-        "sources": ", ".join(f"`{name}`" for name in names),
+        "sources": ", ".join(f"`{name}`" for name in _source_names(data)),
         "training": f"{train['documents']:,} documents, {train['tokens']:,} tokens, "
         f"{train['windows']:,} windows of {data['sequence_length']}",
         "validation": f"{validation['documents']:,} documents, {validation['tokens']:,} tokens",
         "fingerprint": f"`{data['fingerprint']}`",
     }
+
+
+def _source_names(data: dict[str, Any]) -> list[str]:
+    sources = [str(source) for source in data["request"]["sources"]]
+    return [PurePath(source).name if "/" in source else source for source in sources]
 
 
 def _drafting(model: ModelConfig, speculation: dict[str, Any] | None) -> str:

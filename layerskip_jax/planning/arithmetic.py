@@ -7,21 +7,23 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.distributed.sharding import least_accumulation
 from layerskip_jax.hardware.topology import Topology
+from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.ops.attention import choose_kernel
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.planning.step_plan import Memory, Plan, Traffic, timed
 from layerskip_jax.training.flops import CostModel
+from layerskip_jax.training.optimizer import state_share
 
 
 def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     """Returns what a step takes by arithmetic alone.
 
-    Memory: parameters and moments by their shards; a float32 gradient beside them; one layer's
-    weights gathered in the compute dtype, twice; the activations that remat keeps; the exit buffer;
-    a chunk of logits with its gradient. Traffic: a layer's weights gathered forward and backward
-    and their gradients scattered, over fsdp; replicas of gradients reduced over data and slice;
-    under `tensor` four gathers or scatters of the residual stream a layer, forward and backward
-    each.
+    Memory: parameters and optimizer state by their shards; a float32 gradient beside them; one
+    layer's weights gathered in the compute dtype, twice; the activations that remat keeps; the exit
+    buffer; a chunk of logits with its gradient. Traffic: a layer's weights gathered forward and
+    backward and their gradients scattered, over fsdp; replicas of gradients reduced over data and
+    slice; under `tensor` four gathers or scatters of the residual stream a layer, forward and
+    backward each.
     """
     shape = dict(zip(AXES, config.mesh.shape.resolve(topology.num_devices), strict=True))
     training, chip = config.training, topology.chip
@@ -55,16 +57,17 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     logits = 2 * 4 * rows * training.loss_chunk * model.vocab_rows / shape["tensor"]
     working = tokens * (4 * model.model_dim + 3 * model.ffn_dim) * width / shape["tensor"]
     temporaries = parameters + gathered + exits + logits + working
+    optimizer = parameters * state_share(config.optimizer, ModelDefinition(model).shapes)
     memory = Memory(
-        parameters, 2 * parameters, activations, temporaries,
-        3 * parameters + activations + temporaries, chip.memory,
+        parameters, optimizer, activations, temporaries,
+        parameters + optimizer + activations + temporaries, chip.memory,
         host=float(per_value * model.model_dim) if model.remat == "offload" else 0.0,
     )  # fmt: skip
 
     layer_bytes = float(layer * width)
     traffic = _traffic(config, topology, shape, accumulation, layer_bytes, tokens, parameters)
     planned = cost.planned(0, training.steps)
-    return timed(config, topology, False, memory, traffic, planned, parameters, 0.0)
+    return timed(config, topology, False, memory, traffic, planned, 0.0)
 
 
 def _traffic(

@@ -106,7 +106,7 @@ def _compile(config: RunConfig, topology: Topology, length: int) -> Plan:
             host=float(stats.host_temp_size_in_bytes),
         )
         traffic = _traffic(program.collectives(), list(setup.mesh.devices.flat), topology)
-    return timed(setup.config, topology, True, memory, traffic, planned, parameters, seconds)
+    return timed(setup.config, topology, True, memory, traffic, planned, seconds)
 
 
 def _state_bytes(setup: TrainSetup) -> tuple[float, float]:

@@ -7,8 +7,8 @@ its state at the full bandwidth of the memory:
     compute = FLOPs computed / (devices x peak)
     traffic = sum over collectives of turns x size x c (n - 1) / n / bandwidth,
               c = 2 for an all-reduce, 1 otherwise; n devices in a group
-    update  = 28 bytes x parameters of a device / memory bandwidth
-              (read parameter, gradient and two moments, write all but the gradient, float32)
+    update  = (3 x parameters + 2 x optimizer state, bytes of a device) / memory bandwidth
+              (parameter, gradient and state are read, all but the gradient written, in float32)
     step    >= max(compute, traffic) + update,      MFU <= FLOPs needed / (step x devices x peak)
 """
 
@@ -19,7 +19,6 @@ from layerskip_jax.hardware.chips import GIB
 from layerskip_jax.hardware.topology import Topology
 from layerskip_jax.training.flops import StepFlops
 
-UPDATE_BYTES = 28
 DEFECT = (
     "the compiler's process ended before it was done, see above: a defect of its own, or too "
     "little memory on this machine"
@@ -32,7 +31,7 @@ class Memory:
 
     Attributes:
       parameters: float32, its share.
-      optimizer: both moments.
+      optimizer: its state, such as two moments.
       activations: what the scan over layers saves for the backward pass.
       temporaries: everything else that the step needs beside its arguments.
       total: all of it at once, the program included; None where it does not fit.
@@ -128,7 +127,6 @@ def timed(
     memory: Memory,
     traffic: tuple[Traffic, ...],
     planned: StepFlops,
-    parameters: float,
     seconds: float,
 ) -> Plan:
     """Returns the plan with its times.
@@ -140,7 +138,6 @@ def timed(
       memory: what one device holds.
       traffic: by kind and group.
       planned: FLOPs of a step, the mean over the run.
-      parameters: bytes of one device's, float32.
       seconds: what the compiler took.
     """
     chip = topology.chip
@@ -154,7 +151,7 @@ def timed(
         flops_computed=planned.computed,
         compute_seconds=planned.computed / (chip.flops * topology.num_devices),
         traffic_seconds=sum((line.seconds for line in traffic), 0.0),
-        update_seconds=UPDATE_BYTES / 4 * parameters / chip.memory_bandwidth,
+        update_seconds=(3 * memory.parameters + 2 * memory.optimizer) / chip.memory_bandwidth,
         compile_seconds=seconds,
     )
 

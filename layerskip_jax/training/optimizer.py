@@ -1,11 +1,16 @@
-"""AdamW with warm-up, a decay, and clipping by global norm."""
+"""Optimizers by name, with warm-up, a decay, and clipping by global norm."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import optax
 
 from layerskip_jax.config import OptimizerConfig
+from layerskip_jax.model.definition import Parameters
+from layerskip_jax.schema import require_choice
+
+Transformation = optax.GradientTransformation
+Mask = Callable[[Parameters], Parameters]
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -30,23 +35,50 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns clipping followed by AdamW; the decay skips the scales of norms and the biases."""
+def _adamw(config: OptimizerConfig, rate: optax.Schedule, decayed: Mask) -> Transformation:
+    return optax.adamw(
+        rate, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
+    )
+
+
+# By name, what makes it of its settings, its learning rate and which parameters decay. Its state
+# is what its `init` makes: shardings, checkpoints and plans read no more than that.
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule, Mask], Transformation]] = {
+    "adamw": _adamw,
+}
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> Transformation:
+    """Returns clipping followed by the optimizer; decay skips the scales of norms and the biases.
+
+    Raises:
+      ConfigError: there is no optimizer of that name.
+    """
+    require_choice("config.optimizer.name", config.name, OPTIMIZERS)
 
     def is_matrix(path, _) -> bool:
         return not (path[-1].key == "scale" or path[-1].key.endswith("_bias"))
 
-    def decayed(parameters: Any) -> Any:
+    def decayed(parameters: Parameters) -> Parameters:
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
-    adamw = optax.adamw(
-        learning_rate_schedule(config, total_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
+    rate = learning_rate_schedule(config, total_steps)
+    optimizer = OPTIMIZERS[config.name](config, rate, decayed)
     if config.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def state_share(config: OptimizerConfig, shapes: Parameters) -> float:
+    """Returns the bytes of the optimizer's arrays as a multiple of those of the parameters.
+
+    Args:
+      config: which optimizer.
+      shapes: the parameters, or their shapes and dtypes.
+    """
+
+    def size(tree) -> int:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]  # not the count of steps
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    return size(jax.eval_shape(make_optimizer(config, 1).init, shapes)) / size(shapes)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
@@ -97,81 +97,20 @@ def make_train_step(
         to measure what they cost.
     """
     num_layers, total_steps = config.model.num_layers, config.training.steps
-    accumulation, batch_size = config.training.gradient_accumulation, config.training.batch_size
-    rows = batch_size // accumulation
-    dropout = config.layer_dropout
-    menu = dropout.menu(batch_size // dropout.row_groups)
-    constrain = definition.constrain
-    execution = layer_dropout.Execution(
-        dropout.execution,
-        max(dropout.row_groups // accumulation, 1),
-        menu,
-        lambda x: constrain(x, "batch", "residual", "activation"),
-    )
-    slots = max_active_exits(config.early_exit, num_layers) - 1
+    gradient = _batch_gradient(definition, config, layout)
     learning_rate = learning_rate_schedule(config.optimizer, total_steps)
-
-    def microbatch_loss(parameters, batch, plan, exits, positions, valid_tokens):
-        model = definition.model(parameters)
-        early, last = model.exit_states(
-            model.embed(batch.tokens),
-            model.rows(batch.positions, batch.segment_ids),
-            exits.slot_of_layer,
-            slots,
-            positions=positions,
-            plan=plan,
-            execution=execution,
-        )
-        return early_exit_loss(
-            early,
-            last,
-            model.head_weight,
-            batch.targets,
-            batch.valid,
-            exits.weights,
-            valid_tokens,
-            positions=None if positions is None else positions.reshape(-1),
-            norm=model.final_norm,
-            chunk=config.training.loss_chunk,
-            z_loss=config.early_exit.z_loss,
-            vocab_size=model.config.vocab_size,
-            layout=layout,
-        )
-
-    def batch_gradient(parameters, batch, plan, *rest):
-        def one(index):
-            micro = jax.tree.map(lambda array: array[index], batch)
-            micro_plan = None if plan is None else plan.rows(index * rows, rows)
-            function = jax.value_and_grad(microbatch_loss, has_aux=True)
-            return function(parameters, micro, micro_plan, *rest)
-
-        if accumulation == 1:
-            return one(0)
-
-        def add(total, index):
-            return jax.tree.map(jnp.add, total, one(index)), None
-
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, 0))
-        total, _ = jax.lax.scan(add, zeros, jnp.arange(accumulation))
-        return total
 
     def train_step(state, batch):
         # Every host folds the same step into the same seed, so all draw the same.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        plan, layers_run = None, jnp.float32(1)
-        if dropout.p_max > 0:
-            p = layer_dropout.drop_probabilities(dropout, num_layers, state.step, total_steps)
-            plan = layer_dropout.draw_keep_plan(
-                key, p, batch_size=batch_size, groups=dropout.row_groups, menu=menu
-            )._replace(residual_scale=layer_dropout.residual_scales(dropout, p))
-            layers_run = plan.keep.mean(dtype=jnp.float32)
+        plan, layers_run = _draw_plan(config, key, state.step)
         exits = select_exits(config.early_exit, num_layers, state.step, total_steps)
         positions = sample_positions(
             jax.random.fold_in(key, 1), config.early_exit, batch.tokens.shape[2]
         )
         # Normalising by the whole batch makes microbatches of uneven length add up exactly.
         valid_tokens = batch.valid.sum()
-        (loss, exit_losses), gradients = batch_gradient(
+        (loss, exit_losses), gradients = gradient(
             state.parameters, batch, plan, exits, positions, valid_tokens
         )
         gradients = pin_gradients(gradients)
@@ -200,3 +139,95 @@ def make_train_step(
         return after, metrics
 
     return train_step
+
+
+def _menu(config: RunConfig) -> tuple[int, ...]:
+    """Returns the numbers of rows of a group that a layer may run."""
+    dropout = config.layer_dropout
+    return dropout.menu(config.training.batch_size // dropout.row_groups)
+
+
+def _draw_plan(
+    config: RunConfig, key: PRNGKeyArray, step: Int[Array, ""]
+) -> tuple[layer_dropout.KeepPlan | None, Float[Array, ""]]:
+    """Returns which layers each row runs, None for all, and the share of them all that do."""
+    dropout = config.layer_dropout
+    if dropout.p_max == 0:
+        return None, jnp.float32(1)
+    p = layer_dropout.drop_probabilities(
+        dropout, config.model.num_layers, step, config.training.steps
+    )
+    plan = layer_dropout.draw_keep_plan(
+        key,
+        p,
+        batch_size=config.training.batch_size,
+        groups=dropout.row_groups,
+        menu=_menu(config),
+    )._replace(residual_scale=layer_dropout.residual_scales(dropout, p))
+    return plan, plan.keep.mean(dtype=jnp.float32)
+
+
+def _microbatch_loss(definition: ModelDefinition, config: RunConfig, layout: Layout) -> Callable:
+    """Returns the loss of a microbatch and the losses of its exits, as a function of its parts."""
+    dropout, constrain = config.layer_dropout, definition.constrain
+    execution = layer_dropout.Execution(
+        dropout.execution,
+        max(dropout.row_groups // config.training.gradient_accumulation, 1),
+        _menu(config),
+        lambda x: constrain(x, "batch", "residual", "activation"),
+    )
+    slots = max_active_exits(config.early_exit, config.model.num_layers) - 1
+
+    def loss(parameters, batch, plan, exits, positions, valid_tokens):
+        model = definition.model(parameters)
+        early, last = model.exit_states(
+            model.embed(batch.tokens),
+            model.rows(batch.positions, batch.segment_ids),
+            exits.slot_of_layer,
+            slots,
+            positions=positions,
+            plan=plan,
+            execution=execution,
+        )
+        return early_exit_loss(
+            early,
+            last,
+            model.head_weight,
+            batch.targets,
+            batch.valid,
+            exits.weights,
+            valid_tokens,
+            positions=None if positions is None else positions.reshape(-1),
+            norm=model.final_norm,
+            chunk=config.training.loss_chunk,
+            z_loss=config.early_exit.z_loss,
+            vocab_size=model.config.vocab_size,
+            layout=layout,
+        )
+
+    return loss
+
+
+def _batch_gradient(definition: ModelDefinition, config: RunConfig, layout: Layout) -> Callable:
+    """Returns the loss of a batch and its gradient, added up over its microbatches."""
+    accumulation = config.training.gradient_accumulation
+    rows = config.training.batch_size // accumulation
+    function = jax.value_and_grad(_microbatch_loss(definition, config, layout), has_aux=True)
+
+    def gradient(parameters, batch, plan, *rest):
+        def one(index):
+            micro = jax.tree.map(lambda array: array[index], batch)
+            micro_plan = None if plan is None else plan.rows(index * rows, rows)
+            return function(parameters, micro, micro_plan, *rest)
+
+        if accumulation == 1:
+            return one(0)
+
+        def add(total, index):
+            return jax.tree.map(jnp.add, total, one(index)), None
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, 0))
+        total, _ = jax.lax.scan(add, zeros, jnp.arange(accumulation))
+        return total
+
+    return gradient

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,6 +107,16 @@ def test_the_model_card_gives_the_perplexity_of_the_exported_step(exported):
     assert f"at step {STEP}." in card
     for entry in EXITS:
         assert f"| {entry['layers']} | {entry['loss']:.4f} | {entry['perplexity']:.2f} |" in card
+
+
+def test_the_hub_reads_the_perplexity_of_each_exit_from_the_card(exported):
+    data = ModelCard.load(exported / "README.md").data
+    assert data.library_name == "transformers" and "layerskip" in data.tags
+    figures = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert figures == {
+        f"Perplexity of the first {entry['layers']} layers": round(entry["perplexity"], 2)
+        for entry in EXITS
+    }
 
 
 def test_the_config_says_where_the_model_comes_from(exported):

@@ -4,16 +4,18 @@ import dataclasses
 import json
 from pathlib import Path
 
+import optax
 import pytest
 
 from layerskip_jax.commands import plan as command
-from layerskip_jax.config import RunConfig, load_config, recipe_targets
+from layerskip_jax.config import OptimizerConfig, RunConfig, load_config, recipe_targets
 from layerskip_jax.hardware.chips import CHIPS
 from layerskip_jax.hardware.topology import parse_topology
 from layerskip_jax.planning.compile import plan_step, plan_step_apart
 from layerskip_jax.planning.search import candidates, nearest_that_fits, search
 from layerskip_jax.planning.step_plan import fits_text
 from layerskip_jax.schema import ConfigError
+from layerskip_jax.training.optimizer import OPTIMIZERS
 from tests.helpers import small_model, with_training
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -60,6 +62,18 @@ def test_traffic_by_hand():
     # four replicas of 4 devices are on more than one host of 8
     assert (reduce.devices, reduce.over) == (4, "network")
     assert reduce.seconds == pytest.approx(plan.memory.parameters * 2 * 3 / 4 / 50e9)
+
+
+def test_an_optimizer_takes_the_memory_and_the_time_of_its_own_state(monkeypatch):
+    def lion(config, rate, decayed):
+        return optax.lion(rate, mask=decayed)
+
+    monkeypatch.setitem(OPTIMIZERS, "lion", lion)
+    config = _run(data=2, fsdp=4)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(name="lion"))
+    plan = plan_step(config, parse_topology("h100:8"), 16)
+    assert plan.memory.optimizer == plan.memory.parameters
+    assert plan.update_seconds == pytest.approx(20 * plan.memory.parameters / 4 / 3350e9)
 
 
 def test_the_bound_on_the_step_is_the_arithmetic_that_is_printed(capsys):
