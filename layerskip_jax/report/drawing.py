@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import html
 import io
 import math
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -100,24 +100,22 @@ def new_figure(height: float = HEIGHT) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def inline_svg(drawing: Drawing, name: str) -> str:
+def inline_svg(drawing: Drawing, name: str) -> Markup:
     """Returns the figure as an `<svg>` element to stand in an HTML page.
 
     Args:
       drawing: the figure.
       name: prefix of all its ids, so that several figures can share a page.
     """
-    text = svg_text(drawing.figure)
-    svg = text[text.index("<svg") :]
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    view = re.search(r'viewBox="[^"]*"', svg)[0]
-    opening = (
-        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" '
-        f'{view} role="img" aria-label="{html.escape(drawing.label)}">'
+    view, inside = re.search(
+        r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)</svg>', svg_text(drawing.figure), re.DOTALL
+    ).groups()
+    inside = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", inside)
+    opening = Markup(
+        '<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" '
+        '%s role="img" aria-label="%s">'
     )
-    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
+    return opening % (Markup(view), drawing.label) + Markup(inside + "</svg>")
 
 
 def svg_text(figure: Figure) -> str:

@@ -119,12 +119,15 @@ class RunRecord:
         """What to call the plain twin."""
         return str(self.plain.get("label") or "plain twin")
 
-    def speculation_pairs(self) -> list[dict]:
-        """Returns the measured pairs of exit layer and draft length, fastest first.
+    def to_last(self, values: dict[int, float], layers: int) -> float | None:
+        """Returns the ratio of an exit's perplexity to the last one's, None where either lacks."""
+        if not {layers, self.num_layers} <= values.keys():
+            return None
+        return values[layers] / values[self.num_layers]
 
-        Raises:
-          MissingPiece: nothing was measured.
-        """
+    @property
+    def pairs(self) -> list[dict]:
+        """The measured pairs of exit layer and draft length, fastest first."""
         pairs = [
             pair
             for pair in self.speculation.get("pairs") or []
@@ -132,23 +135,27 @@ class RunRecord:
             and number(pair.get("exit_layer")) is not None
             and number(pair.get("draft_length")) is not None
         ]
-        if not pairs:
+        return sorted(pairs, key=lambda pair: -(number(pair.get("speedup")) or 0))
+
+    def speculation_pairs(self) -> list[dict]:
+        """Returns `pairs`.
+
+        Raises:
+          MissingPiece: nothing was measured.
+        """
+        if not self.pairs:
             raise MissingPiece(
                 f"Self-speculation has not been measured yet; {self.command('sweep')} does it."
             )
-        return sorted(pairs, key=lambda pair: -(number(pair.get("speedup")) or 0))
+        return self.pairs
 
     def best_pair(self) -> dict:
-        """Returns the pair that the sweep calls best, with all that was measured of it."""
-        pairs = self.speculation_pairs()
+        """Returns the pair that the sweep calls best, with all measured of it; {} without one."""
         best = self.speculation.get("best")
-        if not isinstance(best, dict):
-            return pairs[0]
-        identity = ("exit_layer", "draft_length")
-        for pair in pairs:
-            if all(pair.get(key) == best.get(key) for key in identity):
+        for pair in self.pairs if isinstance(best, dict) else []:
+            if all(pair[key] == best.get(key) for key in ("exit_layer", "draft_length")):
                 return {**pair, **best}
-        return pairs[0]
+        return self.pairs[0] if self.pairs else {}
 
     def command(self, verb: str) -> str:
         """Returns the command line of another verb on this run."""
