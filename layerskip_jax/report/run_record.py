@@ -25,7 +25,7 @@ class RunRecord:
     Attributes:
       folder: where it lies.
       config: its whole configuration.
-      metrics: one dict a logged step, by step; never empty.
+      metrics: one dict a logged step, by step; `read_run` takes no run without any.
       evaluations: one dict an evaluation that has exits, by step.
       data: the manifest of the training data, or {}.
       speculation: what `layerskip sweep` measured, or {}.
@@ -34,11 +34,11 @@ class RunRecord:
 
     folder: RunFolder
     config: RunConfig
-    metrics: list[dict]
-    evaluations: list[dict]
-    data: dict
-    speculation: dict
-    plain: dict
+    metrics: list[dict] = dataclasses.field(default_factory=list)
+    evaluations: list[dict] = dataclasses.field(default_factory=list)
+    data: dict = dataclasses.field(default_factory=dict)
+    speculation: dict = dataclasses.field(default_factory=dict)
+    plain: dict = dataclasses.field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
