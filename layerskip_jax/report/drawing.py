@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK = "#1b1b1f"
 MUTED = "#55555e"
@@ -40,11 +41,7 @@ STYLE = {
     "svg.hashsalt": "layerskip",
     "font.family": "sans-serif",
     "font.size": 11,
-    "axes.labelsize": 11,
-    "axes.titlesize": 11,
-    "legend.fontsize": 11,
-    "xtick.labelsize": 11,
-    "ytick.labelsize": 11,
+    "axes.titlesize": "medium",
     "text.color": INK,
     "axes.labelcolor": INK,
     "xtick.labelcolor": INK,
@@ -95,9 +92,15 @@ def styled(draw: Callable) -> Callable:
     return wrapper
 
 
-def new_figure(height: float = HEIGHT) -> Figure:
-    """Returns an empty figure of the report's width; `height` in inches of 72 units."""
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+def new_figure(height: float = HEIGHT, **grid: Any) -> tuple[Figure, Any]:
+    """Returns an empty figure of the report's width, and its axes.
+
+    Args:
+      height: in inches of 72 units.
+      **grid: as `Figure.subplots` takes it, for more axes than one.
+    """
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(**grid)
 
 
 def inline_svg(drawing: Drawing, name: str) -> Markup:
@@ -160,7 +163,7 @@ def step_axis(axes: Axes, last: int) -> None:
     """Labels the x axis in optimizer steps from 0 to `last`."""
     axes.set_xlim(0, max(last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("optimizer step, t")
 
 
@@ -177,35 +180,17 @@ def layer_ticks(count: int, first: int, most: int = 12) -> list[int]:
 
 
 def log_axis(axes: Axes, values: np.ndarray) -> None:
-    """Makes the y axis logarithmic around `values`, with three to eight plain numbers on it."""
+    """Makes the y axis logarithmic around `values`, with a few plain numbers on it."""
     low, high = float(values.min()), float(values.max())
     margin = max((high / low) ** 0.08, 1.03)
     low, high = low / margin**1.5, high * margin  # values are written below the lowest curve
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5)):
-        ticks = [d * 10.0**power for power in powers for d in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            axes.yaxis.set_major_locator(FixedLocator(ticks))
-            break
+    decades = math.log10(high / low)
+    by_power = LogLocator(subs=(1,) if decades > 3 else (1, 2, 5))
+    axes.yaxis.set_major_locator(by_power if decades > 1 else MaxNLocator(6, steps=STEPS))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-
-
-def compact_percent(value: float | int) -> str:
-    """Returns a share as a percentage for an axis: 0%, 2.5%, 100%."""
-    return f"{100 * value:.4g}%"
-
-
-def compact(value: float | int) -> str:
-    """Returns a short form for an axis: 0.5, 20, 1,500, 20k, 3M."""
-    size = abs(value)
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):g}{unit}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.6g}"
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

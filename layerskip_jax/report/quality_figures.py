@@ -32,8 +32,7 @@ def perplexity_by_exit(run: RunRecord) -> Drawing:
     """
     ours, plain = run.final_perplexities(), run.plain_perplexities()
     unigram = run.unigram_perplexity
-    figure = new_figure(3.9)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(3.9)
     shown = [*ours.values(), *plain.values(), *([unigram] if unigram else [])]
     log_axis(axes, np.array(shown))
     if unigram:
@@ -127,8 +126,7 @@ def training_loss(run: RunRecord) -> Drawing:
     steps, values = run.series("loss")
     if not len(steps):
         raise MissingPiece("No finite loss was logged.")
-    figure = new_figure()
-    axes = figure.add_subplot()
+    figure, axes = new_figure()
     axes.plot(*thin(steps, values, 500), color=BLUE, alpha=0.3, linewidth=1)
     smoothed = smooth(steps, values)
     axes.plot(*smoothed, color=BLUE)
@@ -154,8 +152,7 @@ def exit_losses(run: RunRecord) -> Drawing:
     series = run.exit_series()
     if not series:
         raise MissingPiece("No loss by exit was logged.")
-    figure = new_figure()
-    axes = figure.add_subplot()
+    figure, axes = new_figure()
     color = depth_colors(run.num_layers)
     smoothed = {}
     for layers, (steps, values) in series.items():
@@ -222,8 +219,7 @@ def perplexity_over_training(run: RunRecord) -> Drawing:
     for evaluation in run.evaluations:
         for layers, value in perplexities(evaluation).items():
             by_exit.setdefault(layers, []).append((evaluation["step"], value))
-    figure = new_figure()
-    axes = figure.add_subplot()
+    figure, axes = new_figure()
     color = depth_colors(run.num_layers)
     exits = sorted(by_exit)
     alone = bool(run.evaluation_note)
