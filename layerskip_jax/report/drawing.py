@@ -142,6 +142,13 @@ def depth_colors(num_layers: int) -> Callable[[int], tuple]:
     return lambda layers: ramp(0.7 * (num_layers - layers) / max(num_layers - 1, 1))
 
 
+def depth_figure(exits: list[int], num_layers: int) -> tuple[Figure, Axes, Callable]:
+    """Returns a figure for curves of several exits with its colour bar, and `depth_colors`."""
+    figure, axes = new_figure()
+    add_depth_bar(figure, axes, exits, num_layers)
+    return figure, axes, depth_colors(num_layers)
+
+
 def add_depth_bar(figure: Figure, axes: Axes, exits: list[int], num_layers: int) -> None:
     """Puts a colour bar beside `axes` that tells which colour is which of `exits`."""
     color = depth_colors(num_layers)
@@ -201,6 +208,20 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray,
     for chunk in np.array_split(np.arange(len(steps)), limit // 2):
         kept += sorted({chunk[values[chunk].argmin()], chunk[values[chunk].argmax()]})
     return steps[kept], values[kept]
+
+
+def plot_trend(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, points: int = 400, **line: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws all values faintly, at most about `points` of them, and boldly what `smooth` returns.
+
+    Returns:
+      the steps and values of the bold curve.
+    """
+    axes.plot(*thin(steps, values, points), alpha=0.25, **{**line, "linewidth": 0.9})
+    trend = smooth(steps, values, min(points, 150))
+    axes.plot(*trend, zorder=3, **line)
+    return trend
 
 
 def smooth(

@@ -3,6 +3,7 @@
 import html
 import importlib.resources
 import io
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -23,30 +24,25 @@ from layerskip_jax.schema import UserError, nearest
 
 MOST_ROWS = 10  # of a table beside a figure
 
-SECTIONS: dict[str, dict[str, Callable]] = {
-    "quality": {"perplexity_by_exit": quality_figures.perplexity_by_exit},
-    "loss": {
-        "training_loss": quality_figures.training_loss,
-        "exit_losses": quality_figures.exit_losses,
-    },
-    "movement": {"perplexity_over_training": quality_figures.perplexity_over_training},
-    "schedules": {
-        "drop_probability": schedule_figures.drop_probability_map,
-        "exit_curriculum": schedule_figures.exit_curriculum_map,
-        "exit_weights": schedule_figures.exit_weight_bars,
-    },
-    "vitals": {
-        "throughput": speed_figures.throughput,
-        "layers_run": speed_figures.layers_run,
-        "gradient_norm": speed_figures.gradient_norm,
-        "learning_rate": speed_figures.learning_rate,
-    },
-    "speculation": {
-        "speculation_speed": speed_figures.speculation_speed,
-        "acceptance_by_position": speed_figures.acceptance_by_position,
-    },
+# Sections of the template and the figures in them, each known to the user by its function's name.
+SECTIONS: dict[str, tuple[Callable, ...]] = {
+    "quality": (quality_figures.perplexity_by_exit,),
+    "loss": (quality_figures.training_loss, quality_figures.exit_losses),
+    "movement": (quality_figures.perplexity_over_training,),
+    "schedules": (
+        schedule_figures.drop_probability,
+        schedule_figures.exit_curriculum,
+        schedule_figures.exit_weights,
+    ),
+    "vitals": (
+        speed_figures.throughput,
+        speed_figures.layers_run,
+        speed_figures.gradient_norm,
+        speed_figures.learning_rate,
+    ),
+    "speculation": (speed_figures.speculation_speed, speed_figures.acceptance_by_position),
 }
-FIGURES = {name: draw for named in SECTIONS.values() for name, draw in named.items()}
+FIGURES = {draw.__name__: draw for draws in SECTIONS.values() for draw in draws}
 
 # A row of a table as the template takes it: a CSS class, or "", and the cells.
 Row = tuple[str, list[str]]
@@ -65,11 +61,12 @@ def write_report(workdir: str | PurePath, output: str | Path | None = None) -> A
     run = read_run(workdir)
     if output:
         require_local(output, "--output")
-        _write(Path(output), build_page(run).encode())
-        return Path(output)
-    _write(run.folder.report_file, build_page(run).encode())
+    path = Path(output) if output else run.folder.report_file
+    _write(path, build_page(run).encode())
+    if output:
+        return path
     run.folder.upload()
-    return run.folder.shown(run.folder.report_file)
+    return run.folder.shown(path)
 
 
 def save_figure(workdir: str | PurePath, name: str, path: str | Path) -> Path:
@@ -116,7 +113,7 @@ def build_page(run: RunRecord) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"code": _code, "inline_svg": inline_svg}
+    environment.filters |= {"amount": amount, "code": _code, "inline_svg": inline_svg}
     template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
     home = run.folder.home
     return template.render(
@@ -125,7 +122,7 @@ def build_page(run: RunRecord) -> str:
         css=(files / "page.css").read_text(encoding="utf-8"),
         sentence=sentence(run),
         headline=headline(run),
-        drawn={key: _draw(run, named) for key, named in SECTIONS.items()},
+        drawn={key: _draw(run, draws) for key, draws in SECTIONS.items()},
         exit_rows=_exit_rows(run),
         **_movement(run),
         **_speculation(run),
@@ -139,12 +136,12 @@ def _code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text)))
 
 
-def _draw(run: RunRecord, named: dict[str, Callable]) -> dict[str, Any]:
+def _draw(run: RunRecord, draws: tuple[Callable, ...]) -> dict[str, Any]:
     """Draws the figures of a section; a note stands for each that the run cannot fill."""
     drawings, notes = {}, []
-    for name, draw in named.items():
+    for draw in draws:
         try:
-            drawings[name] = draw(run)
+            drawings[draw.__name__] = draw(run)
         except MissingPiece as missing:
             notes.append(str(missing))
     return {"drawings": drawings, "notes": list(dict.fromkeys(notes))}
@@ -171,38 +168,35 @@ def _movement(run: RunRecord) -> dict[str, Any]:
             rows.append(("", [f"{evaluation['step']:,}", *ends, times(ratio)]))
     if len(rows) < 2 or run.middle == run.num_layers:
         rows = []
-    every = -(-len(rows) // MOST_ROWS) or 1
-    return {"movement_rows": rows[::-1][::every][::-1], "movement_every": every}
+    every = math.ceil(len(rows) / MOST_ROWS)
+    return {"movement_rows": rows[::-1][:: every or 1][::-1], "movement_every": every}
 
 
 def _speculation(run: RunRecord) -> dict[str, Any]:
     """Returns rows of all measured pairs, and what they were measured on and against."""
     best, rows = run.best_pair(), []
     for pair in run.pairs:
-        marked = all(pair[key] == best.get(key) for key in ("exit_layer", "draft_length"))
+        marked = all(pair[key] == best[key] for key in ("exit_layer", "draft_length"))
         pair = best if marked else pair
         same = pair.get("identical")
         cells = [
             str(pair["exit_layer"]),
             str(pair["draft_length"]),
             percent(number(pair.get("acceptance")), 1),
-            amount(number(pair.get("tokens_per_cycle"))),
-            amount(number(pair.get("tokens_per_second"))),
+            *(amount(number(pair.get(key))) for key in ("tokens_per_cycle", "tokens_per_second")),
             times(number(pair.get("speedup"))),
             ("yes" if same else "no") if isinstance(same, bool) else "–",
         ]
         rows.append(("best" if marked else "", cells))
-    measured = {
-        "prompts": "prompts",
-        "prompt_tokens": "prompt tokens each",
-        "new_tokens": "new tokens each",
-    }
-    counts = {key: run.speculation.get(key) for key in measured}
-    plain = number(run.speculation.get("plain_tokens_per_second"))
+    measured = {"prompts": "", "prompt_tokens": " each", "new_tokens": " each"}
     return {
         "pair_rows": rows,
-        "measured_on": [f"{n:,} {measured[k]}" for k, n in counts.items() if isinstance(n, int)],
-        "plain_speed": amount(plain) if plain else "",
+        "measured_on": [
+            f"{run.speculation[key]:,} {key.replace('_', ' ')}{each}"
+            for key, each in measured.items()
+            if isinstance(run.speculation.get(key), int)
+        ],
+        "plain_speed": number(run.speculation.get("plain_tokens_per_second")),
     }
 
 

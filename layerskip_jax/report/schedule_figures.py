@@ -9,7 +9,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.ticker import PercentFormatter
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS, active_exits, exit_weights
+from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS, active_exits
+from layerskip_jax.early_exit_loss import exit_weights as weights_at
 from layerskip_jax.layer_dropout import drop_probabilities
 from layerskip_jax.report.drawing import (
     BLUE,
@@ -34,7 +35,13 @@ def sampled_steps(total_steps: int, limit: int = COLUMNS) -> np.ndarray:
 
 
 def drop_map(config: RunConfig, steps: np.ndarray) -> np.ndarray:
-    """Returns p(l, t) as an array [L, len(steps)]."""
+    """Returns p(l, t) as an array [L, len(steps)].
+
+    Raises:
+      MissingPiece: layer dropout is off.
+    """
+    if config.layer_dropout.p_max == 0:
+        raise MissingPiece("Layer dropout is off (p_max = 0): every layer runs at every step.")
 
     def one(step):
         return drop_probabilities(
@@ -60,7 +67,7 @@ def exit_means(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     def sums(steps):
         def one(step):
             on = active_exits(config.early_exit, layers, step, total)
-            weights = exit_weights(config.early_exit, layers, step, total)
+            weights = weights_at(config.early_exit, layers, step, total)
             return jnp.where(step < total, jnp.stack([on, weights]), 0.0)
 
         return jax.vmap(one)(steps).sum(0)
@@ -83,17 +90,14 @@ def rotation_period(config: RunConfig) -> int:
 
 
 @styled
-def drop_probability_map(run: RunRecord) -> Drawing:
+def drop_probability(run: RunRecord) -> Drawing:
     """Draws p(l, t) over steps and layers.
 
     Raises:
       MissingPiece: layer dropout is off.
     """
     config = run.config.layer_dropout
-    if config.p_max == 0:
-        raise MissingPiece("Layer dropout is off (p_max = 0): every layer runs at every step.")
-    steps = sampled_steps(run.total_steps)
-    p = drop_map(run.config, steps)
+    p = drop_map(run.config, sampled_steps(run.total_steps))
     figure, axes = new_figure(_height(run.num_layers))
     image = _heat(axes, p, run, run.total_steps, cmap="Blues", vmin=0, vmax=config.p_max)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=22, format=PercentFormatter(1))
@@ -116,7 +120,7 @@ def drop_probability_map(run: RunRecord) -> Drawing:
 
 
 @styled
-def exit_curriculum_map(run: RunRecord) -> Drawing:
+def exit_curriculum(run: RunRecord) -> Drawing:
     """Draws which exits are on at which steps, beside the share of all steps.
 
     A rotational curriculum is drawn step by step from its beginning; a gradual one, which
@@ -172,7 +176,7 @@ def exit_curriculum_map(run: RunRecord) -> Drawing:
 
 
 @styled
-def exit_weight_bars(run: RunRecord) -> Drawing:
+def exit_weights(run: RunRecord) -> Drawing:
     """Draws the mean weight of each exit in the loss.
 
     Raises:

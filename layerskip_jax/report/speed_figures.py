@@ -9,10 +9,9 @@ from layerskip_jax.report.drawing import (
     STEPS,
     VERMILION,
     Drawing,
-    add_depth_bar,
-    depth_colors,
+    depth_figure,
     new_figure,
-    smooth,
+    plot_trend,
     step_axis,
     styled,
     thin,
@@ -31,8 +30,7 @@ def _curve(run: RunRecord, key: str, name: str, *, smoothed: bool = True):
         raise MissingPiece(f"No {name} was logged.")
     figure, axes = new_figure(SMALL)
     if smoothed:
-        axes.plot(*thin(steps, values, 400), color=BLUE, alpha=0.3, linewidth=1)
-        axes.plot(*smooth(steps, values), color=BLUE)
+        plot_trend(axes, steps, values, color=BLUE)
     else:
         axes.plot(*thin(steps, values, 300), color=BLUE)
     step_axis(axes, run.last_step)
@@ -118,11 +116,9 @@ def _power(value: float) -> str:
 @styled
 def layers_run(run: RunRecord) -> Drawing:
     """Draws the share of layers that training ran, against what the schedule expects."""
-    if run.config.layer_dropout.p_max == 0:
-        raise MissingPiece("Layer dropout is off (p_max = 0): every layer runs at every step.")
-    figure, axes, values = _curve(run, "layers_run", "share of layers run")
     steps = sampled_steps(run.total_steps)
     expected = 1 - drop_map(run.config, steps).mean(axis=0)
+    figure, axes, values = _curve(run, "layers_run", "share of layers run")
     axes.plot(steps, expected, color=VERMILION, linestyle="--", linewidth=1.4)
     low = min(float(values.min()), float(expected.min()))
     axes.set_ylim(max(low - 0.25 * (1 - low) - 0.01, 0), 1)
@@ -148,12 +144,11 @@ def speculation_speed(run: RunRecord) -> Drawing:
     pairs = [p for p in run.speculation_pairs() if number(p.get("tokens_per_second"))]
     if not pairs:
         raise MissingPiece("The sweep holds no decoding speed.")
-    figure, axes = new_figure()
-    color = depth_colors(run.num_layers)
     curves: dict[int, list] = {}
     for pair in sorted(pairs, key=lambda pair: (pair["exit_layer"], pair["draft_length"])):
         point = pair["draft_length"], pair["tokens_per_second"]
         curves.setdefault(pair["exit_layer"], []).append(point)
+    figure, axes, color = depth_figure(list(curves), run.num_layers)
     for exit_layer, points in curves.items():
         axes.plot(*zip(*points, strict=True), color=color(exit_layer), marker="o", linewidth=1.5)
     best, spoken = run.best_pair(), ""
@@ -178,7 +173,6 @@ def speculation_speed(run: RunRecord) -> Drawing:
     axes.set_xlim(min(lengths) - 0.5, max(lengths) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
     axes.set_xlabel("draft length, G (tokens)")
-    add_depth_bar(figure, axes, list(curves), run.num_layers)
     return Drawing(
         figure,
         "Decoding speed",
@@ -202,18 +196,16 @@ def acceptance_by_position(run: RunRecord) -> Drawing:
     }
     if not longest:
         raise MissingPiece("The sweep holds no acceptance by draft position.")
-    figure, axes = new_figure()
-    color = depth_colors(run.num_layers)
+    figure, axes, color = depth_figure(sorted(longest), run.num_layers)
     spoken = []
     for exit_layer in sorted(longest):
-        rates = [number(r) for r in longest[exit_layer]["acceptance_by_position"]]
-        rates = [np.nan if r is None else r for r in rates]
+        rates = longest[exit_layer]["acceptance_by_position"]
+        rates = [np.nan if number(rate) is None else rate for rate in rates]
         axes.plot(range(1, len(rates) + 1), rates, color=color(exit_layer), marker="o")
         spoken.append(f"exit {exit_layer}: " + ", ".join(percent(r) for r in rates))
     axes.set(ylim=(0, 1.03), xlabel="position in the draft", ylabel="accepted")
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    add_depth_bar(figure, axes, sorted(longest), run.num_layers)
     return Drawing(
         figure,
         "Acceptance by draft position",
