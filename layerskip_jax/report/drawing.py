@@ -29,6 +29,7 @@ GREY = "#6b6b75"
 WIDTH, HEIGHT = 5.0, 3.6
 
 STEPS = (1, 2, 5, 10)  # tick intervals, times a power of ten
+PLAIN = "{x:,.6g}"  # 0.5, 20, 1,500
 
 # For words written among the curves.
 LABEL = {
@@ -197,7 +198,7 @@ def log_axis(axes: Axes, values: np.ndarray) -> None:
     by_power = LogLocator(subs=(1,) if decades > 3 else (1, 2, 5))
     axes.yaxis.set_major_locator(by_power if decades > 1 else MaxNLocator(6, steps=STEPS))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(PLAIN)
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -79,11 +79,6 @@ class RunRecord:
         series = {layers: _points(points[layers]) for layers in sorted(points)}
         return {layers: s for layers, s in series.items() if len(s[0])}
 
-    def latest(self, key: str) -> float | None:
-        """Returns the last finite value logged for `key`."""
-        values = self.series(key)[1]
-        return float(values[-1]) if len(values) else None
-
     def final_perplexities(self) -> dict[int, float]:
         """Returns perplexity by layers run at the last evaluation.
 

@@ -6,6 +6,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from layerskip_jax.report.drawing import (
     BLUE,
     GREY,
+    PLAIN,
     STEPS,
     VERMILION,
     Drawing,
@@ -35,6 +36,7 @@ def _curve(run: RunRecord, key: str, name: str, *, smoothed: bool = True):
         axes.plot(*thin(steps, values, 300), color=BLUE)
     step_axis(axes, run.last_step)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+    axes.yaxis.set_major_formatter(PLAIN)
     axes.set_ylabel(name)
     return figure, axes, values
 

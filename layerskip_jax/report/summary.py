@@ -80,7 +80,8 @@ def _model(run: RunRecord) -> Tile:
 
 
 def _tokens(run: RunRecord) -> Tile:
-    seen = run.latest("tokens")
+    counts = run.series("tokens")[1]
+    seen = float(counts[-1]) if len(counts) else None
     text = f"After {run.last_step:,} of {run.total_steps:,} optimizer steps, padding included."
     split = run.data.get("train")
     tokens = number(split.get("tokens")) if isinstance(split, dict) else None
