@@ -280,11 +280,14 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_wheel_holds_the_package_and_the_recipes(wheel):
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "layerskip_jax").rglob("*.py")}
-    assert names == files | {
-        f"layerskip_jax/configs/{name}.py" for name in (*recipe_names(), "common")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "layerskip_jax").rglob("*.*")
+        if path.suffix != ".pyc"
     }
+    recipes = {f"layerskip_jax/configs/{name}.py" for name in (*recipe_names(), "common")}
+    assert names == files | recipes
 
 
 @pytest.mark.slow

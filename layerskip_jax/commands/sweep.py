@@ -22,7 +22,9 @@ from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.generation.sweep import sweep
-from layerskip_jax.report.sweep_figure import draw_speedup
+from layerskip_jax.report.drawing import svg_text
+from layerskip_jax.report.run_record import RunRecord
+from layerskip_jax.report.speed_figures import speculation_speed
 from layerskip_jax.run_folder.atomic import write_json, write_text
 from layerskip_jax.run_folder.paths import read_prompt
 from layerskip_jax.schema import ConfigError, UserError, require
@@ -92,9 +94,8 @@ def main(argv: list[str]) -> int:
     _print(result)
     write_json(run.folder.speculation_file, result)
     write_text(run.folder.speculation_file.with_suffix(".csv"), _csv(result))
-    figure = io.StringIO()
-    draw_speedup(result).savefig(figure, format="svg")
-    write_text(run.folder.speculation_file.with_suffix(".svg"), figure.getvalue())
+    figure = speculation_speed(RunRecord(run.folder, config, speculation=result)).figure
+    write_text(run.folder.speculation_file.with_suffix(".svg"), svg_text(figure))
     run.folder.upload()
     if options.json:
         write_json(options.json, result)

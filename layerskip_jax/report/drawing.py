@@ -2,19 +2,20 @@
 
 import dataclasses
 import functools
-import html
 import io
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK = "#1b1b1f"
 MUTED = "#55555e"
@@ -28,6 +29,7 @@ GREY = "#6b6b75"
 WIDTH, HEIGHT = 5.0, 3.6
 
 STEPS = (1, 2, 5, 10)  # tick intervals, times a power of ten
+PLAIN = "{x:,.6g}"  # 0.5, 20, 1,500
 
 # For words written among the curves.
 LABEL = {
@@ -40,11 +42,7 @@ STYLE = {
     "svg.hashsalt": "layerskip",
     "font.family": "sans-serif",
     "font.size": 11,
-    "axes.labelsize": 11,
-    "axes.titlesize": 11,
-    "legend.fontsize": 11,
-    "xtick.labelsize": 11,
-    "ytick.labelsize": 11,
+    "axes.titlesize": "medium",
     "text.color": INK,
     "axes.labelcolor": INK,
     "xtick.labelcolor": INK,
@@ -95,29 +93,33 @@ def styled(draw: Callable) -> Callable:
     return wrapper
 
 
-def new_figure(height: float = HEIGHT) -> Figure:
-    """Returns an empty figure of the report's width; `height` in inches of 72 units."""
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+def new_figure(height: float = HEIGHT, **grid: Any) -> tuple[Figure, Any]:
+    """Returns an empty figure of the report's width, and its axes.
+
+    Args:
+      height: in inches of 72 units.
+      **grid: as `Figure.subplots` takes it, for more axes than one.
+    """
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(**grid)
 
 
-def inline_svg(drawing: Drawing, name: str) -> str:
+def inline_svg(drawing: Drawing, name: str) -> Markup:
     """Returns the figure as an `<svg>` element to stand in an HTML page.
 
     Args:
       drawing: the figure.
       name: prefix of all its ids, so that several figures can share a page.
     """
-    text = svg_text(drawing.figure)
-    svg = text[text.index("<svg") :]
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    view = re.search(r'viewBox="[^"]*"', svg)[0]
-    opening = (
-        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" '
-        f'{view} role="img" aria-label="{html.escape(drawing.label)}">'
+    view, inside = re.search(
+        r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)</svg>', svg_text(drawing.figure), re.DOTALL
+    ).groups()
+    inside = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", inside)
+    opening = Markup(
+        '<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" '
+        '%s role="img" aria-label="%s">'
     )
-    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
+    return opening % (Markup(view), drawing.label) + Markup(inside + "</svg>")
 
 
 def svg_text(figure: Figure) -> str:
@@ -141,6 +143,13 @@ def depth_colors(num_layers: int) -> Callable[[int], tuple]:
     return lambda layers: ramp(0.7 * (num_layers - layers) / max(num_layers - 1, 1))
 
 
+def depth_figure(exits: list[int], num_layers: int) -> tuple[Figure, Axes, Callable]:
+    """Returns a figure for curves of several exits with its colour bar, and `depth_colors`."""
+    figure, axes = new_figure()
+    add_depth_bar(figure, axes, exits, num_layers)
+    return figure, axes, depth_colors(num_layers)
+
+
 def add_depth_bar(figure: Figure, axes: Axes, exits: list[int], num_layers: int) -> None:
     """Puts a colour bar beside `axes` that tells which colour is which of `exits`."""
     color = depth_colors(num_layers)
@@ -162,7 +171,7 @@ def step_axis(axes: Axes, last: int) -> None:
     """Labels the x axis in optimizer steps from 0 to `last`."""
     axes.set_xlim(0, max(last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("optimizer step, t")
 
 
@@ -179,35 +188,17 @@ def layer_ticks(count: int, first: int, most: int = 12) -> list[int]:
 
 
 def log_axis(axes: Axes, values: np.ndarray) -> None:
-    """Makes the y axis logarithmic around `values`, with three to eight plain numbers on it."""
+    """Makes the y axis logarithmic around `values`, with a few plain numbers on it."""
     low, high = float(values.min()), float(values.max())
     margin = max((high / low) ** 0.08, 1.03)
     low, high = low / margin**1.5, high * margin  # values are written below the lowest curve
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5)):
-        ticks = [d * 10.0**power for power in powers for d in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            axes.yaxis.set_major_locator(FixedLocator(ticks))
-            break
+    decades = math.log10(high / low)
+    by_power = LogLocator(subs=(1,) if decades > 3 else (1, 2, 5))
+    axes.yaxis.set_major_locator(by_power if decades > 1 else MaxNLocator(6, steps=STEPS))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-
-
-def compact_percent(value: float | int) -> str:
-    """Returns a share as a percentage for an axis: 0%, 2.5%, 100%."""
-    return f"{100 * value:.4g}%"
-
-
-def compact(value: float | int) -> str:
-    """Returns a short form for an axis: 0.5, 20, 1,500, 20k, 3M."""
-    size = abs(value)
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):g}{unit}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.6g}"
+    axes.yaxis.set_major_formatter(PLAIN)
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -218,6 +209,20 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray,
     for chunk in np.array_split(np.arange(len(steps)), limit // 2):
         kept += sorted({chunk[values[chunk].argmin()], chunk[values[chunk].argmax()]})
     return steps[kept], values[kept]
+
+
+def plot_trend(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, points: int = 400, **line: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws all values faintly, at most about `points` of them, and boldly what `smooth` returns.
+
+    Returns:
+      the steps and values of the bold curve.
+    """
+    axes.plot(*thin(steps, values, points), alpha=0.25, **{**line, "linewidth": 0.9})
+    trend = smooth(steps, values, min(points, 150))
+    axes.plot(*trend, zorder=3, **line)
+    return trend
 
 
 def smooth(

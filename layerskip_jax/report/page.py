@@ -1,16 +1,21 @@
 """The report: one HTML page of a run that needs nothing beside itself."""
 
 import html
-import os
+import importlib.resources
+import io
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.report import quality_figures, schedule_figures, speed_figures
-from layerskip_jax.report.drawing import svg_text
-from layerskip_jax.report.html_parts import escape, figures, paragraph, table, tiles
+from layerskip_jax.report.drawing import inline_svg, svg_text
 from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, perplexities, read_run
-from layerskip_jax.report.stylesheet import CSS
 from layerskip_jax.report.summary import headline, sentence
 from layerskip_jax.report.words import amount, percent, times
 from layerskip_jax.run_folder.atomic import write_bytes
@@ -19,30 +24,28 @@ from layerskip_jax.schema import UserError, nearest
 
 MOST_ROWS = 10  # of a table beside a figure
 
-QUALITY = {"perplexity_by_exit": quality_figures.perplexity_by_exit}
-LOSSES = {
-    "training_loss": quality_figures.training_loss,
-    "exit_losses": quality_figures.exit_losses,
+# Sections of the template and the figures in them, each known to the user by its function's name.
+SECTIONS: dict[str, tuple[Callable, ...]] = {
+    "quality": (quality_figures.perplexity_by_exit,),
+    "loss": (quality_figures.training_loss, quality_figures.exit_losses),
+    "movement": (quality_figures.perplexity_over_training,),
+    "schedules": (
+        schedule_figures.drop_probability,
+        schedule_figures.exit_curriculum,
+        schedule_figures.exit_weights,
+    ),
+    "vitals": (
+        speed_figures.throughput,
+        speed_figures.layers_run,
+        speed_figures.gradient_norm,
+        speed_figures.learning_rate,
+    ),
+    "speculation": (speed_figures.speculation_speed, speed_figures.acceptance_by_position),
 }
-MOVEMENT = {"perplexity_over_training": quality_figures.perplexity_over_training}
-SCHEDULES = {
-    "drop_probability": schedule_figures.drop_probability_map,
-    "exit_curriculum": schedule_figures.exit_curriculum_map,
-    "exit_weights": schedule_figures.exit_weight_bars,
-}
-VITALS = {
-    "throughput": speed_figures.throughput,
-    "layers_run": speed_figures.layers_run,
-    "gradient_norm": speed_figures.gradient_norm,
-    "learning_rate": speed_figures.learning_rate,
-}
-SPECULATION = {
-    "speculation_speed": speed_figures.speculation_speed,
-    "acceptance_by_position": speed_figures.acceptance_by_position,
-}
-FIGURES: dict[str, Callable] = {
-    **QUALITY, **LOSSES, **MOVEMENT, **SCHEDULES, **VITALS, **SPECULATION,
-}  # fmt: skip
+FIGURES = {draw.__name__: draw for draws in SECTIONS.values() for draw in draws}
+
+# A row of a table as the template takes it: a CSS class, or "", and the cells.
+Row = tuple[str, list[str]]
 
 
 def write_report(workdir: str | PurePath, output: str | Path | None = None) -> AnyPath:
@@ -58,11 +61,12 @@ def write_report(workdir: str | PurePath, output: str | Path | None = None) -> A
     run = read_run(workdir)
     if output:
         require_local(output, "--output")
-        _write(Path(output), build_page(run).encode())
-        return Path(output)
-    _write(run.folder.report_file, build_page(run).encode())
+    path = Path(output) if output else run.folder.report_file
+    _write(path, build_page(run).encode())
+    if output:
+        return path
     run.folder.upload()
-    return run.folder.shown(run.folder.report_file)
+    return run.folder.shown(path)
 
 
 def save_figure(workdir: str | PurePath, name: str, path: str | Path) -> Path:
@@ -83,16 +87,15 @@ def save_figure(workdir: str | PurePath, name: str, path: str | Path) -> Path:
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"{path} must end in .svg or .png")
     try:
-        drawing = FIGURES[name](read_run(workdir))
+        figure = FIGURES[name](read_run(workdir)).figure
     except MissingPiece as missing:
         raise UserError(str(missing)) from missing
     if path.suffix == ".svg":
-        content = svg_text(drawing.figure).encode()
+        content = svg_text(figure).encode()
     else:
-        temporary = path.with_name(f".{os.getpid()}.{path.name}")
-        drawing.figure.savefig(temporary, dpi=200)
-        content = temporary.read_bytes()
-        temporary.unlink()
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=200)
+        content = picture.getvalue()
     _write(path, content)
     return path
 
@@ -106,179 +109,103 @@ def _write(path: Path, content: bytes) -> None:
 
 def build_page(run: RunRecord) -> str:
     """Returns the whole page as HTML."""
-    home = run.folder.home
-    name = (home if is_remote(home) else home.resolve()).name
-    sections = [
-        ("quality", "Perplexity by exit", figures(run, [*QUALITY.items()], _exit_table(run))),
-        ("loss", "Training loss", figures(run, [*LOSSES.items()])),
-        ("movement", "Perplexity by exit over the training", _movement(run)),
-        ("schedules", "What was dropped, and which exits learned", _schedules(run)),
-        ("vitals", "Throughput, gradient and learning rate", figures(run, [*VITALS.items()])),
-        ("speculation", "What self-speculation gained", _speculation(run)),
-        ("config", "Configuration and data", _settings(run)),
-    ]
-    links = "\n".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
-    body = "\n".join(
-        f'<section id="{key}">\n<h2>{escape(title)}</h2>\n{content}\n</section>'
-        for key, title, content in sections
+    files = importlib.resources.files(__package__)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(name)} – LayerSkip run</title>
-<style>{CSS}</style>
-</head>
-<body>
-<header>
-<h1>{html.escape(name)}</h1>
-{paragraph(sentence(run) or "A LayerSkip training run.", "lead")}
-{tiles(headline(run))}
-<nav aria-label="Sections">
-{links}
-</nav>
-</header>
-<main>
-{body}
-</main>
-<footer>{paragraph(f"Made by {run.command('report')}.")}</footer>
-</body>
-</html>
-"""
+    environment.filters |= {"amount": amount, "code": _code, "inline_svg": inline_svg}
+    template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
+    home = run.folder.home
+    return template.render(
+        run=run,
+        name=(home if is_remote(home) else home.resolve()).name,
+        css=(files / "page.css").read_text(encoding="utf-8"),
+        sentence=sentence(run),
+        headline=headline(run),
+        drawn={key: _draw(run, draws) for key, draws in SECTIONS.items()},
+        exit_rows=_exit_rows(run),
+        **_movement(run),
+        **_speculation(run),
+        config_rows=_config_rows(run.config),
+        data_rows=[("", [key, value]) for key, value in _flat(run.data).items()],
+    )
 
 
-def _exit_table(run: RunRecord) -> str:
-    try:
-        ours, plain = run.final_perplexities(), run.plain_perplexities()
-    except MissingPiece:
-        return ""
-    last = ours.get(run.num_layers)
-    headings = ["layers run, E", "perplexity", "to the last exit"]
-    note = "“To the last exit” is the ratio of the perplexity to that of all layers."
-    if plain:
-        headings += ["plain twin", "to its last exit"]
+def _code(text: str) -> Markup:
+    """Escapes plain text; what stands between backticks becomes `<code>`."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text)))
+
+
+def _draw(run: RunRecord, draws: tuple[Callable, ...]) -> dict[str, Any]:
+    """Draws the figures of a section; a note stands for each that the run cannot fill."""
+    drawings, notes = {}, []
+    for draw in draws:
+        try:
+            drawings[draw.__name__] = draw(run)
+        except MissingPiece as missing:
+            notes.append(str(missing))
+    return {"drawings": drawings, "notes": list(dict.fromkeys(notes))}
+
+
+def _exit_rows(run: RunRecord) -> list[Row]:
+    ours, plain = run.final_perplexities() if run.evaluations else {}, run.plain_perplexities()
     rows = []
     for layers, value in ours.items():
-        row = [str(layers), amount(value), times(value / last if last else None)]
+        cells = [str(layers), amount(value), times(run.to_last(ours, layers))]
         if plain:
-            twin, twin_last = plain.get(layers), plain.get(run.num_layers)
-            both = twin is not None and twin_last is not None
-            row += [amount(twin), times(twin / twin_last if both else None)]
-        rows.append(row)
-    marked = [i for i, layers in enumerate(ours) if layers == run.middle]
-    if run.num_layers > 1 and marked:
-        note += " The middle exit is set off."
-    return table("The same in numbers", headings, rows, note=note, marked=marked)
+            cells += [amount(plain.get(layers)), times(run.to_last(plain, layers))]
+        rows.append(("best" if layers == run.middle < run.num_layers else "", cells))
+    return rows
 
 
-def _movement(run: RunRecord) -> str:
-    middle, last = run.middle, run.num_layers
+def _movement(run: RunRecord) -> dict[str, Any]:
+    """Returns rows of the middle and the last exit, and how many evaluations lie between two."""
     rows = []
     for evaluation in run.evaluations:
         values = perplexities(evaluation)
-        if {middle, last} <= values.keys():
-            ratio = times(values[middle] / values[last])
-            step = f"{evaluation['step']:,}"
-            rows.append([step, amount(values[middle]), amount(values[last]), ratio])
-    if len(rows) < 2 or middle == last:
-        return figures(run, [*MOVEMENT.items()])
-    every = -(-len(rows) // MOST_ROWS)
-    numbers = table(
-        "The middle and the last exit",
-        ["step", f"exit {middle}", f"exit {last}", "ratio"],
-        rows[::-1][::every][::-1],
-        note=f"Validation perplexity. {run.evaluation_note}"
-        + (f" Every {every} evaluations, counted from the last." if every > 1 else ""),
-    )
-    return figures(run, [*MOVEMENT.items()], numbers)
+        if ratio := run.to_last(values, run.middle):
+            ends = [amount(values[run.middle]), amount(values[run.num_layers])]
+            rows.append(("", [f"{evaluation['step']:,}", *ends, times(ratio)]))
+    if len(rows) < 2 or run.middle == run.num_layers:
+        rows = []
+    every = math.ceil(len(rows) / MOST_ROWS)
+    return {"movement_rows": rows[::-1][:: every or 1][::-1], "movement_every": every}
 
 
-def _schedules(run: RunRecord) -> str:
-    intro = (
-        "Both are functions of the step alone, drawn here from the configuration for the whole "
-        "run, with no measurement in them."
-    )
-    return paragraph(intro) + figures(run, [*SCHEDULES.items()])
-
-
-def _speculation(run: RunRecord) -> str:
-    try:
-        pairs, best = run.speculation_pairs(), run.best_pair()
-    except MissingPiece as missing:
-        return paragraph(str(missing), "note")
-    plain = number(run.speculation.get("plain_tokens_per_second"))
-    measured = [
-        f"{run.speculation[key]:,} {words}"
-        for key, words in (
-            ("prompts", "prompts"),
-            ("prompt_tokens", "prompt tokens each"),
-            ("new_tokens", "new tokens each"),
-        )
-        if isinstance(run.speculation.get(key), int)
-    ]
-    intro = (
-        "The first E layers draft G tokens, one after the other; the remaining layers verify all "
-        "of them in one pass and keep the prefix they agree with."
-    )
-    if measured:
-        intro += f" Measured on {', '.join(measured)}."
-    if plain:
-        intro += f" Plain decoding: {amount(plain)} tokens/s."
-    rows, marked = [], []
-    for index, pair in enumerate(pairs):
-        if all(pair[key] == best.get(key) for key in ("exit_layer", "draft_length")):
-            marked.append(index)
-            pair = best
+def _speculation(run: RunRecord) -> dict[str, Any]:
+    """Returns rows of all measured pairs, and what they were measured on and against."""
+    best, rows = run.best_pair(), []
+    for pair in run.pairs:
+        marked = all(pair[key] == best[key] for key in ("exit_layer", "draft_length"))
+        pair = best if marked else pair
         same = pair.get("identical")
-        rows.append(
-            [
-                str(pair["exit_layer"]),
-                str(pair["draft_length"]),
-                percent(number(pair.get("acceptance")), 1),
-                amount(number(pair.get("tokens_per_cycle"))),
-                amount(number(pair.get("tokens_per_second"))),
-                times(number(pair.get("speedup"))),
-                {True: "yes", False: "no"}.get(same, "–") if isinstance(same, bool) else "–",
-            ]
-        )
-    pair_table = table(
-        "All pairs, fastest first",
-        ["exit, E", "draft, G", "accepted", "tokens/cycle", "tokens/s", "speedup", "same output"],
-        rows,
-        marked=marked,
-        note="Accepted: drafted tokens that were kept, of all drafted. Tokens/cycle: mean number "
-        "of new tokens for each pass of the verifying layers. Speedup: tokens/s to those of "
-        "plain decoding. Same output: every token equals plain decoding's. The marked pair was "
-        "run against plain decoding; the others are predicted from how often the drafts of "
-        "their exit were accepted and from the measured time of a cycle.",
-    )
-    return paragraph(intro) + figures(run, [*SPECULATION.items()]) + pair_table
+        cells = [
+            str(pair["exit_layer"]),
+            str(pair["draft_length"]),
+            percent(number(pair.get("acceptance")), 1),
+            *(amount(number(pair.get(key))) for key in ("tokens_per_cycle", "tokens_per_second")),
+            times(number(pair.get("speedup"))),
+            ("yes" if same else "no") if isinstance(same, bool) else "–",
+        ]
+        rows.append(("best" if marked else "", cells))
+    measured = {"prompts": "", "prompt_tokens": " each", "new_tokens": " each"}
+    return {
+        "pair_rows": rows,
+        "measured_on": [
+            f"{run.speculation[key]:,} {key.replace('_', ' ')}{each}"
+            for key, each in measured.items()
+            if isinstance(run.speculation.get(key), int)
+        ],
+        "plain_speed": number(run.speculation.get("plain_tokens_per_second")),
+    }
 
 
-def _settings(run: RunRecord) -> str:
-    values, defaults = _flat(run.config.to_dict()), _flat(RunConfig().to_dict())
-    rows = [[key, value, defaults.get(key, "–")] for key, value in values.items()]
-    changed = [i for i, (_, value, default) in enumerate(rows) if value != default]
-    config_table = table(
-        "",
-        ["setting", "value", "default"],
-        rows,
-        marked=changed,
-        text_columns=(0, 1, 2),
-        kind="changed",
-    )
-    parts = [
-        paragraph(f"{len(changed)} of {len(rows)} settings differ from their defaults (bold)."),
-        f"<details>\n<summary>All settings</summary>\n{config_table}\n</details>",
-    ]
-    if run.data:
-        data_rows = [[key, value] for key, value in _flat(run.data).items()]
-        data_table = table("", ["data", "value"], data_rows, text_columns=(0, 1))
-        parts.append(f"<details>\n<summary>The training data</summary>\n{data_table}\n</details>")
-    else:
-        parts.append(paragraph("The folder holds no manifest of its data (data.json)."))
-    return "\n".join(parts)
+def _config_rows(config: RunConfig) -> list[Row]:
+    defaults, rows = _flat(RunConfig().to_dict()), []
+    for key, value in _flat(config.to_dict()).items():
+        default = defaults.get(key, "–")
+        rows.append(("changed" if value != default else "", [key, value, default]))
+    return rows
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, str]:
@@ -286,13 +213,15 @@ def _flat(values: dict, prefix: str = "") -> dict[str, str]:
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            flat[prefix + str(key)] = f"{value:,}"
+            flat |= _flat(value, f"{prefix}{key}.")
+            continue
+        if isinstance(value, int) and not isinstance(value, bool):
+            text = f"{value:,}"
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            flat[prefix + str(key)] = f"{len(value):,} of them"
+            text = f"{len(value):,} of them"
         elif isinstance(value, list):
-            flat[prefix + str(key)] = ", ".join(map(str, value)) or "(none)"
+            text = ", ".join(map(str, value))
         else:
-            flat[prefix + str(key)] = "(none)" if value in ("", None) else str(value)
+            text = "" if value is None else str(value)
+        flat[f"{prefix}{key}"] = text or "(none)"
     return flat

@@ -1,7 +1,6 @@
 """Figures of how good each exit is: perplexity by exit, and losses over the training."""
 
 import numpy as np
-from matplotlib.ticker import FixedLocator
 
 from layerskip_jax.report.drawing import (
     BLUE,
@@ -9,12 +8,11 @@ from layerskip_jax.report.drawing import (
     LABEL,
     VERMILION,
     Drawing,
-    add_depth_bar,
-    depth_colors,
+    depth_figure,
     layer_ticks,
     log_axis,
     new_figure,
-    smooth,
+    plot_trend,
     step_axis,
     styled,
     thin,
@@ -32,8 +30,7 @@ def perplexity_by_exit(run: RunRecord) -> Drawing:
     """
     ours, plain = run.final_perplexities(), run.plain_perplexities()
     unigram = run.unigram_perplexity
-    figure = new_figure(3.9)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(3.9)
     shown = [*ours.values(), *plain.values(), *([unigram] if unigram else [])]
     log_axis(axes, np.array(shown))
     if unigram:
@@ -50,13 +47,9 @@ def perplexity_by_exit(run: RunRecord) -> Drawing:
             label=label if len(label) < 42 else label[:40] + "…",
         )
     axes.plot(list(ours), list(ours.values()), color=BLUE, marker="o", label="this run")
-    _mark_middle(axes, ours, run, BLUE, above=False)
-    _mark_middle(axes, plain, run, VERMILION, above=True)
-    _mark_last(axes, ours, plain, run)
-    axes.set_xlim(0.5, run.num_layers * 1.13 + 0.35)
-    axes.xaxis.set_major_locator(FixedLocator(layer_ticks(run.num_layers, 1)))
-    axes.set_xlabel("layers run before the exit, E")
-    axes.set_ylabel("perplexity (log scale)")
+    _write_values(axes, ours, plain, run)
+    axes.set(xlabel="layers run before the exit, E", ylabel="perplexity (log scale)")
+    axes.set(xlim=(0.5, run.num_layers * 1.13 + 0.35), xticks=layer_ticks(run.num_layers, 1))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=1)
 
@@ -84,37 +77,25 @@ def perplexity_by_exit(run: RunRecord) -> Drawing:
     return Drawing(figure, title, spoken, caption)
 
 
-def _mark_middle(axes, values: dict[int, float], run: RunRecord, color: str, *, above: bool):
-    if run.middle in values and run.middle < run.num_layers:
+def _write_values(axes, ours: dict[int, float], plain: dict[int, float], run: RunRecord) -> None:
+    """Writes the values of the middle exit, and of the last one apart where they would overlap."""
+    middle, last = run.middle, run.num_layers
+
+    def write(layers: int, value: float, color: str, shift: tuple[int, int], **place) -> None:
         axes.annotate(
-            amount(values[run.middle]),
-            (run.middle, values[run.middle]),
-            xytext=(0, 7 if above else -7),
-            textcoords="offset points",
-            ha="left" if above else "right",
-            va="bottom" if above else "top",
-            color=color,
-            **LABEL,
-        )
+            amount(value), (layers, value), xytext=shift, textcoords="offset points", color=color,
+            **place, **LABEL,
+        )  # fmt: skip
 
-
-def _mark_last(axes, ours: dict[int, float], plain: dict[int, float], run: RunRecord) -> None:
-    """Writes the values of the last exit at the right, apart where they would overlap."""
-    last = run.num_layers
-    ends = [(v[last], color) for v, color in ((ours, BLUE), (plain, VERMILION)) if last in v]
-    ends.sort(key=lambda end: end[0])
+    if middle in ours and middle < last:
+        write(middle, ours[middle], BLUE, (0, -7), ha="right", va="top")
+    if middle in plain and middle < last:
+        write(middle, plain[middle], VERMILION, (0, 7), ha="left", va="bottom")
+    ends = sorted((v[last], color) for v, color in ((ours, BLUE), (plain, VERMILION)) if last in v)
     low, high = axes.get_ylim()
     near = len(ends) == 2 and np.log(ends[1][0] / ends[0][0]) < 0.08 * np.log(high / low)
     for (value, color), shift in zip(ends, (-7, 7), strict=False):
-        axes.annotate(
-            amount(value),
-            (last, value),
-            xytext=(7, shift if near else 0),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            **LABEL,
-        )
+        write(last, value, color, (7, shift if near else 0), va="center")
 
 
 def _spoken(values: dict[int, float]) -> str:
@@ -127,11 +108,8 @@ def training_loss(run: RunRecord) -> Drawing:
     steps, values = run.series("loss")
     if not len(steps):
         raise MissingPiece("No finite loss was logged.")
-    figure = new_figure()
-    axes = figure.add_subplot()
-    axes.plot(*thin(steps, values, 500), color=BLUE, alpha=0.3, linewidth=1)
-    smoothed = smooth(steps, values)
-    axes.plot(*smoothed, color=BLUE)
+    figure, axes = new_figure()
+    smoothed = plot_trend(axes, steps, values, color=BLUE)
     cut = _loss_axis(axes, run, [smoothed], values)
     axes.set_ylabel("loss J (nats per token)")
     weighting = (
@@ -154,20 +132,15 @@ def exit_losses(run: RunRecord) -> Drawing:
     series = run.exit_series()
     if not series:
         raise MissingPiece("No loss by exit was logged.")
-    figure = new_figure()
-    axes = figure.add_subplot()
-    color = depth_colors(run.num_layers)
-    smoothed = {}
-    for layers, (steps, values) in series.items():
-        last = layers == run.num_layers
-        raw = thin(steps, values, max(1200 // len(series), 40))
-        axes.plot(*raw, color=color(layers), alpha=0.2, linewidth=0.8)
-        smoothed[layers] = smooth(steps, values, max(1500 // len(series), 50))
-        axes.plot(*smoothed[layers], color=color(layers), linewidth=2.4 if last else 1.5, zorder=3)
+    figure, axes, color = depth_figure(list(series), run.num_layers)
+    points = max(1200 // len(series), 50)
+    smoothed = {
+        layers: plot_trend(axes, *curve, points, color=color(layers), linewidth=_width(run, layers))
+        for layers, curve in series.items()
+    }
     values = np.concatenate([values for _, values in series.values()])
     cut = _loss_axis(axes, run, list(smoothed.values()), values)
     axes.set_ylabel("cross-entropy (nats per token)")
-    add_depth_bar(figure, axes, list(series), run.num_layers)
     never = [str(e) for e in range(1, run.num_layers + 1) if e not in series]
     missing = ""
     if never and run.config.early_exit.curriculum != "last":
@@ -182,6 +155,10 @@ def exit_losses(run: RunRecord) -> Drawing:
         f"the steps since the record before in which the exit was on.{missing} "
         f"{_drawn(run, max(len(steps) for steps, _ in series.values()))}{cut}",
     )
+
+
+def _width(run: RunRecord, layers: int) -> float:
+    return 2.4 if layers == run.num_layers else 1.5
 
 
 def _drawn(run: RunRecord, points: int) -> str:
@@ -222,39 +199,26 @@ def perplexity_over_training(run: RunRecord) -> Drawing:
     for evaluation in run.evaluations:
         for layers, value in perplexities(evaluation).items():
             by_exit.setdefault(layers, []).append((evaluation["step"], value))
-    figure = new_figure()
-    axes = figure.add_subplot()
-    color = depth_colors(run.num_layers)
     exits = sorted(by_exit)
+    figure, axes, color = depth_figure(exits, run.num_layers)
     alone = bool(run.evaluation_note)
     for layers in exits:
-        last = layers == run.num_layers
         steps, values = np.array(by_exit[layers]).T
         if alone:
-            axes.plot(
-                steps[-1],
-                values[-1],
-                color=color(layers),
-                marker="D",
-                markerfacecolor="white",
-                zorder=3,
-                clip_on=False,
-            )
+            diamond = {"marker": "D", "markerfacecolor": "white", "zorder": 3, "clip_on": False}
+            axes.plot(steps[-1], values[-1], color=color(layers), **diamond)
             steps, values = steps[:-1], values[:-1]
         axes.plot(
             *thin(steps, values, 150),
             color=color(layers),
             marker="o" if len(steps) <= 25 else None,
             markersize=3,
-            linewidth=2.4 if last else 1.5,
+            linewidth=_width(run, layers),
         )
     log_axis(axes, np.array([value for pairs in by_exit.values() for _, value in pairs]))
     step_axis(axes, max(run.last_step, run.evaluations[-1]["step"]))
     axes.set_ylabel("perplexity (log scale)")
-    add_depth_bar(figure, axes, exits, run.num_layers)
-    note = f" {run.evaluation_note}" if alone else ""
-    if alone:
-        note += " Diamonds: the last."
+    note = f" {run.evaluation_note} Diamonds: the last." if alone else ""
     moves = join_words(
         [f"exit {e} from {amount(by_exit[e][0][1])} to {amount(by_exit[e][-1][1])}" for e in exits]
     )

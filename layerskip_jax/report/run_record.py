@@ -25,7 +25,7 @@ class RunRecord:
     Attributes:
       folder: where it lies.
       config: its whole configuration.
-      metrics: one dict a logged step, by step; never empty.
+      metrics: one dict a logged step, by step; `read_run` takes no run without any.
       evaluations: one dict an evaluation that has exits, by step.
       data: the manifest of the training data, or {}.
       speculation: what `layerskip sweep` measured, or {}.
@@ -34,11 +34,11 @@ class RunRecord:
 
     folder: RunFolder
     config: RunConfig
-    metrics: list[dict]
-    evaluations: list[dict]
-    data: dict
-    speculation: dict
-    plain: dict
+    metrics: list[dict] = dataclasses.field(default_factory=list)
+    evaluations: list[dict] = dataclasses.field(default_factory=list)
+    data: dict = dataclasses.field(default_factory=dict)
+    speculation: dict = dataclasses.field(default_factory=dict)
+    plain: dict = dataclasses.field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -79,11 +79,6 @@ class RunRecord:
         series = {layers: _points(points[layers]) for layers in sorted(points)}
         return {layers: s for layers, s in series.items() if len(s[0])}
 
-    def latest(self, key: str) -> float | None:
-        """Returns the last finite value logged for `key`."""
-        values = self.series(key)[1]
-        return float(values[-1]) if len(values) else None
-
     def final_perplexities(self) -> dict[int, float]:
         """Returns perplexity by layers run at the last evaluation.
 
@@ -119,12 +114,15 @@ class RunRecord:
         """What to call the plain twin."""
         return str(self.plain.get("label") or "plain twin")
 
-    def speculation_pairs(self) -> list[dict]:
-        """Returns the measured pairs of exit layer and draft length, fastest first.
+    def to_last(self, values: dict[int, float], layers: int) -> float | None:
+        """Returns the ratio of an exit's perplexity to the last one's, None where either lacks."""
+        if not {layers, self.num_layers} <= values.keys():
+            return None
+        return values[layers] / values[self.num_layers]
 
-        Raises:
-          MissingPiece: nothing was measured.
-        """
+    @property
+    def pairs(self) -> list[dict]:
+        """The measured pairs of exit layer and draft length, fastest first."""
         pairs = [
             pair
             for pair in self.speculation.get("pairs") or []
@@ -132,23 +130,27 @@ class RunRecord:
             and number(pair.get("exit_layer")) is not None
             and number(pair.get("draft_length")) is not None
         ]
-        if not pairs:
+        return sorted(pairs, key=lambda pair: -(number(pair.get("speedup")) or 0))
+
+    def speculation_pairs(self) -> list[dict]:
+        """Returns `pairs`.
+
+        Raises:
+          MissingPiece: nothing was measured.
+        """
+        if not self.pairs:
             raise MissingPiece(
                 f"Self-speculation has not been measured yet; {self.command('sweep')} does it."
             )
-        return sorted(pairs, key=lambda pair: -(number(pair.get("speedup")) or 0))
+        return self.pairs
 
     def best_pair(self) -> dict:
-        """Returns the pair that the sweep calls best, with all that was measured of it."""
-        pairs = self.speculation_pairs()
+        """Returns the pair that the sweep calls best, with all measured of it; {} without one."""
         best = self.speculation.get("best")
-        if not isinstance(best, dict):
-            return pairs[0]
-        identity = ("exit_layer", "draft_length")
-        for pair in pairs:
-            if all(pair.get(key) == best.get(key) for key in identity):
+        for pair in self.pairs if isinstance(best, dict) else []:
+            if all(pair[key] == best.get(key) for key in ("exit_layer", "draft_length")):
                 return {**pair, **best}
-        return pairs[0]
+        return self.pairs[0] if self.pairs else {}
 
     def command(self, verb: str) -> str:
         """Returns the command line of another verb on this run."""

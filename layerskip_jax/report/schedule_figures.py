@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.colors import ListedColormap
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import PercentFormatter
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS, active_exits, exit_weights
+from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS, active_exits
+from layerskip_jax.early_exit_loss import exit_weights as weights_at
 from layerskip_jax.layer_dropout import drop_probabilities
 from layerskip_jax.report.drawing import (
     BLUE,
     INK,
     Drawing,
-    compact,
-    compact_percent,
     layer_ticks,
     new_figure,
     step_axis,
@@ -27,7 +26,6 @@ from layerskip_jax.report.words import percent
 
 COLUMNS = 120  # most steps drawn side by side; finer than that no screen shows
 WINDOW = 48  # most steps of a curriculum that turns at every step
-PERCENTS = FuncFormatter(lambda value, _: compact_percent(value))
 MOST_TICKS = 14
 
 
@@ -37,7 +35,13 @@ def sampled_steps(total_steps: int, limit: int = COLUMNS) -> np.ndarray:
 
 
 def drop_map(config: RunConfig, steps: np.ndarray) -> np.ndarray:
-    """Returns p(l, t) as an array [L, len(steps)]."""
+    """Returns p(l, t) as an array [L, len(steps)].
+
+    Raises:
+      MissingPiece: layer dropout is off.
+    """
+    if config.layer_dropout.p_max == 0:
+        raise MissingPiece("Layer dropout is off (p_max = 0): every layer runs at every step.")
 
     def one(step):
         return drop_probabilities(
@@ -63,7 +67,7 @@ def exit_means(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     def sums(steps):
         def one(step):
             on = active_exits(config.early_exit, layers, step, total)
-            weights = exit_weights(config.early_exit, layers, step, total)
+            weights = weights_at(config.early_exit, layers, step, total)
             return jnp.where(step < total, jnp.stack([on, weights]), 0.0)
 
         return jax.vmap(one)(steps).sum(0)
@@ -86,24 +90,19 @@ def rotation_period(config: RunConfig) -> int:
 
 
 @styled
-def drop_probability_map(run: RunRecord) -> Drawing:
+def drop_probability(run: RunRecord) -> Drawing:
     """Draws p(l, t) over steps and layers.
 
     Raises:
       MissingPiece: layer dropout is off.
     """
     config = run.config.layer_dropout
-    if config.p_max == 0:
-        raise MissingPiece("Layer dropout is off (p_max = 0): every layer runs at every step.")
-    steps = sampled_steps(run.total_steps)
-    p = drop_map(run.config, steps)
-    figure = new_figure(_height(run.num_layers))
-    axes = figure.add_subplot()
+    p = drop_map(run.config, sampled_steps(run.total_steps))
+    figure, axes = new_figure(_height(run.num_layers))
     image = _heat(axes, p, run, run.total_steps, cmap="Blues", vmin=0, vmax=config.p_max)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=22, format=PERCENTS)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=22, format=PercentFormatter(1))
     bar.outline.set_visible(False)
     bar.set_label("skip probability")
-    axes.grid(False)
     note = _mark_now(axes, run)
     kept = 1 - float(p.mean())
     return Drawing(
@@ -121,7 +120,7 @@ def drop_probability_map(run: RunRecord) -> Drawing:
 
 
 @styled
-def exit_curriculum_map(run: RunRecord) -> Drawing:
+def exit_curriculum(run: RunRecord) -> Drawing:
     """Draws which exits are on at which steps, beside the share of all steps.
 
     A rotational curriculum is drawn step by step from its beginning; a gradual one, which
@@ -149,11 +148,11 @@ def exit_curriculum_map(run: RunRecord) -> Drawing:
         steps, end = sampled_steps(total), total
         caption += " Left: all steps. "
     on, (share, _) = exit_map(run.config, steps), exit_means(run.config)
-    figure = new_figure(_height(run.num_layers))
-    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
+    figure, (axes, side) = new_figure(
+        _height(run.num_layers), ncols=2, sharey=True, width_ratios=(2.6, 1)
+    )
     colors = ListedColormap(["#eeeef2", BLUE])
     _heat(axes, on.astype(float), run, end, cmap=colors, vmin=0, vmax=1)
-    axes.grid(False)
     if len(steps) == end:
         # White seams turn the blocks back into single steps and layers.
         seams = {"color": "white", "linewidth": 0.6}
@@ -161,10 +160,8 @@ def exit_curriculum_map(run: RunRecord) -> Drawing:
         axes.hlines(np.arange(run.num_layers) - 0.5, -0.5, end - 0.5, **seams)
     note = _mark_now(axes, run) if end == total else ""
     side.barh(np.arange(run.num_layers), share, color=BLUE, height=0.75)
-    side.set_xlim(0, 1)
-    side.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
-    side.xaxis.set_major_formatter(PERCENTS)
-    side.set_xlabel("on, of all steps")
+    side.set(xlim=(0, 1), xticks=(0, 0.5, 1), xlabel="on, of all steps")
+    side.xaxis.set_major_formatter(PercentFormatter(1))
     side.tick_params(axis="y", length=0)
     side.grid(False, axis="y")
     shares = ", ".join(f"layer {layer} {percent(float(s))}" for layer, s in enumerate(share))
@@ -179,7 +176,7 @@ def exit_curriculum_map(run: RunRecord) -> Drawing:
 
 
 @styled
-def exit_weight_bars(run: RunRecord) -> Drawing:
+def exit_weights(run: RunRecord) -> Drawing:
     """Draws the mean weight of each exit in the loss.
 
     Raises:
@@ -189,8 +186,7 @@ def exit_weight_bars(run: RunRecord) -> Drawing:
     if config.curriculum == "last":
         raise MissingPiece(CURRICULA["last"].caption)
     _, weights = exit_means(run.config)
-    figure = new_figure(_height(run.num_layers))
-    axes = figure.add_subplot()
+    figure, axes = new_figure(_height(run.num_layers))
     layers = np.arange(run.num_layers)
     axes.barh(layers, weights, color=BLUE, height=0.75)
     labelled = layers if run.num_layers <= 24 else layer_ticks(run.num_layers, 0, MOST_TICKS)
@@ -200,9 +196,8 @@ def exit_weight_bars(run: RunRecord) -> Drawing:
             text, (weights[layer], layer), xytext=(4, 0), textcoords="offset points", va="center",
             color=INK,
         )  # fmt: skip
-    axes.set_xlim(0, 1.22 * float(weights.max()))
-    axes.xaxis.set_major_formatter(PERCENTS)
-    axes.set_xlabel("mean weight in the loss")
+    axes.set(xlim=(0, 1.22 * float(weights.max())), xlabel="mean weight in the loss")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(False, axis="y")
     _layer_axis(axes, run.num_layers)
     listed = ", ".join(f"layer {layer} {percent(float(weights[layer]), 1)}" for layer in layers)
@@ -221,9 +216,8 @@ def _height(num_layers: int) -> float:
 
 
 def _layer_axis(axes, num_layers: int) -> None:
-    axes.set_ylim(-0.5, num_layers - 0.5)
-    axes.yaxis.set_major_locator(FixedLocator(layer_ticks(num_layers, 0, MOST_TICKS)))
-    axes.set_ylabel("layer, l")
+    ticks = layer_ticks(num_layers, 0, MOST_TICKS)
+    axes.set(ylim=(-0.5, num_layers - 0.5), yticks=ticks, ylabel="layer, l")
 
 
 def _heat(axes, values: np.ndarray, run: RunRecord, end: int, **style):
@@ -231,6 +225,7 @@ def _heat(axes, values: np.ndarray, run: RunRecord, end: int, **style):
     image = axes.imshow(
         values, origin="lower", aspect="auto", interpolation="none", extent=extent, **style
     )
+    axes.grid(False)
     step_axis(axes, end)
     axes.set_xlim(-0.5, end - 0.5)
     _layer_axis(axes, run.num_layers)
@@ -243,4 +238,4 @@ def _mark_now(axes, run: RunRecord) -> str:
     if run.last_step >= run.total_steps:
         return ""
     axes.axvline(run.last_step, color=INK, linestyle="--", linewidth=1.2)
-    return f" Dashed: step {compact(run.last_step)}, where the run stands."
+    return f" Dashed: step {run.last_step:,}, where the run stands."

@@ -1,20 +1,18 @@
 """Figures of how fast: throughput and its companions, and what self-speculation gained."""
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from layerskip_jax.report.drawing import (
     BLUE,
     GREY,
+    PLAIN,
     STEPS,
     VERMILION,
     Drawing,
-    add_depth_bar,
-    compact,
-    compact_percent,
-    depth_colors,
+    depth_figure,
     new_figure,
-    smooth,
+    plot_trend,
     step_axis,
     styled,
     thin,
@@ -31,16 +29,15 @@ def _curve(run: RunRecord, key: str, name: str, *, smoothed: bool = True):
     steps, values = run.series(key)
     if not len(steps):
         raise MissingPiece(f"No {name} was logged.")
-    figure = new_figure(SMALL)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(SMALL)
     if smoothed:
-        axes.plot(*thin(steps, values, 400), color=BLUE, alpha=0.3, linewidth=1)
-        axes.plot(*smooth(steps, values), color=BLUE)
+        plot_trend(axes, steps, values, color=BLUE)
     else:
         axes.plot(*thin(steps, values, 300), color=BLUE)
     step_axis(axes, run.last_step)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.set_ylabel(name)
     return figure, axes, values
 
 
@@ -62,6 +59,7 @@ def throughput(run: RunRecord) -> Drawing:
     median = float(np.median(values))
     cut = _limit(axes, values, median)
     axes.set_ylabel("tokens per second")
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     return Drawing(
         figure,
         "Training throughput",
@@ -85,7 +83,6 @@ def gradient_norm(run: RunRecord) -> Drawing:
     elif clip > 0:
         text = f"Gradients longer than {clip:g} would be scaled down to that."
     cut = _limit(axes, values, clip if near else 0.0)
-    axes.set_ylabel("gradient norm")
     return Drawing(
         figure,
         "Gradient norm",
@@ -101,8 +98,7 @@ def learning_rate(run: RunRecord) -> Drawing:
     """Draws the learning rate."""
     figure, axes, values = _curve(run, "learning_rate", "learning rate", smoothed=False)
     axes.set_ylim(0, 1.08 * float(values.max()) or 1)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
-    axes.set_ylabel("learning rate")
+    axes.yaxis.set_major_formatter(lambda value, _: _power(value))
     schedule = run.config.optimizer.schedule
     return Drawing(
         figure,
@@ -122,16 +118,13 @@ def _power(value: float) -> str:
 @styled
 def layers_run(run: RunRecord) -> Drawing:
     """Draws the share of layers that training ran, against what the schedule expects."""
-    if run.config.layer_dropout.p_max == 0:
-        raise MissingPiece("Layer dropout is off (p_max = 0): every layer runs at every step.")
-    figure, axes, values = _curve(run, "layers_run", "share of layers run")
     steps = sampled_steps(run.total_steps)
     expected = 1 - drop_map(run.config, steps).mean(axis=0)
+    figure, axes, values = _curve(run, "layers_run", "share of layers run")
     axes.plot(steps, expected, color=VERMILION, linestyle="--", linewidth=1.4)
     low = min(float(values.min()), float(expected.min()))
     axes.set_ylim(max(low - 0.25 * (1 - low) - 0.01, 0), 1)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact_percent(value)))
-    axes.set_ylabel("share of layers run")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     mean = float(values.mean())
     return Drawing(
         figure,
@@ -153,48 +146,35 @@ def speculation_speed(run: RunRecord) -> Drawing:
     pairs = [p for p in run.speculation_pairs() if number(p.get("tokens_per_second"))]
     if not pairs:
         raise MissingPiece("The sweep holds no decoding speed.")
-    figure = new_figure()
-    axes = figure.add_subplot()
-    color = depth_colors(run.num_layers)
-    exits = sorted({p["exit_layer"] for p in pairs})
-    for exit_layer in exits:
-        rows = sorted(
-            (p["draft_length"], p["tokens_per_second"])
-            for p in pairs
-            if p["exit_layer"] == exit_layer
-        )
-        axes.plot(*zip(*rows, strict=True), color=color(exit_layer), marker="o", linewidth=1.5)
-    top = max(p["tokens_per_second"] for p in pairs)
-    plain = number(run.speculation.get("plain_tokens_per_second"))
-    lengths = [p["draft_length"] for p in pairs]
+    curves: dict[int, list] = {}
+    for pair in sorted(pairs, key=lambda pair: (pair["exit_layer"], pair["draft_length"])):
+        point = pair["draft_length"], pair["tokens_per_second"]
+        curves.setdefault(pair["exit_layer"], []).append(point)
+    figure, axes, color = depth_figure(list(curves), run.num_layers)
+    for exit_layer, points in curves.items():
+        axes.plot(*zip(*points, strict=True), color=color(exit_layer), marker="o", linewidth=1.5)
     best, spoken = run.best_pair(), ""
     speed = number(best.get("tokens_per_second"))
+    plain = number(run.speculation.get("plain_tokens_per_second"))
     if speed:
         pair = f"E={best['exit_layer']}, G={best['draft_length']}"
-        axes.plot(
-            [best["draft_length"]],
-            [speed],
-            color=color(best["exit_layer"]),
-            marker="*",
-            markersize=13,
-            linestyle="none",
-            zorder=4,
-            label=f"best: {amount(speed)} tokens/s ({pair})",
-        )
+        label = f"best: {amount(speed)} tokens/s ({pair})"
+        star = {"marker": "*", "markersize": 13, "linestyle": "none", "zorder": 4}
+        axes.plot(best["draft_length"], speed, color=color(best["exit_layer"]), label=label, **star)
         spoken += f"; the best, {pair}, makes {amount(speed)}"
     if plain:
         label = f"plain decoding: {amount(plain)} tokens/s"
         axes.axhline(plain, color=GREY, linestyle="--", linewidth=1.4, label=label)
-        top, spoken = max(top, plain), f"{spoken}; plain decoding makes {amount(plain)}"
+        spoken += f"; plain decoding makes {amount(plain)}"
     if spoken:
         figure.legend(loc="outside upper left", ncols=1)
+    top = max(*(p["tokens_per_second"] for p in pairs), plain or 0)
+    axes.set(ylim=(0, 1.08 * top), ylabel="tokens per second")
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    lengths = [p["draft_length"] for p in pairs]
     axes.set_xlim(min(lengths) - 0.5, max(lengths) + 0.5)
-    axes.set_ylim(0, 1.08 * top)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.set_xlabel("draft length, G (tokens)")
-    axes.set_ylabel("tokens per second")
-    add_depth_bar(figure, axes, exits, run.num_layers)
     return Drawing(
         figure,
         "Decoding speed",
@@ -211,30 +191,23 @@ def acceptance_by_position(run: RunRecord) -> Drawing:
     Raises:
       MissingPiece: nothing was measured.
     """
-    longest: dict[int, dict] = {}
-    for pair in run.speculation_pairs():
-        have = longest.get(pair["exit_layer"])
-        if pair.get("acceptance_by_position") and (
-            have is None or pair["draft_length"] > have["draft_length"]
-        ):
-            longest[pair["exit_layer"]] = pair
+    longest = {  # of several pairs of an exit, the last one stays
+        pair["exit_layer"]: pair
+        for pair in sorted(run.speculation_pairs(), key=lambda pair: pair["draft_length"])
+        if pair.get("acceptance_by_position")
+    }
     if not longest:
         raise MissingPiece("The sweep holds no acceptance by draft position.")
-    figure = new_figure()
-    axes = figure.add_subplot()
-    color = depth_colors(run.num_layers)
+    figure, axes, color = depth_figure(sorted(longest), run.num_layers)
     spoken = []
     for exit_layer in sorted(longest):
-        rates = [number(r) for r in longest[exit_layer]["acceptance_by_position"]]
-        rates = [np.nan if r is None else r for r in rates]
+        rates = longest[exit_layer]["acceptance_by_position"]
+        rates = [np.nan if number(rate) is None else rate for rate in rates]
         axes.plot(range(1, len(rates) + 1), rates, color=color(exit_layer), marker="o")
         spoken.append(f"exit {exit_layer}: " + ", ".join(percent(r) for r in rates))
-    axes.set_ylim(0, 1.03)
+    axes.set(ylim=(0, 1.03), xlabel="position in the draft", ylabel="accepted")
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact_percent(value)))
-    axes.set_xlabel("position in the draft")
-    axes.set_ylabel("accepted")
-    add_depth_bar(figure, axes, sorted(longest), run.num_layers)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     return Drawing(
         figure,
         "Acceptance by draft position",

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from layerskip_jax.commands.report import main
-from layerskip_jax.report.html_parts import figure, figures
-from layerskip_jax.report.page import FIGURES, SCHEDULES, build_page, save_figure, write_report
+from layerskip_jax.report.drawing import inline_svg
+from layerskip_jax.report.page import FIGURES, build_page, save_figure, write_report
 from layerskip_jax.report.run_record import read_run
 from layerskip_jax.schema import UserError
 from tests.report.synthetic import make_run, small_config
@@ -82,7 +82,7 @@ def test_ids_are_unique_and_references_lead_somewhere(page):
 
 @pytest.mark.parametrize("name", ["drop_probability", "perplexity_by_exit"])
 def test_a_figure_is_the_same_each_time(run_folder, page, name):
-    assert figure(name, FIGURES[name](read_run(run_folder))) in page
+    assert inline_svg(FIGURES[name](read_run(run_folder)), name) in page
 
 
 def test_page_stays_small(page):
@@ -127,11 +127,11 @@ def test_sparse_pieces_do_not_crash(tmp_path):
     "early_exit", [{"curriculum": "all"}, {"curriculum": "gradual"}, {"curriculum": "last"}]
 )
 def test_every_curriculum_has_its_schedules(tmp_path, early_exit):
-    run = read_run(make_run(tmp_path / "run", small_config(4, 30, **early_exit)))
-    part = figures(run, [*SCHEDULES.items()])
-    assert "figure-drop_probability" in Balanced(part).labels
+    page = build_page(read_run(make_run(tmp_path / "run", small_config(4, 30, **early_exit))))
+    labels = Balanced(page).labels
+    assert "figure-drop_probability" in labels
     learns = early_exit["curriculum"] != "last"
-    assert ("figure-exit_weights" in part) == learns
+    assert ("figure-exit_weights" in labels) == learns
 
 
 def test_text_from_the_user_is_escaped(tmp_path):
