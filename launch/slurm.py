@@ -3,7 +3,7 @@
 usage: launch/slurm.sh --nodes=N --gpus=N [options] -- train --config=... --workdir=... [...]
 
   --nodes=N          nodes; each runs one task
-  --gpus=N           GPUs of each node
+  --gpus=N           GPUs of each node; 0 for nodes of CPUs alone
   --time=LIMIT       time limit of each stay in the queue's machines, as of sbatch (1-00:00:00)
   --name=NAME        of the job (default: layerskip)
   --partition=NAME --account=NAME --qos=NAME    as of sbatch
@@ -36,8 +36,8 @@ def main() -> None:
         flags="dry-run",
     )
     options.need("nodes gpus name python log")
-    options.whole(1, "nodes gpus")
-    options.whole(0, "restarts")
+    options.whole(1, "nodes")
+    options.whole(0, "gpus restarts")
     options.whole(30, "grace")
     options.matching(
         "time",
@@ -51,7 +51,7 @@ def main() -> None:
         f"--job-name={options.name}",
         f"--nodes={options.nodes}",
         "--ntasks-per-node=1",
-        f"--gpus-per-node={options.gpus}",
+        *[f"--gpus-per-node={options.gpus}"] * bool(options.gpus),
         # The nodes whole: all cores to read data with, and all memory.
         "--exclusive",
         "--mem=0",

@@ -37,6 +37,7 @@ DRY_RUNS = {
         + ["--account=me", "--qos=low", "--constraint=h100&ib", "--python=.venv/bin/python"]
         + ["--log=logs/%j.txt", "--restarts=5", "--grace=600"],
     ),
+    "slurm_cpus": ("slurm.sh", ["--nodes=4", "--gpus=0"]),
     "kubernetes_gpu": ("kubernetes_gpu.sh", GPU),
     "kubernetes_gpu_all_options": (
         "kubernetes_gpu.sh",
@@ -134,6 +135,7 @@ REFUSED = [
     ("slurm.sh", ["--nodes=2"], "--gpus is missing"),
     ("slurm.sh", ["--nodes", "2"], "--nodes needs its value behind an equals sign"),
     ("slurm.sh", ["--nodes=two", "--gpus=8"], "--nodes=two must be a whole number of at least 1"),
+    ("slurm.sh", ["--nodes=2", "--gpus=-1"], "--gpus=-1 must be a whole number of at least 0"),
     ("slurm.sh", ["--nodes=2", "--gpus=8", "--time=soon"], "--time=soon must be minutes"),
     ("slurm.sh", ["--nodes=2", "--gpus=8", "--grace=9"], "--grace=9 must be .* at least 30"),
     ("slurm.sh", ["--node=2"], "--node is no option .* there are: nodes gpus"),
