@@ -1,113 +1,90 @@
-"""Fills a JobSet template of this folder and prints it; the Kubernetes launch scripts call it.
+"""What the launch programs for Kubernetes share: checks, and the manifest to kubectl.
 
-usage: python3 launch/jobset.py TEMPLATE NAME=VALUE ... -- COMMAND ...
-
-A `${name}` stands where a value goes; a line whose value is missing is left out, and one with
-`${each_env}` is repeated for each variable. Values are written as JSON, which YAML reads as it
-stands, so no quote, colon or newline of an argument can change the manifest. Standard library
-only: it runs where the scripts run.
+In jobset.yaml a `${name}` stands where a value goes; a line whose value is missing is left out,
+one with `${each_env}` is repeated for each variable, and one that ends with `#only gpu` or
+`#only tpu` is of that kind of JobSet. Values are written as JSON, which YAML reads as it stands,
+so no quote, colon or newline of an argument can change the manifest.
 """
+
+from __future__ import annotations
 
 import json
 import re
 import string
+import subprocess
 import sys
 from pathlib import Path
 
-NUMBERS = ("nodes", "slices", "hosts", "restarts", "grace")
-MULTIPLE = ("env", "limit", "node_selector")
+from options import NAME, Options, refuse, require, say
 
 
-def main(argv: list[str]) -> int:
-    """Prints the manifest."""
-    split = argv.index("--")
-    template, *settings = argv[:split]
-    given: dict[str, str] = {}
-    lists: dict[str, dict[str, str]] = {name: {} for name in MULTIPLE}
-    for setting in settings:
-        name, value = setting.split("=", 1)
-        if name in MULTIPLE:
-            key, value = value.split("=", 1)
-            lists[name][key] = value
-        elif value:
-            given[name] = value
-    text = (Path(__file__).parent / template).read_text()
-    print(render(text, values(given, lists, argv[split + 1 :])), end="")
-    return 0
-
-
-def values(given: dict[str, str], lists: dict[str, dict[str, str]], command: list[str]) -> dict:
-    """Returns what the templates ask for, None for what is to be left out."""
-    numbers = {name: int(given[name]) for name in NUMBERS if name in given}
-    found = {**dict.fromkeys(("namespace", "account")), **given, **numbers}
-    name = found["name"] = given["name"]
-    found["command"] = [
-        given.get("python", "python3"),
-        "-m",
-        "layerskip_jax",
-        # Kubernetes replaces $(NAME) in commands, and reads $$ as one $.
-        *(word.replace("$", "$$") for word in command),
-    ]
-    queue = given.get("queue")
-    found["labels"] = {"kueue.x-k8s.io/queue-name": queue} if queue else None
-    found["env"] = [
-        {"name": key, "value": value.replace("$", "$$")} for key, value in lists["env"].items()
-    ]
-    secret = given.get("secret")
-    found["env_from"] = [{"secretRef": {"name": secret}}] if secret else None
-    claim, _, mount = given.get("pvc", "").partition(":")
-    found["volumes"] = [{"name": "workdir", "persistentVolumeClaim": {"claimName": claim}}] * bool(
-        claim
+def check(options: Options) -> None:
+    """Refuses what Kubernetes would refuse, and a workdir that would be lost."""
+    options.matching("name", *NAME)
+    options.matching("namespace", "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "the name of a namespace")
+    options.whole(0, "restarts")
+    options.whole(1, "grace")
+    options.matching(
+        "pvc", "[a-z0-9][-a-z0-9.]*:/.+", "CLAIM:/PATH, a volume claim and where to mount it"
     )
-    found["mounts"] = [{"name": "workdir", "mountPath": mount}] * bool(claim)
-    found["node_selector"] = lists["node_selector"]
-    found["coordinator"] = f"{name}-worker-0-0.{name}:8476"
-    if "gpus" in given:
-        found["limits"] = {"nvidia.com/gpu": given["gpus"], **lists["limit"]}
-        # Memory that a network adapter reads itself has to be locked.
-        found["security"] = {"capabilities": {"add": ["IPC_LOCK"]}} if lists["limit"] else None
-        # NCCL exchanges through /dev/shm between GPUs without a link; a pod's own is 64 MiB.
-        found["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
-        found["mounts"].append({"name": "shm", "mountPath": "/dev/shm"})
-        found["env"] = [{"name": "NCCL_DEBUG", "value": "WARN"}] * (
-            "NCCL_DEBUG" not in lists["env"]
-        ) + found["env"]
-    else:
-        found["limits"] = {"google.com/tpu": given["chips"]}
-        found["node_selector"] = {
-            "cloud.google.com/gke-tpu-accelerator": given["accelerator"],
-            "cloud.google.com/gke-tpu-topology": given["topology"],
-            **({"cloud.google.com/gke-spot": "true"} if "spot" in given else {}),
-            **(
-                {"cloud.google.com/reservation-name": given["reservation"]}
-                if "reservation" in given
-                else {}
-            ),
-            **found["node_selector"],
-        }
-        found["tolerations"] = [
-            {
-                "key": "cloud.google.com/gke-spot",
-                "operator": "Equal",
-                "value": "true",
-                "effect": "NoSchedule",
-            }
-        ] * ("spot" in given)
-    return found
+    folder, mount = options.workdir(), options.pvc.partition(":")[2]
+    # Anything else is in the container, and gone with it at the first restart.
+    kept = "://" in folder or (mount and f"{folder}/".startswith(f"{mount}/"))
+    if folder and not kept:
+        refuse(
+            f"--workdir={folder} would be lost with the pod; give gs://..., s3://..., or a folder "
+            "under the path of a --pvc=CLAIM:/PATH"
+        )
 
 
-def render(template: str, found: dict) -> str:
+def values(options: Options) -> dict:
+    """Returns what both kinds ask for: the options, and what is made of them."""
+    claim, _, mount = options.pvc.partition(":")
+    env = dict(pair.split("=", 1) for pair in options.env)
+    # Kubernetes replaces $(NAME) in commands and variables, and reads $$ as one $.
+    words = [word.replace("$", "$$") for word in options.command]
+    volume = {"name": "workdir", "persistentVolumeClaim": {"claimName": claim}}
+    return {
+        **vars(options),
+        "command": [options.python or "python3", "-m", "layerskip_jax", *words],
+        "labels": {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else None,
+        "env": [{"name": name, "value": env[name].replace("$", "$$")} for name in env],
+        "env_from": [{"secretRef": {"name": options.secret}}] if options.secret else None,
+        "volumes": [volume] if claim else [],
+        "mounts": [{"name": "workdir", "mountPath": mount}] if claim else [],
+        "node_selector": dict(pair.split("=", 1) for pair in options.node_selector),
+    }
+
+
+def submit(options: Options, kind: str, found: dict) -> None:
+    """Prints the manifest, or has kubectl create its JobSet."""
+    manifest = render(Path(__file__).with_name("jobset.yaml").read_text(), kind, found)
+    if options.dry_run:
+        print(manifest, end="")
+        return
+    require("kubectl", "--dry-run prints the manifest for one elsewhere")
+    # Not apply: over a JobSet of that name it would change nothing, or fail on what is immutable.
+    done = subprocess.run(["kubectl", "create", "--filename=-"], input=manifest.encode())
+    if done.returncode:
+        sys.exit(done.returncode)
+    say(" ".join(["to follow it: kubectl get jobset", options.name, *options.given("namespace")]))
+
+
+def render(template: str, kind: str, found: dict) -> str:
     """Returns the template with every `${name}` replaced by the JSON of its value, in one pass."""
     lines = []
-    for line in template.splitlines(keepends=True):
+    for line in template.splitlines():
+        line, marked, only = line.partition("  #only ")
+        if marked and only != kind:
+            continue
         if "${each_env}" in line:
             lines += [line.replace("${each_env}", _json(pair)) for pair in found["env"]]
             continue
         names = re.findall(r"\$\{(\w+)\}", line)
-        if any(found[name] in (None, [], {}) for name in names):
+        if any(found[name] in (None, "", [], {}) for name in names):
             continue
         lines.append(string.Template(line).substitute({n: _json(found[n]) for n in names}))
-    return "".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _json(value: object) -> str:
@@ -116,7 +93,3 @@ def _json(value: object) -> str:
     return re.sub(
         r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda m: f"\\u{ord(m[0]):04x}", text
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

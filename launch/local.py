@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 
-RESTART, BAD_INPUT = 75, 2
+from options import BAD_INPUT, RESTART
+
 POLL_SECONDS = 0.1
 
 

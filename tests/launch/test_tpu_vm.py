@@ -1,10 +1,13 @@
 """launch/tpu_vm.sh, run with a fake gcloud."""
 
+import os
 import shlex
+import signal
+import subprocess
 
 import pytest
 
-from tests.launch.scripts import AWKWARD, Fakes, run
+from tests.launch.scripts import AWKWARD, LAUNCH, Fakes, run
 from tests.launch.test_scripts import VM
 
 ABSENT = (1, "ERROR: NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/run'")
@@ -149,3 +152,19 @@ def test_a_state_that_cannot_be_read_later_on_is_waited_for(gcloud):
     gcloud.answer("ssh", INSTALLED, ended(0))
     assert launch(gcloud).returncode == 0
     assert verbs(gcloud) == ["create", "scp", "ssh install", "ssh run", "delete"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_the_resource_and_says_how_to_go_on(gcloud, number):
+    gcloud.answer("describe", (0, "PROVISIONING"))
+    command = ["bash", str(LAUNCH / "tpu_vm.sh"), *VM, "--poll=60", "--", *AWKWARD]
+    path = f"{gcloud.bin}:{os.environ['PATH']}"
+    with subprocess.Popen(
+        command, env={**os.environ, "PATH": path}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr.readline() == "launch/tpu_vm.sh: run is PROVISIONING\n"
+        process.send_signal(number)
+        said = process.stderr.read()
+    assert process.returncode == 75
+    assert "run is left as it is, and the same command goes on with it" in said
+    assert verbs(gcloud) == []
