@@ -15,8 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from layerskip_jax.model.layers import RMSNorm
 from layerskip_jax.model.rope import apply_rope
-from layerskip_jax.model.transformer import RMSNorm, Transformer
+from layerskip_jax.model.transformer import Transformer
+from layerskip_jax.ops.elementwise import swiglu
 from layerskip_jax.schema import require
 
 
@@ -115,7 +117,7 @@ class DecoderLayer(NamedTuple):
         heads = attended.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
         x = x + self.output(heads)
         hidden = self.gate_up(self.mlp_norm(x)).reshape(*x.shape[:2], -1, 2)
-        return x + self.down(jax.nn.silu(hidden[..., 0]) * hidden[..., 1])
+        return x + self.down(swiglu(hidden[..., 0], hidden[..., 1]))
 
 
 class DraftHead(NamedTuple):

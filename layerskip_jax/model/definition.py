@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.model.transformer import Transformer, no_constraint
+from layerskip_jax.model.layers import no_constraint
+from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.ops.attention import PackedAttention
 from layerskip_jax.ops.linear import Product, contract
 
