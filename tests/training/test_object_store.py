@@ -51,7 +51,8 @@ def resumed(store, arguments):
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(6, patch)
         assert main(command) == RESTART_EXIT_CODE
-    assert read_json_lines(open_run(workdir)[0].metrics_file)[-1]["step"] < 12
+    folder, _ = open_run(workdir)
+    assert read_json_lines(folder.metrics_file)[-1]["step"] < 12
     assert main(command) == 0
     return workdir
 
@@ -63,13 +64,15 @@ def names(address):
 
 
 def checksums(workdir, step=12):
-    file = open_run(workdir)[0].checkpoints / str(step) / "record" / "metadata"
+    folder, _ = open_run(workdir)
+    file = folder.checkpoints / str(step) / "record" / "metadata"
     return json.loads(file.read_text())["checksums"]
 
 
 def records(workdir):
     keys = ("step", "loss", "exit_loss", "gradient_norm", "layers_run", "tokens", "batches")
-    lines = read_json_lines(open_run(workdir)[0].metrics_file)
+    folder, _ = open_run(workdir)  # its local copies go with it
+    lines = read_json_lines(folder.metrics_file)
     return [[line[key] for key in keys] for line in lines]
 
 
@@ -142,9 +145,10 @@ def test_a_run_on_the_store_starts_another_and_lends_its_tokenizer(
     flags.append("--config.training.steps=1")
     workdir = f"{store}/second"
     assert main(["train", f"--workdir={workdir}", *arguments, *flags]) == 0
-    first, second = (open_run(path)[0].evaluations_file for path in (resumed, workdir))
+    first, second = (open_run(path)[0] for path in (resumed, workdir))
     # Before its first step the new run is scored as the old one was after its last.
-    assert read_json_lines(second)[0]["exits"] == read_json_lines(first)[-1]["exits"]
+    before = read_json_lines(first.evaluations_file)[-1]
+    assert read_json_lines(second.evaluations_file)[0]["exits"] == before["exits"]
     texts = prepared.parent / "texts"
     options = [f"--source={texts}", "--sequence-length=12", f"--output={tmp_path / 'data'}"]
     for tokenizer in (resumed, f"{resumed}/tokenizer.json"):
