@@ -42,7 +42,7 @@ class OptimizerConfig:
     """The optimizer and its learning rate.
 
     Attributes:
-      name: which optimizer: `adamw`.
+      name: which of the optimizers in `training/optimizer.py`, such as `adamw`.
       learning_rate: the peak, above 0.
       schedule: `cosine` (to `final_fraction` of the peak), `wsd` (warm up, stay, then decay
         linearly over the last `decay_fraction` of the steps) or `constant`.

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from layerskip_jax.commands.arguments import make_run_parser
+from layerskip_jax.generation.options import Generation
 from layerskip_jax.language_model import PLAIN, Draft, LanguageModel, load
 from layerskip_jax.model.config import DTYPES
 from layerskip_jax.run_folder.atomic import write_json
@@ -67,7 +68,20 @@ def main(argv: list[str]) -> int:
     completions = model.generate(prompts, options.max_new_tokens, **request)
     for prompt, text in zip(prompts, completions.texts, strict=True):
         print(f"{prompt}{text}\n")
-    generation = completions.generation
+    figures, line = _summary(completions.generation)
+    if options.draft == "best" and model.best_pair == PLAIN:
+        line += ", decoded plainly, which the sweep found fastest"
+    print(f"[{line}; reading the prompt included, compilation not]")
+    if options.json:
+        write_json(
+            options.json,
+            {**figures, "texts": completions.texts, "tokens": completions.generation.tokens},
+        )
+    return 0
+
+
+def _summary(generation: Generation) -> tuple[dict, str]:
+    """Returns the figures of a generation, named for --json, and in one line for people."""
     figures = {
         "new_tokens": sum(map(len, generation.tokens)),
         "seconds": generation.seconds,
@@ -86,14 +100,7 @@ def main(argv: list[str]) -> int:
             figures["acceptance_by_position"] = list(map(_number, drafting.acceptance_by_position))
             line += f", {drafting.acceptance:.0%} of the drafts accepted"
         line += f", {drafting.tokens_per_cycle:.2f} tokens a cycle"
-    if options.draft == "best" and model.best_pair == PLAIN:
-        line += ", decoded plainly, which the sweep found fastest"
-    print(f"[{line}; reading the prompt included, compilation not]")
-    if options.json:
-        write_json(
-            options.json, {**figures, "texts": completions.texts, "tokens": generation.tokens}
-        )
-    return 0
+    return figures, line
 
 
 def _draft(text: str) -> Draft:

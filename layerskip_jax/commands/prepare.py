@@ -1,8 +1,8 @@
 """layerskip prepare: turn text into packed windows to train on.
 
 A source is `stdlib` (Python's own standard library without its tests), a folder, a file or a
-glob of .txt, .md, .rst, .py and .jsonl files, or `tfds:NAME_OR_FOLDER[:SPLIT]` for a TFDS data
-set on this disk in array_record format. A document is a file, a line of a .jsonl file or a
+glob of files, or `tfds:NAME_OR_FOLDER[:SPLIT]` for a TFDS data set on this disk in array_record
+format. A document is a file, a line of a .jsonl file or a
 TFDS example. Documents are split into training and validation, tokenized by a byte-level BPE
 trained on the former, and packed. The output appears when it is complete; prepared already,
 it is left as it is.
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from layerskip_jax.commands.arguments import add_fields, local_path, make_parser
 from layerskip_jax.commands.tables import make_table
+from layerskip_jax.data.corpus import FORMATS
 from layerskip_jax.data.manifest import Manifest, PrepareOptions
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
@@ -29,6 +30,7 @@ from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = make_parser("prepare", __doc__)
+    parser.epilog = f"files that are found in a folder: {', '.join(FORMATS)}"
     add = parser.add_argument
     add("--output", type=local_path, required=True, help="folder to make")
     add_fields(parser, PrepareOptions, leave_out="tokenizer_sha256")
