@@ -18,6 +18,7 @@ from tokenizers import (
     processors,
 )
 
+from layerskip_jax.interop.huggingface import FAMILIES
 from layerskip_jax.model.config import ModelConfig, RopeScaling
 from layerskip_jax.model.rope import rope_frequencies
 from layerskip_jax.schema import ConfigError, UserError
@@ -205,7 +206,7 @@ class GGUF:
                 # The file has float32's nearest to it, the config's own digits are meant.
                 norm_eps=float(f"{of_model('attention.layer_norm_rms_epsilon'):.6g}"),
                 tie_embeddings="output.weight" not in self._tensors,
-                qkv_bias=self._family == "qwen2",
+                **FAMILIES[self._family].fields,
             )
         except ConfigError as error:
             raise UserError(f"{self._path}: {error}") from error

@@ -103,6 +103,34 @@ class Weight:
         return value.reshape(shape)[tuple(cut)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models there.
+
+    Attributes:
+      architecture: its class in transformers.
+      fields: the fields of `ModelConfig` that make it what it is.
+      settings: what only its `config.json` has.
+      slides: whether a `sliding_window` there counts without `use_sliding_window`.
+    """
+
+    architecture: str
+    fields: dict[str, Any]
+    settings: dict[str, Any]
+    slides: bool = True
+
+
+# What is read. A model is exported as the first whose fields are its own.
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM", {"qkv_bias": False}, {"attention_bias": False, "mlp_bias": False}
+    ),
+    "mistral": Family("MistralForCausalLM", {"qkv_bias": False}, {}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", {"qkv_bias": True}, {"use_sliding_window": False}, slides=False
+    ),
+}
+
 _LAYER = "model.layers.{layer}."
 
 WEIGHTS = (
@@ -301,10 +329,13 @@ def to_hugging_face_config(
             f"transformers reads no Llama whose width ({config.model_dim}) is not a multiple of "
             f"its heads ({config.num_heads}); a model of this shape cannot be exported"
         )
-    family = "qwen2" if config.qkv_bias else "llama"
+    name, family = next(
+        (name, family) for name, family in FAMILIES.items()
+        if all(getattr(config, key) == value for key, value in family.fields.items())
+    )  # fmt: skip
     settings = {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
-        "model_type": family,
+        "architectures": [family.architecture],
+        "model_type": name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_dim,
         "intermediate_size": config.ffn_dim,
@@ -329,11 +360,7 @@ def to_hugging_face_config(
     }
     if config.rope_scaling.kind != "none":
         settings["rope_scaling"] = _rope_scaling(config)
-    if family == "llama":
-        settings |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        settings["use_sliding_window"] = False
-    return settings
+    return settings | family.settings
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
@@ -349,9 +376,6 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_length,
     }
-
-
-FAMILIES = ("llama", "mistral", "qwen2")
 
 
 def from_hugging_face_config(settings: dict[str, Any], source: str) -> ModelConfig:
@@ -381,7 +405,7 @@ def from_hugging_face_config(settings: dict[str, Any], source: str) -> ModelConf
         if settings.get(name):
             refuse(f"{name}=true puts biases where it has none")
     sliding = settings.get("sliding_window")
-    used = settings.get("use_sliding_window", False) if family == "qwen2" else True
+    used = FAMILIES[family].slides or settings.get("use_sliding_window", False)
     if sliding is not None and used:
         refuse(f"sliding_window={sliding} limits what a token sees")
     heads = settings["num_attention_heads"]
@@ -397,7 +421,7 @@ def from_hugging_face_config(settings: dict[str, Any], source: str) -> ModelConf
             max_sequence_length=settings.get("max_position_embeddings", 2048),
             norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
+            **FAMILIES[family].fields,
             **_read_rope(settings, refuse),
         )
     except ConfigError as error:
