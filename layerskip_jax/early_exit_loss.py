@@ -1,7 +1,8 @@
 """Early-exit loss: which exits learn at a step, and how much.
 
-Exit l reads x_{l+1}, the output of layer l, through the final norm and the one head that all
-exits share. The loss of a step is
+Exit E stands behind the first E layers: it reads x_E, what layer l = E - 1 puts out, through the
+final norm and the one head that all exits share. Here, as in the paper, exits are counted by that
+layer l, from 0; people name them by E, from 1. The loss of a step is
 
     J = sum_l w(t, l) CE_l,   w(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i)     (LayerSkip, eq. 5)
 
@@ -37,13 +38,13 @@ class EarlyExitConfig:
 
     Attributes:
       curriculum: `last` (ordinary training), `all`, `rotational` (every `rotation_interval`-th
-        exit, moving down by one layer a step) or `gradual` (from the top down over the first
-        `gradual_fraction` of the steps).
+        exit, each step the next layer's) or `gradual` (one exit after the other, from the last
+        layer's to the first's, over the first `gradual_fraction` of the steps).
       rotation_interval: R of the rotational curriculum, in layers, at least 1.
       gradual_fraction: f of the gradual curriculum, in (0, 1].
       e_scale: the weight of the early exits against the last layer, at least 0.
       layers: the exits that may learn beside the last layer's, by the index of the layer they read
-        (exit E reads layer E - 1); empty means all. For whoever knows which exits will be used.
+        (exit E reads layer E - 1); empty means all. List those that will draft or be used alone.
       depth_weight: e(l), `quadratic` (LayerSkip), `uniform`, `linear`, `sqrt`, `inverse` or
         `inverse_sqrt`.
       exit_token_fraction: share of the positions that exits below the last layer are scored
@@ -135,18 +136,20 @@ DEPTH_WEIGHTS = {
 
 
 class Curriculum(NamedTuple):
-    """Which exits are on at which steps, the last one aside, which always is.
+    """Which exits are on at which steps. The last layer's always is, whatever is said of it here.
 
     Attributes:
-      active: `active(config, num_layers, step, total_steps)` returns C(t, l) of every layer.
-      largest: `largest(config, num_layers)` returns sets of exits, one a line: those that are on at
-        any step all belong to one of them. The largest set decides how many slots a step has.
-      drawn: how the report draws it: `never`, over a `period`, or over the `run`.
+      active: `active(config, num_layers, step, total_steps)` returns C(t, l) of every layer, for a
+        step that is traced.
+      sets: `sets(config, num_layers)` returns sets of exits, one in each row. Whatever is on at a
+        step must be a subset of one of them: the largest decides how many slots a step has.
+      drawn: how the report shows it: in `words` where it is the same at every step, else one
+        `period` or the whole `run`.
       caption: what the report says of it.
     """
 
     active: Callable[..., Bool[Array, "L"]]
-    largest: Callable[..., Bool[np.ndarray, "n L"]]
+    sets: Callable[..., Bool[np.ndarray, "n L"]]
     drawn: str
     caption: str
 
@@ -180,19 +183,24 @@ CURRICULA = {
     "last": Curriculum(
         lambda config, num_layers, step, total_steps: jnp.zeros(num_layers, bool),
         lambda config, num_layers: np.zeros((1, num_layers), bool),
-        "never",
+        "words",
         "No early exit learns: the loss reads the last layer only.",
     ),
     "all": Curriculum(
         lambda config, num_layers, step, total_steps: jnp.ones(num_layers, bool),
         _every_exit,
-        "never",
-        "Every exit learns at every step.",
+        "words",
+        "Every exit that may learn does so at every step.",
     ),
     "rotational": Curriculum(
-        _rotational, _every_turn, "period", "The exits turn up by one layer a step."
+        _rotational, _every_turn, "period", "The exits move up by one layer a step."
     ),
-    "gradual": Curriculum(_gradual, _every_exit, "run", "The exits join from the top down."),
+    "gradual": Curriculum(
+        _gradual,
+        _every_exit,
+        "run",
+        "The exits join one by one, from the last layer's to the first's.",
+    ),
 }
 
 
@@ -229,7 +237,7 @@ def active_exits(
 
 
 def may_learn(config: EarlyExitConfig, num_layers: int) -> Bool[np.ndarray, "L"]:
-    """Returns which exits `config.layers` lets learn, the last one aside."""
+    """Returns which exits `config.layers` lets learn; what it says of the last has no meaning."""
     layers = np.arange(num_layers)
     return np.isin(layers, config.layers) if config.layers else np.ones(num_layers, bool)
 
@@ -250,8 +258,8 @@ def max_active_exits(config: EarlyExitConfig, num_layers: int) -> int:
     """Returns A, the most exits that are on and have a weight at any step."""
     weights = depth_weights(num_layers, config.e_scale, config.depth_weight)
     has_weight = (weights > 0) & may_learn(config, num_layers)
-    largest = CURRICULA[config.curriculum].largest(config, num_layers)
-    return int((largest & has_weight)[:, :-1].sum(axis=1).max()) + 1
+    sets = CURRICULA[config.curriculum].sets(config, num_layers)
+    return int((sets & has_weight)[:, :-1].sum(axis=1).max()) + 1
 
 
 def exit_weights(

@@ -7,7 +7,7 @@ Block l computes x_{l+1} = x_l + r M f_l(x_l). M is 0 with probability
 drawn per sequence, and always 1 at evaluation. D is a schedule over depth, S one over time.
 
 A step's whole *keep plan* is drawn before the layers run, from a key that every host shares.
-In each of `groups` equal groups of rows the same number of rows is kept, which is what lets
+In each of `row_groups` equal groups of rows the same number of rows is kept, which is what lets
 an execution have static shapes and every shard of the batch do the same work. The number is
 drawn between the two neighbours, in a short menu of capacities, of its mean g (1 - p), and
 then that many rows at random: each row's marginal probability of being skipped is exactly p.

@@ -23,6 +23,8 @@ import pytest
 
 from layerskip_jax import cli
 from layerskip_jax.config import RunConfig, load_config
+from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS
+from layerskip_jax.layer_dropout import DEPTH_SCHEDULES, RESIDUAL_SCALES, TIME_SCHEDULES
 from tests.launch.scripts import run as run_script
 
 REPOSITORY = Path(__file__).parents[1]
@@ -340,6 +342,29 @@ def groups_and_settings() -> set[str]:
 
     walk(RunConfig().to_dict(), "")
     return names
+
+
+@pytest.mark.parametrize(
+    "table", [DEPTH_SCHEDULES, TIME_SCHEDULES, RESIDUAL_SCALES, CURRICULA, DEPTH_WEIGHTS]
+)
+def test_the_method_and_the_settings_name_every_choice(table):
+    for page in ("method.md", "settings.md"):
+        text = (REPOSITORY / "docs" / page).read_text()
+        assert not [name for name in table if not re.search(f"[`=]{name}`", text)], page
+
+
+@each_page
+def test_a_table_of_settings_has_their_present_names(page):
+    """A table whose head is a group of settings, `config.GROUP`."""
+    settings, group = groups_and_settings(), ""
+    for line in page.read_text().splitlines():
+        first = line.split("|")[1] if line.startswith("|") else ""
+        names = re.findall(r"`([\w.]+)`", first)
+        if not first or first.startswith(" `config."):
+            group = names[0].removeprefix("config.") if names else ""
+            group = group if any(name.startswith(f"{group}.") for name in settings) else ""
+        elif group:
+            assert {f"{group}.{name}" for name in names} <= settings, f"{page.name}: {line}"
 
 
 @each_page

@@ -52,7 +52,7 @@ def drop_map(config: RunConfig, steps: np.ndarray) -> np.ndarray:
 
 
 def exit_map(config: RunConfig, steps: np.ndarray) -> np.ndarray:
-    """Returns C(t, l), whether exit l is on at step t, as a bool array [L, len(steps)]."""
+    """Returns C(t, l), whether layer l's exit is on at step t, as a bool array [L, len(steps)]."""
     layers, total = config.model.num_layers, config.training.steps
     one = jax.vmap(lambda step: active_exits(config.early_exit, layers, step, total))
     return np.asarray(one(jnp.asarray(steps, jnp.int32))).T
@@ -127,15 +127,15 @@ def exit_curriculum(run: RunRecord) -> Drawing:
     changes slowly, over all steps.
 
     Raises:
-      MissingPiece: the curriculum has nothing to show.
+      MissingPiece: the curriculum is the same at every step; the message says what it is.
     """
     config, total = run.config.early_exit, run.total_steps
     curriculum = CURRICULA[config.curriculum]
-    if curriculum.drawn == "never":
-        raise MissingPiece(curriculum.caption)
     caption = curriculum.caption
-    if config.layers:
+    if config.layers and config.curriculum != "last":
         caption += f" Only those behind layers {', '.join(map(str, config.layers))} may learn."
+    if curriculum.drawn == "words":
+        raise MissingPiece(caption)
     if curriculum.drawn == "period":
         period = rotation_period(run.config)
         window = min(total, WINDOW, max(2 * period, 16))

@@ -18,6 +18,7 @@ from layerskip_jax.distributed.processes import (
     stop_requests,
     wait_for_all,
 )
+from layerskip_jax.early_exit_loss import max_active_exits
 from layerskip_jax.hardware.chips import chip_of, peak_flops
 from layerskip_jax.hardware.compiler_options import compiler_table, keep_compiled
 from layerskip_jax.run_folder.atomic import write_json
@@ -327,6 +328,12 @@ def _log_decisions(
         f"{dropout.residual_scale}, by {dropout.execution}" if dropout.p_max else "off",
         exits.curriculum,
     )  # fmt: skip
+    if exits.curriculum != "last" and max_active_exits(exits, config.model.num_layers) == 1:
+        logger.warning(
+            "no early exit learns: none that curriculum=%r and layers=%s have on gets a weight by "
+            "depth_weight=%r and e_scale=%s (eq. 6 gives the first layer's exit none)",
+            exits.curriculum, exits.layers, exits.depth_weight, exits.e_scale,
+        )  # fmt: skip
     planned, plain = cost.planned(0, config.training.steps), cost.plain()
     logger.info(
         "planned: %.3g FLOPs a step on average, %.3f of a plain step's (layers %.3g, attention "
