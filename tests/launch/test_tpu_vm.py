@@ -157,7 +157,9 @@ def test_a_state_that_cannot_be_read_later_on_is_waited_for(gcloud):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_the_resource_and_says_how_to_go_on(gcloud, number):
     gcloud.answer("describe", (0, "PROVISIONING"))
-    command = ["bash", str(LAUNCH / "tpu_vm.sh"), *VM, "--poll=60", "--", *AWKWARD]
+    # Started in the background, as by nohup, the tests may themselves have to ignore SIGINT.
+    heard = ["env", f"--default-signal={number.name[3:]}"]
+    command = [*heard, "bash", str(LAUNCH / "tpu_vm.sh"), *VM, "--poll=60", "--", *AWKWARD]
     path = f"{gcloud.bin}:{os.environ['PATH']}"
     with subprocess.Popen(
         command, env={**os.environ, "PATH": path}, stderr=subprocess.PIPE, text=True
