@@ -20,7 +20,7 @@ from layerskip_jax.ops.linear import Product, contract
 from layerskip_jax.ops.remat import LAYER_INPUT, rematerialised, run_block
 
 # Cosines, sines and segment ids: what a block reads of each row beside the residual stream.
-Rows = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
+RowInputs = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"], Int[Array, "B S"]]
 
 
 def _run_layer(execution, remat, block, x, rows, plan):
@@ -80,7 +80,7 @@ class Transformer(nnx.Module):
         x = self.constrain(table, "vocab", "activation")[tokens]
         return self.constrain(x, "batch", "residual", "activation")
 
-    def rows(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> Rows:
+    def row_inputs(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> RowInputs:
         """Returns what the blocks read of each row beside the residual stream."""
         cos, sin = rope_tables(positions, self.config)
         return cos, sin, segment_ids
@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
     def scan_layers(
         self,
         x: Float[Array, "B S D"],
-        rows: Rows,
+        rows: RowInputs,
         visit: Callable[[Any, Any, Float[Array, "B S D"]], tuple[Any, Any]],
         carry: Any,
         per_layer: Any = None,
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: states before the first layer.
-          rows: what `rows` returned.
+          rows: what `row_inputs` returned.
           visit: `visit(carry, item, x_{l+1}) -> (carry, output)`, called after each layer,
             outside of what is rematerialised.
           carry: its first carry.
@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
     def exit_states(
         self,
         x: Float[Array, "B S D"],
-        rows: Rows,
+        rows: RowInputs,
         slot_of_layer: Int[Array, "L"],
         slots: int,
         *,
@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: states before the first layer.
-          rows: what `rows` returned.
+          rows: what `row_inputs` returned.
           slot_of_layer: where each layer's output is kept; `slots` for nowhere.
           slots: number of early exits kept, A - 1.
           positions: the positions that are kept of them; None keeps all.
@@ -180,7 +180,7 @@ class Transformer(nnx.Module):
             return x, None
 
         x = self.embed(tokens)
-        x, _ = self.scan_layers(x, self.rows(positions, segment_ids), last, x)
+        x, _ = self.scan_layers(x, self.row_inputs(positions, segment_ids), last, x)
         head = self.head_weight[:, : self.config.vocab_size].astype(x.dtype)
         return jnp.einsum(
             "bsd,dv->bsv", self.final_norm(x), head, preferred_element_type=jnp.float32

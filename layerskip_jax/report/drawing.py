@@ -28,8 +28,8 @@ GREY = "#6b6b75"
 # 360 units wide with 11-unit text: on a phone a unit is about a CSS pixel, on a desk 1.5.
 WIDTH, HEIGHT = 5.0, 3.6
 
-STEPS = (1, 2, 5, 10)  # tick intervals, times a power of ten
-PLAIN = "{x:,.6g}"  # 0.5, 20, 1,500
+TICKS = (1, 2, 5, 10)  # tick intervals, times a power of ten
+PLAIN_NUMBER = "{x:,.6g}"  # 0.5, 20, 1,500
 
 # For words written among the curves.
 LABEL = {
@@ -170,7 +170,7 @@ def add_depth_bar(figure: Figure, axes: Axes, exits: list[int], num_layers: int)
 def step_axis(axes: Axes, last: int) -> None:
     """Labels the x axis in optimizer steps from 0 to `last`."""
     axes.set_xlim(0, max(last, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICKS, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("optimizer step, t")
 
@@ -196,9 +196,9 @@ def log_axis(axes: Axes, values: np.ndarray) -> None:
     axes.set_ylim(low, high)
     decades = math.log10(high / low)
     by_power = LogLocator(subs=(1,) if decades > 3 else (1, 2, 5))
-    axes.yaxis.set_major_locator(by_power if decades > 1 else MaxNLocator(6, steps=STEPS))
+    axes.yaxis.set_major_locator(by_power if decades > 1 else MaxNLocator(6, steps=TICKS))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN_NUMBER)
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

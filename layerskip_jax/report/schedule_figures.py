@@ -24,12 +24,12 @@ from layerskip_jax.report.drawing import (
 from layerskip_jax.report.run_record import MissingPiece, RunRecord
 from layerskip_jax.report.words import percent
 
-COLUMNS = 120  # most steps drawn side by side; finer than that no screen shows
+MOST_COLUMNS = 120  # most steps drawn side by side; finer than that no screen shows
 WINDOW = 48  # most steps of a curriculum that turns at every step
 MOST_TICKS = 14
 
 
-def sampled_steps(total_steps: int, limit: int = COLUMNS) -> np.ndarray:
+def sampled_steps(total_steps: int, limit: int = MOST_COLUMNS) -> np.ndarray:
     """Returns at most `limit` steps t, evenly spread from 0 to T-1, ends included."""
     return np.unique(np.linspace(0, total_steps - 1, min(limit, total_steps)).round().astype(int))
 

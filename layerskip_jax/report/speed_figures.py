@@ -6,8 +6,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from layerskip_jax.report.drawing import (
     BLUE,
     GREY,
-    PLAIN,
-    STEPS,
+    PLAIN_NUMBER,
+    TICKS,
     VERMILION,
     Drawing,
     depth_figure,
@@ -35,8 +35,8 @@ def _curve(run: RunRecord, key: str, name: str, *, smoothed: bool = True):
     else:
         axes.plot(*thin(steps, values, 300), color=BLUE)
     step_axis(axes, run.last_step)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
+    axes.yaxis.set_major_formatter(PLAIN_NUMBER)
     axes.set_ylabel(name)
     return figure, axes, values
 
@@ -173,7 +173,7 @@ def speculation_speed(run: RunRecord) -> Drawing:
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     lengths = [p["draft_length"] for p in pairs]
     axes.set_xlim(min(lengths) - 0.5, max(lengths) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=TICKS, integer=True))
     axes.set_xlabel("draft length, G (tokens)")
     return Drawing(
         figure,
@@ -206,7 +206,7 @@ def acceptance_by_position(run: RunRecord) -> Drawing:
         axes.plot(range(1, len(rates) + 1), rates, color=color(exit_layer), marker="o")
         spoken.append(f"exit {exit_layer}: " + ", ".join(percent(r) for r in rates))
     axes.set(ylim=(0, 1.03), xlabel="position in the draft", ylabel="accepted")
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=STEPS, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=TICKS, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     return Drawing(
         figure,

@@ -14,6 +14,7 @@ import tensorstore as ts
 
 from layerskip_jax import __version__
 from layerskip_jax.distributed.processes import end_for_restart
+from layerskip_jax.model.definition import Parameters
 from layerskip_jax.ops.checksum import tree_checksums
 from layerskip_jax.run_folder.object_store import AnyPath, absolute, is_remote, kvstore, move_folder
 from layerskip_jax.run_folder.orbax_s3 import teach_orbax_s3
@@ -106,7 +107,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, step: int, parameters: Any, optimizer: Any | None, *, force: bool = False
+        self, step: int, parameters: Parameters, optimizer: Any | None, *, force: bool = False
     ) -> bool:
         """Starts saving if `step` is due (or `force`), and returns whether it did.
 
@@ -133,7 +134,7 @@ class Checkpoints:
             return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         return False
 
-    def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any]:
+    def restore(self, step: int, parameters: Parameters, optimizer: Any) -> tuple[Parameters, Any]:
         """Restores both items, each leaf with the shape, dtype and sharding of its template.
 
         Raises:
@@ -163,7 +164,9 @@ class Checkpoints:
         file = self._folder / str(step) / "_CHECKPOINT_METADATA"
         return list(json.loads(file.read_text(encoding="utf-8")).get("item_handlers") or ())
 
-    def restore_newest(self, parameters: Any, optimizer: Any) -> tuple[int, Any, Any] | None:
+    def restore_newest(
+        self, parameters: Parameters, optimizer: Any
+    ) -> tuple[int, Parameters, Any] | None:
         """Restores the newest checkpoint that is whole, and moves damaged newer ones aside.
 
         They go to a folder beside the checkpoints, so that their steps can be saved again.
@@ -241,7 +244,7 @@ class Checkpoints:
             raise UserError(f"{self._folder} has no checkpoint of step {step}; it has {steps}")
         return steps[-1] if step is None else step
 
-    def restore_parameters(self, step: int | None, template: Any) -> Any:
+    def restore_parameters(self, step: int | None, template: Parameters) -> Parameters:
         """Restores the parameters alone, from `step` or the newest checkpoint.
 
         Raises:
@@ -252,7 +255,7 @@ class Checkpoints:
         items = ocp.args.Composite(**{PARAMETERS: ocp.args.StandardRestore(template)})
         return self._manager.restore(step, args=items)[PARAMETERS]
 
-    def open_parameters(self, step: int | None, template: Any) -> Any:
+    def open_parameters(self, step: int | None, template: Parameters) -> Parameters:
         """Opens the parameters where they lie, to be read piece by piece.
 
         Args:

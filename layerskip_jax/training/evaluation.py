@@ -46,7 +46,7 @@ def make_exit_scorer(
                 return carry, nll
 
             x = model.embed(batch.tokens)
-            rows = model.rows(batch.positions, batch.segment_ids)
+            rows = model.row_inputs(batch.positions, batch.segment_ids)
             _, nll = model.scan_layers(x, rows, read, None)
             return total + nll, None
 

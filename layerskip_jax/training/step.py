@@ -182,7 +182,7 @@ def _microbatch_loss(definition: ModelDefinition, config: RunConfig, layout: Lay
         model = definition.model(parameters)
         early, last = model.exit_states(
             model.embed(batch.tokens),
-            model.rows(batch.positions, batch.segment_ids),
+            model.row_inputs(batch.positions, batch.segment_ids),
             exits.slot_of_layer,
             slots,
             positions=positions,

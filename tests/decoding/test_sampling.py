@@ -115,7 +115,7 @@ def _exact(model, prompt, temperature, top_k, top_p):
     triples = np.array(list(itertools.product(range(vocab), repeat=3)))
     sequences = np.concatenate([np.tile(prompt, (len(triples), 1)), triples], axis=1)[:, :-1]
     positions = jnp.broadcast_to(jnp.arange(sequences.shape[1]), sequences.shape)
-    rows = model.rows(positions, jnp.ones_like(positions))
+    rows = model.row_inputs(positions, jnp.ones_like(positions))
     x = model.embed(jnp.asarray(sequences))
     for layer in range(model.config.num_layers):
         x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)

@@ -27,7 +27,7 @@ def _by_definition(model, prompt, new_tokens, exit_layer):
     @jax.jit
     def next_token(tokens, length):
         positions = jnp.arange(longest)[None]
-        rows = model.rows(positions, jnp.ones_like(positions))
+        rows = model.row_inputs(positions, jnp.ones_like(positions))
         x = model.embed(tokens[None])
         for layer in range(exit_layer):
             x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)

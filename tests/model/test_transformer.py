@@ -63,7 +63,7 @@ def test_exit_states_are_the_outputs_of_their_layers(remat):
     config = small_model(remat=remat)
     model = Transformer(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 64)
-    rows = model.rows(*_whole(6, 2))
+    rows = model.row_inputs(*_whole(6, 2))
     x = model.embed(tokens)
     early, last = model.exit_states(x, rows, jnp.array([2, 0, 1, 2]), 2)
     picked = jnp.array([[1], [4]])
@@ -86,13 +86,13 @@ def test_gradients_of_exits_reach_the_layers_below_them(positions):
     positions_ = jnp.arange(6) if positions is None else positions.reshape(-1)
 
     def kept(model):
-        rows = model.rows(*_whole(6, 2))
+        rows = model.row_inputs(*_whole(6, 2))
         slots = jnp.array([1, 0, 1, 1])
         early, last = model.exit_states(model.embed(tokens), rows, slots, 1, positions=positions)
         return jnp.sum(early[0] * weights[0][:, positions_]) + jnp.sum(last * weights[1])
 
     def looped(model):
-        rows, x, total = model.rows(*_whole(6, 2)), model.embed(tokens), 0.0
+        rows, x, total = model.row_inputs(*_whole(6, 2)), model.embed(tokens), 0.0
         for layer in range(4):
             x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)
             if layer == 1:

@@ -21,7 +21,7 @@ def test_every_exit_is_scored_as_its_logits_say():
     losses = np.zeros(4)
     for batch in batches:
         batch = Batch(*map(jnp.asarray, batch))
-        rows = model.rows(batch.positions, batch.segment_ids)
+        rows = model.row_inputs(batch.positions, batch.segment_ids)
         x = model.embed(batch.tokens)
         for layer in range(4):
             x = jax.tree.map(lambda w, l=layer: w[l], model.layers)(x, *rows)
