@@ -412,8 +412,9 @@ def load_config(argv: list[str]) -> RunConfig:
     if len(given) != 1:
         raise ConfigError("name one recipe: --config=NAME, or --config=FILE.py for your own")
     recipe, colon, variant = given[0].partition(":")
-    file = f"--config={recipe_path(recipe)}{colon}{variant}"
-    argv = [file if arg.startswith("--config=") else arg for arg in argv]
+    file = recipe_path(recipe)
+    named = f"--config={file}{colon}{variant}"
+    argv = [named if arg.startswith("--config=") else arg for arg in argv]
     known, renamed = set(_leaves(default_config())), new_names(RunConfig)
     for arg in argv:
         key = re.match(r"--config\.([^=]*)", arg)
@@ -424,7 +425,7 @@ def load_config(argv: list[str]) -> RunConfig:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["layerskip", *argv])
     try:
-        with _recipe_imports(recipe_path(recipe)):
+        with _recipe_imports(file):
             values(["layerskip", *argv])
     except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as error:
         # What a recipe itself refuses comes wrapped with a traceback; the innermost has the words.

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from layerskip_jax.config import recipe_names
 from layerskip_jax.run_folder.object_store import require_local
@@ -44,7 +45,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, leave_out: str = "") 
             continue
         default, name = field.default, field.name
         shown = ", ".join(default) if isinstance(default, tuple) else default
-        how: dict = {"type": type(default), "default": default}
+        how: dict[str, Any] = {"type": type(default), "default": default}
         if isinstance(default, bool):
             how = {"action": "store_true"}
         elif isinstance(default, tuple):
@@ -54,6 +55,12 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, leave_out: str = "") 
         option = f"--{name.replace('_', '-')}"
         text = meanings[field.name].removesuffix(".") + (f" (default: {shown})" if shown else "")
         parser.add_argument(option, dest=field.name, help=text, **how)
+
+
+def given_fields(options: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Returns the fields that `add_fields` made options of, by name, as they were given."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: getattr(options, name) for name in names if name in options}
 
 
 class _Repeated(argparse.Action):

@@ -2,10 +2,9 @@
 
 A source is `stdlib` (Python's own standard library without its tests), a folder, a file or a
 glob of files, or `tfds:NAME_OR_FOLDER[:SPLIT]` for a TFDS data set on this disk in array_record
-format. A document is a file, a line of a .jsonl file or a
-TFDS example. Documents are split into training and validation, tokenized by a byte-level BPE
-trained on the former, and packed. The output appears when it is complete; prepared already,
-it is left as it is.
+format. A document is a file, a line of a .jsonl file or a TFDS example. Documents are split into
+training and validation, tokenized by a byte-level BPE trained on the former, and packed. The output
+appears when it is complete; prepared already, it is left as it is.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from layerskip_jax.commands.arguments import add_fields, local_path, make_parser
+from layerskip_jax.commands.arguments import add_fields, given_fields, local_path, make_parser
 from layerskip_jax.commands.tables import make_table
 from layerskip_jax.data.corpus import FORMATS
 from layerskip_jax.data.manifest import Manifest, PrepareOptions
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
     add("--overwrite", action="store_true", help="replace prepared data in --output")
     add("--json", type=local_path, help="also write the figures to this file")
     options = parser.parse_args(argv)
-    tokenizer_sha256 = ""
+    existing = {}  # what an existing tokenizer decides
     if options.tokenizer is not None:
         model = Path(options.tokenizer)
         if is_remote(options.tokenizer):  # a run's, whose small files are downloaded
@@ -52,12 +51,8 @@ def main(argv: list[str]) -> int:
         usual = [tokenizer.token_to_id(token) for token in END_TOKENS]
         if not options.end_token and all(token is None for token in usual):
             options.end_token = _end_token_of_model(model, tokenizer)
-        tokenizer_sha256 = file_sha256(options.tokenizer)
-    names = {field.name for field in dataclasses.fields(PrepareOptions)} & vars(options).keys()
-    given = {name: getattr(options, name) for name in names}
-    if options.tokenizer:
-        given |= {"vocab_size": 0, "tokenizer_sha256": tokenizer_sha256}
-    request = PrepareOptions(**given)
+        existing = {"vocab_size": 0, "tokenizer_sha256": file_sha256(options.tokenizer)}
+    request = PrepareOptions(**given_fields(options, PrepareOptions) | existing)
     manifest = prepare(
         request, options.output, tokenizer_file=options.tokenizer, overwrite=options.overwrite
     )

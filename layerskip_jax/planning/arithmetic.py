@@ -7,7 +7,6 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.distributed.sharding import least_accumulation
 from layerskip_jax.hardware.topology import Topology
-from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.ops.attention import choose_kernel
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.planning.step_plan import Memory, Plan, Traffic, timed
@@ -57,7 +56,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     logits = 2 * 4 * rows * training.loss_chunk * model.vocab_rows / shape["tensor"]
     working = tokens * (4 * model.model_dim + 3 * model.ffn_dim) * width / shape["tensor"]
     temporaries = parameters + gathered + exits + logits + working
-    optimizer = parameters * state_share(config.optimizer, ModelDefinition(model).shapes)
+    optimizer = parameters * state_share(config.optimizer, model)
     memory = Memory(
         parameters, optimizer, activations, temporaries,
         parameters + optimizer + activations + temporaries, chip.memory,

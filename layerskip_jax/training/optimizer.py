@@ -1,12 +1,14 @@
 """Optimizers by name, with warm-up, a decay, and clipping by global norm."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import optax
 
 from layerskip_jax.config import OptimizerConfig
-from layerskip_jax.model.definition import Parameters
+from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.schema import require_choice
 
 Transformation = optax.GradientTransformation
@@ -69,13 +71,17 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Transformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
-def state_share(config: OptimizerConfig, shapes: Parameters) -> float:
+@functools.cache
+def state_share(config: OptimizerConfig, model: ModelConfig) -> float:
     """Returns the bytes of the optimizer's arrays as a multiple of those of the parameters.
+
+    Kept, since a search asks it of every layout of one model.
 
     Args:
       config: which optimizer.
-      shapes: the parameters, or their shapes and dtypes.
+      model: whose parameters.
     """
+    shapes = ModelDefinition(model).shapes
 
     def size(tree) -> int:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]  # not the count of steps
