@@ -11,7 +11,6 @@ for 60 steps on a megabyte of text, too little to tell the variants apart; give 
 its own. The bar is that of `layerskip train`.
 """
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     with harness.Bench(options, bar=False) as bench:
         bench.expect(1 + len(VARIANTS))
         bench.begin("preparing the data")
-        code = _run(
+        code = harness.run_verb(
             prepare,
             f"--source={options.source}",
             f"--output={data}",
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
         for variant in VARIANTS:
             bench.begin(VARIANTS[variant])
-            code = _run(
+            code = harness.run_verb(
                 train,
                 f"--config={CONFIG}:{variant}{suffix}",
                 f"--workdir={options.workdir / variant}",
@@ -114,13 +113,6 @@ def main(argv: list[str] | None = None) -> int:
         draw(runs).savefig(path)
         print(path)
     return 0
-
-
-def _run(command, *arguments: str) -> int:
-    """Prints a verb's command line as it would be typed, and runs it."""
-    verb = command.__name__.rsplit(".", 1)[1]
-    print(f"\n$ {shlex.join(['layerskip', verb, *arguments])}", flush=True)
-    return command.main(list(arguments))
 
 
 def step_seconds(run: RunRecord) -> float:

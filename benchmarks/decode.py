@@ -25,7 +25,7 @@ import numpy as np
 
 from layerskip_jax.commands.sweep import validation_prompts
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
-from layerskip_jax.decoding.weights import decoder_weights, lies_by_inputs
+from layerskip_jax.decoding.weights import decoder_weights, pays_for_panels
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.hardware.bandwidth import read_bandwidth
 from layerskip_jax.interop.huggingface import to_hugging_face, to_hugging_face_config
@@ -408,7 +408,8 @@ def rows_setting(bench: harness.Bench, gpu: bool, options) -> None:
     """What a pass of a few tokens through a layer costs over one of a single token.
 
     Verifying G drafts is a pass of G + 1. With a layer of the quickstart's and, in full, one that
-    is as wide as the random model's.
+    is as wide as the random model's; and, where small matrices lie in panels, over a pass with
+    whole ones.
     """
     small = dataclasses.replace(
         random_model(False), model_dim=128, ffn_dim=352, num_heads=4, num_kv_heads=2, head_dim=0
@@ -416,25 +417,37 @@ def rows_setting(bench: harness.Bench, gpu: bool, options) -> None:
     widths = {"small": small}
     if not bench.quick:
         widths["large"] = random_model(gpu)
+    ways = (False, True) if pays_for_panels(jax.devices()[0].platform) else (False,)
     bench.expect(len(widths) * (1 + options.rounds))
     for name, config in widths.items():
         bench.begin(f"{name}: compiling")
         config = dataclasses.replace(config, num_layers=8)
-        by_inputs = lies_by_inputs(jax.devices()[0].platform)
-        weights = decoder_weights(Transformer(config, jax.random.key(0)), by_inputs=by_inputs)
-        programs = {rows: compile_pass(config, weights, rows) for rows in ROWS}
-        seconds = {rows: [] for rows in ROWS}
+        model = Transformer(config, jax.random.key(0))
+        weights = {panels: decoder_weights(model, panels=panels) for panels in ways}
+        programs = {
+            (panels, rows): compile_pass(config, weights[panels], rows)
+            for panels in ways
+            for rows in ROWS
+        }
+        seconds = {key: [] for key in programs}
         for round_ in range(options.rounds):
             bench.begin(f"{name}: round {round_ + 1} of {options.rounds}")
-            for rows, (program, arguments) in programs.items():
+            for key, (program, arguments) in programs.items():
                 start = time.perf_counter()
                 jax.block_until_ready(program(*arguments))
-                seconds[rows].append(time.perf_counter() - start)
-        layer = statistics.median(seconds[1]) / PASSES / config.num_layers
+                seconds[key].append(time.perf_counter() - start)
+
+        def over(key, base, seconds=seconds):
+            pairs = zip(seconds[key], seconds[base], strict=True)
+            return statistics.median(one / other for one, other in pairs)
+
+        used = ways[-1]
+        layer = statistics.median(seconds[used, 1]) / PASSES / config.num_layers
         bench.add({f"rows/{name}/microseconds_a_layer": layer * 1e6})
         for rows in ROWS[1:]:
-            ratios = [many / one for many, one in zip(seconds[rows], seconds[1], strict=True)]
-            bench.add({f"rows/{name}/{rows}_over_1": statistics.median(ratios)})
+            bench.add({f"rows/{name}/{rows}_over_1": over((used, rows), (used, 1))})
+        for rows in ROWS if used else ():
+            bench.add({f"rows/{name}/panels_over_whole_{rows}": over((True, rows), (False, rows))})
 
 
 def compile_pass(config: ModelConfig, weights, rows: int):

@@ -5,10 +5,12 @@ Import it before `layerskip_jax`: it puts the repository's root on the path, so 
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -176,3 +178,10 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def run_verb(command: ModuleType, *arguments: str) -> int:
+    """Prints a verb's command line as it would be typed, and runs it."""
+    verb = command.__name__.rsplit(".", 1)[1]
+    print(f"\n$ {shlex.join(['layerskip', verb, *arguments])}", flush=True)
+    return command.main(list(arguments))

@@ -6,6 +6,7 @@ whatever lies beyond, such as rejected drafts or the padding of a prompt, is nev
 is overwritten in time.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -28,16 +29,24 @@ class LayerCache(NamedTuple):
     On a mesh `[B, K, T, h]`, to be split over rows and heads. On one device both lie as XLA's CPU
     backend multiplies them best. Rows and heads are one axis, as in its products: what was
     written and then reshaped for them it wrote twice, from a copy of the whole cache, for every
-    layer and token. And keys are transposed, `[B K, h, T]` beside values of `[B K, T, h]`: a layer
+    layer and token. That goes for an axis of one too, which it drops: a single head of a single
+    row has none. And keys are transposed, `[B K, h, T]` beside values of `[B K, T, h]`: a layer
     took 0.8 of the time for three to five rows, and no more for one.
     """
 
     k: Float[Array, "*BK m n"]
     v: Float[Array, "*BK T h"]
 
+    @property
+    def on_mesh(self) -> bool:
+        """Whether rows and heads are two axes, and keys lie as values do."""
+        return self.k.ndim == 4
+
     def kv_heads(self, batch: int) -> int:
         """Returns K, given B."""
-        return self.k.shape[0] // batch if self.k.ndim == 3 else self.k.shape[1]
+        if self.on_mesh:
+            return self.k.shape[1]
+        return math.prod(self.k.shape[:-2]) // batch
 
 
 class Cache(NamedTuple):
@@ -65,11 +74,12 @@ def cache_slots(positions: int) -> int:
 def empty_cache(config: ModelConfig, num_layers: int, batch_size: int, positions: int) -> Cache:
     """Returns a cache for so many positions a row; writing past it would be silent."""
     slots = cache_slots(positions)
-    rows = (batch_size, config.num_kv_heads)
-    if jax.sharding.get_abstract_mesh().empty:
-        rows = (batch_size * config.num_kv_heads,)
+    rows: tuple[int, ...] = (batch_size, config.num_kv_heads)
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    if not on_mesh:
+        rows = () if math.prod(rows) == 1 else (math.prod(rows),)
     values = jnp.zeros((*rows, slots, config.head_dim), config.compute_dtype)
-    keys = values if len(rows) == 2 else values.swapaxes(1, 2)
+    keys = values if on_mesh else values.swapaxes(-1, -2)
     cos, sin = rope_tables(jnp.arange(slots)[None], config)
     return Cache((LayerCache(keys, values),) * num_layers, cos[0], sin[0])
 
@@ -101,7 +111,7 @@ def run_layers(
         layer = weights.layers[index]
         q, k, v = layer.project(x, cos, sin, layers[index].kv_heads(x.shape[0]))
         layers[index] = LayerCache(
-            _write(layers[index].k, k, positions, transposed=layers[index].k.ndim == 3),
+            _write(layers[index].k, k, positions, transposed=not layers[index].on_mesh),
             _write(layers[index].v, v, positions),
         )
         x = layer.finish(x, cached_attention(q, *layers[index], positions))
@@ -135,13 +145,12 @@ def _write(
     batch, kv_heads = new.shape[:2]
     if transposed:
         new = new.swapaxes(2, 3)
-    parts = new if cache.ndim == 3 else new[:, None]  # of one row
-    rows_at_once = kv_heads if cache.ndim == 3 else 1
+    parts = {2: new[:, 0], 3: new, 4: new[:, None]}[cache.ndim]  # of one row
 
     def write(cache, part, row, start):
         slot = (0, start) if transposed else (start, 0)
-        at = (row * rows_at_once, *(() if cache.ndim == 3 else (0,)), *slot)
-        return jax.lax.dynamic_update_slice(cache, part, tuple(map(jnp.int32, at)))
+        of_row = {2: (), 3: (row * kv_heads,), 4: (row, 0)}[cache.ndim]
+        return jax.lax.dynamic_update_slice(cache, part, tuple(map(jnp.int32, (*of_row, *slot))))
 
     if batch <= MOST_SLICES:
         for row in range(batch):

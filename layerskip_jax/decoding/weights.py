@@ -21,43 +21,71 @@ from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.ops.elementwise import swiglu
 from layerskip_jax.schema import require
 
+# Outputs in a panel, the largest matrix that lies in panels, and the most rows that are multiplied
+# by panels as they lie; for more rows the matrix is put together again.
+PANEL, MOST_PANEL_BYTES, MOST_PANEL_ROWS = 32, 2 << 20, 16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A matrix that multiplies rows, in one of two orders of memory (see `lies_by_inputs`).
+    """A matrix that multiplies rows, whole or in panels (see `pays_for_panels`).
 
     Attributes:
-      values: `[O, I]`, or `[I, O]` where `by_inputs`; in a tree of shapes or shardings, its own.
-      by_inputs: whether the outputs of one input lie together.
+      values: `[O, I]`, or N panels of W outputs, `[N, I, W]`, the last one padded with zeros; in a
+        tree of shapes or shardings, its own.
+      outputs: O where the matrix lies in panels, else None.
     """
 
     values: Any
-    by_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
+    outputs: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __call__(
         self, x: Float[Array, "*batch I"], dtype: DTypeLike | None = None
     ) -> Float[Array, "*batch O"]:
-        """Multiplies the rows of x, as one plain product, summed and returned in `dtype`."""
+        """Multiplies the rows of x, summed and returned in `dtype`."""
         rows = x.reshape(-1, x.shape[-1])
-        sides = (((1,), (0 if self.by_inputs else 1,)), ((), ()))
-        y = jax.lax.dot_general(rows, self.values, sides, preferred_element_type=dtype)
+        product = functools.partial(jax.lax.dot_general, preferred_element_type=dtype)
+        if self.outputs is None:
+            y = product(rows, self.values, (((1,), (1,)), ((), ())))
+        elif rows.shape[0] > MOST_PANEL_ROWS:
+            y = product(rows, self._together(), (((1,), (0,)), ((), ())))
+        else:
+            for_each = jnp.broadcast_to(rows, (self.values.shape[0], *rows.shape))
+            y = product(for_each, self.values, (((2,), (1,)), ((0,), (0,))))
+            y = y.swapaxes(0, 1).reshape(rows.shape[0], -1)[:, : self.outputs]
         return y.reshape(*x.shape[:-1], -1)
 
     def of_outputs(self, index: Int[Array, "N"]) -> "Matrix":
-        """Returns the part that makes these outputs only."""
-        return Matrix(jnp.take(self.values, index, axis=1 if self.by_inputs else 0), self.by_inputs)
+        """Returns the part that makes these outputs only, in panels if the whole is."""
+        if self.outputs is None:
+            return Matrix(self.values[index])
+        return in_panels(self._together()[:, index])
+
+    def _together(self) -> Float[Array, "I O"]:
+        """Returns the matrix that lies in panels."""
+        panels = self.values.swapaxes(0, 1)
+        return panels.reshape(panels.shape[0], -1)[:, : self.outputs]
+
+
+def in_panels(matrix: Float[Array, "I O"]) -> Matrix:
+    """Returns a matrix in panels of `PANEL` outputs, whose weights lie together input by input."""
+    inputs, outputs = matrix.shape
+    padded = jnp.pad(matrix, ((0, 0), (0, -outputs % PANEL)))
+    return Matrix(padded.reshape(inputs, -1, PANEL).swapaxes(0, 1), outputs)
 
 
 @functools.cache
-def lies_by_inputs(platform: str) -> bool:
-    """Returns whether matrices had best lie inputs by outputs for products with few rows.
+def pays_for_panels(platform: str) -> bool:
+    """Returns whether small matrices had best lie in panels, for products with few rows.
 
-    Verifying takes a few rows through every matrix. On a CPU without AVX-512 five rows took 0.4
-    of the time so that they took outputs by inputs (two cores, AVX2, 128 to 704 and 1024 to 1024),
-    and one row the same; on one with AVX-512 outputs by inputs took 0.8 of the other way (D 1024).
-    Accelerators do not care. A rule, not a measurement at each start: the order of the sums, and
-    so the tokens at near ties, stays the same from run to run.
+    Verifying takes a few rows through every matrix. On a CPU without AVX-512, XLA multiplies two
+    rows and more by 16 or 32 outputs at a time and goes down all inputs with them, so that in a
+    whole matrix every read is a jump. In panels it reads straight on: two to five rows took 0.3 to
+    0.8 of the time (two cores, AVX2, 128 to 704 up to 512 to 1024), one row the same; larger
+    matrices gain nothing. CPUs with AVX-512 were not measured, and accelerators do not care. A
+    rule, not a measurement at each start: the order of the sums, and so the tokens at near ties,
+    stays the same from run to run.
     """
     if platform != "cpu" or not _CPU_FACTS.exists():
         return False
@@ -158,14 +186,15 @@ class DecoderWeights(NamedTuple):
         return Matrix(self.embedding) if self.head is None else self.head
 
 
-@functools.partial(jax.jit, static_argnames="by_inputs")
-def decoder_weights(model: Transformer, *, by_inputs: bool = False) -> DecoderWeights:
+@functools.partial(jax.jit, static_argnames="panels")
+def decoder_weights(model: Transformer, *, panels: bool = False) -> DecoderWeights:
     """Takes a model's stacked layers apart, joins their matrices and casts to its dtype.
 
     Args:
       model: any parameters.
-      by_inputs: how matrices lie (see `lies_by_inputs`). A head that is the embedding is then
-        kept a second time, as the embedding lies by tokens.
+      panels: whether matrices of up to `MOST_PANEL_BYTES` lie in panels (see `pays_for_panels`). A
+        head that does is kept beside the embedding even where it is the embedding, which lies by
+        tokens.
     """
     config = model.config
     dtype = config.compute_dtype
@@ -173,7 +202,7 @@ def decoder_weights(model: Transformer, *, by_inputs: bool = False) -> DecoderWe
 
     def matrix(x, inputs):
         x = x.reshape(inputs, -1).astype(dtype)
-        return Matrix(x if by_inputs else x.T, by_inputs)
+        return in_panels(x) if panels and x.nbytes <= MOST_PANEL_BYTES else Matrix(x.T)
 
     def layer(index: int) -> DecoderLayer:
         block = jax.tree.map(lambda stacked: stacked[index], model.layers)
@@ -198,13 +227,13 @@ def decoder_weights(model: Transformer, *, by_inputs: bool = False) -> DecoderWe
             down=matrix(block.mlp.down[...], config.ffn_dim),
         )
 
-    shared = config.tie_embeddings and not by_inputs
-    head = model.head_weight[:, : config.vocab_size]
+    head = matrix(model.head_weight[:, : config.vocab_size], config.model_dim)
+    shared = config.tie_embeddings and head.outputs is None
     return DecoderWeights(
         embedding=model.embedding[: config.vocab_size].astype(dtype),
         layers=tuple(map(layer, range(config.num_layers))),
         final_norm=model.final_norm,
-        head=None if shared else matrix(head, config.model_dim),
+        head=None if shared else head,
     )
 
 
@@ -217,7 +246,7 @@ def place_weights(weights: DecoderWeights, mesh: Mesh, kv_heads: int) -> Decoder
     """Splits heads, MLP and vocabulary over the mesh axis `tensor`.
 
     A vocabulary that cannot be split evenly is padded with tokens that have probability 0.
-    Matrices must lie outputs by inputs.
+    No matrix may lie in panels.
 
     Raises:
       ConfigError: one of them is not divisible by the axis.

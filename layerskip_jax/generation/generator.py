@@ -18,7 +18,7 @@ from layerskip_jax.decoding.sampling import Sampling
 from layerskip_jax.decoding.sequences import Limits, stop_table
 from layerskip_jax.decoding.weights import (
     decoder_weights,
-    lies_by_inputs,
+    pays_for_panels,
     place_weights,
     reduced_head,
 )
@@ -130,8 +130,8 @@ class Generator:
         self._programs: dict = {}
         self._costs: dict = {}
         self._evidence: dict = {}
-        by_inputs = mesh is None and lies_by_inputs(jax.devices()[0].platform)
-        weights = decoder_weights(model, by_inputs=by_inputs)
+        panels = mesh is None and pays_for_panels(jax.devices()[0].platform)
+        weights = decoder_weights(model, panels=panels)
         if draft_tokens is not None:
             tokens = sorted(set(map(int, draft_tokens)))
             require(

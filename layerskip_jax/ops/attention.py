@@ -332,8 +332,8 @@ def cached_attention(
 
     A query at position p sees the slots 0..p; whatever lies beyond, such as the keys of
     rejected drafts, is masked. Only the first slots of the cache are read, as many as the
-    furthest query needs, rounded up to one of a few sizes. B and K may be one axis of the cache,
-    whose keys are then transposed, `[B K, h, T]`.
+    furthest query needs, rounded up to one of a few sizes. B and K may be one axis of the cache, or
+    none where both are 1; its keys are then transposed, `[B K, h, T]`.
     """
     slots = v.shape[-2]
     sizes = [size for size in CACHE_SIZES if size < slots] + [slots]
@@ -341,7 +341,7 @@ def cached_attention(
     def over(size: int):
         def attend(q, k, v, q_positions):
             visible = jnp.arange(size) <= q_positions[:, :, None]
-            keys = k[..., :size] if k.ndim == 3 else k[..., :size, :].swapaxes(-1, -2)
+            keys = k[..., :size] if k.ndim < 4 else k[..., :size, :].swapaxes(-1, -2)
             return _attend(q, keys, v[..., :size, :], visible)
 
         return attend

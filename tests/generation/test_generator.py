@@ -1,8 +1,11 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layerskip_jax.decoding.cache import cache_slots
 from layerskip_jax.generation.generator import Generator, bucket, prompt_bucket
 from layerskip_jax.generation.sweep import accepted_per_cycle, expected_cycles, sweep
 from layerskip_jax.model.transformer import Transformer
@@ -52,6 +55,25 @@ def test_a_tied_head_decodes_alike():
     model = Transformer(small_model(tie_embeddings=True), jax.random.key(0))
     expected = _by_definition(model, [3, 1, 4], 6, 4)
     assert Generator(model).generate([[3, 1, 4]], 6).tokens == [expected]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(
+    "mode", [{}, {"mode": "self_speculative", "exit_layer": 2, "draft_length": 2}]
+)
+def test_no_cache_is_copied_and_one_head_decodes_by_definition(kv_heads, mode):
+    model = Transformer(small_model(num_kv_heads=kv_heads), jax.random.key(0))
+    generator = Generator(model)
+    generation = generator.generate([[3, 1, 4]], 6, **mode)
+    assert generation.tokens == [_by_definition(model, [3, 1, 4], 6, 4)]
+    (programs,) = generator._programs.values()
+    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", programs.advance.as_text())
+    of_cache = set()
+    for shape, operation in made:
+        sizes = sorted(size for size in map(int, shape.split(",")) if size > 1)
+        if sizes == sorted([cache_slots(3 + 6), 8, *[2] * (kv_heads - 1)]):
+            of_cache.add(operation)
+    assert "dynamic-update-slice" in of_cache and "copy" not in of_cache
 
 
 def test_bfloat16_runs():
