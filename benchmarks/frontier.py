@@ -173,7 +173,7 @@ def draw(runs: dict[str, RunRecord]) -> Figure:
     figure = Figure(figsize=(2.2 * WIDTH, 3.4), layout="constrained")
     panels = figure.subplots(1, len(exits), sharex=True, sharey=True, squeeze=False)[0]
     for layers, axes in zip(exits, panels, strict=True):
-        for (dial, run), marker, color in zip(runs.items(), MARKERS, COLORS, strict=True):
+        for (dial, run), marker, color in zip(runs.items(), MARKERS, COLORS, strict=False):
             last = run.final_perplexities()[run.num_layers]
             share = 100 * accepted(run)[layers]
             axes.plot([last], [share], marker=marker, color=color, linestyle="", label=dial)

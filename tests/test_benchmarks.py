@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
 import decode  # noqa: E402
+import frontier  # noqa: E402
 import guards  # noqa: E402
 import harness  # noqa: E402
 import train_mfu  # noqa: E402
@@ -67,7 +68,9 @@ def bench(monkeypatch, tmp_path):
 def test_every_benchmark_starts_from_any_folder(tmp_path):
     """By its path alone: in one process, as starting jax for each would take seconds."""
     names = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.stem != "harness")
-    assert names == ["ablation.py", "decode.py", "guards.py", "train_mfu.py", "train_step.py"]
+    assert names == [
+        "ablation.py", "decode.py", "frontier.py", "guards.py", "train_mfu.py", "train_step.py"
+    ]  # fmt: skip
     script = tmp_path / "all.py"
     script.write_text(
         "import contextlib, os, runpy, sys\n"
@@ -201,13 +204,49 @@ def test_the_fused_loss_needs_a_tenth_of_the_naive_memory_at_full_scale():
     assert ours < theirs / 10
 
 
+def _some_modules(folder: Path) -> Path:
+    """Copies a hundred modules of the standard library into `folder`, and returns it."""
+    folder.mkdir()
+    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:100]:
+        (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_frontier_turns_a_dial_at_a_time_and_tabulates_what_it_does(
+    tmp_path, capsys, monkeypatch
+):
+    some = ("the recipe", "all exits")
+    monkeypatch.setattr(frontier, "DIALS", {name: frontier.DIALS[name] for name in some})
+    workdir = tmp_path / "frontier"
+    arguments = [
+        "--quick",
+        f"--workdir={workdir}",
+        f"--source={_some_modules(tmp_path / 'corpus')}",
+        "--config.training.steps=4",
+        "--config.model.num_layers=4",
+        "--config.model.model_dim=32",
+        "--config.model.ffn_dim=64",
+    ]
+    assert frontier.main(arguments) == 0
+    figures = json.loads((workdir / "quickstart.json").read_text())
+    for dial in some:
+        assert figures[f"{dial}/last_perplexity"] > 1
+        for layers in (1, 2):  # an eighth of four layers is one of them
+            assert figures[f"{dial}/perplexity_exit_{layers}"] > 1
+            assert 0 <= figures[f"{dial}/accepted_exit_{layers}"] <= 1
+    # the recipe has two early exits learn; with all on, each step scores three
+    assert figures["all exits/flops_over_plain"] > figures["the recipe/flops_over_plain"] > 1
+    assert (workdir / "quickstart.svg").read_text().lstrip().startswith("<?xml")
+    assert "all exits" in capsys.readouterr().out
+    stamps = {p: p.stat().st_mtime_ns for p in workdir.glob("*/*/*.json*")}
+    assert frontier.main(arguments) == 0  # done runs are not run again
+    assert {p: p.stat().st_mtime_ns for p in workdir.glob("*/*/*.json*")} == stamps
+
+
 @pytest.mark.slow
 def test_the_ablation_trains_five_variants_and_tabulates_them(tmp_path, capsys):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    library = Path(json.__file__).parents[1]
-    for path in sorted(library.glob("*.py"))[:100]:
-        (corpus / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    corpus = _some_modules(tmp_path / "corpus")
     arguments = [
         f"--workdir={tmp_path / 'ablation'}",
         f"--source={corpus}",
