@@ -43,13 +43,13 @@ DIALS = {
     "no dropout": {"layer_dropout.p_max": 0.0},
     "dropout .5": {"layer_dropout.p_max": 0.5},
     "eq. 6 weights": {"early_exit.depth_weight": "quadratic"},
-    "early weights x 0.2": {"early_exit.e_scale": 0.2},
     "all exits": {"early_exit.layers": ()},
     "all, in rotation of 4": {
         "early_exit.layers": (),
         "early_exit.curriculum": "rotational",
         "early_exit.rotation_interval": 4,
     },
+    "early weights x 0.2": {"early_exit.e_scale": 0.2},
 }
 VOCABULARY, WINDOW, HELD_OUT = 2048, 128, 0.02
 QUICK_STEPS, QUICK_BYTES = 30, 1_000_000

@@ -81,11 +81,11 @@ def pays_for_panels(platform: str) -> bool:
 
     Verifying takes a few rows through every matrix. On a CPU without AVX-512, XLA multiplies two
     rows and more by 16 or 32 outputs at a time and goes down all inputs with them, so that in a
-    whole matrix every read is a jump. In panels it reads straight on: two to five rows took 0.3 to
-    0.8 of the time (two cores, AVX2, 128 to 704 up to 512 to 1024), one row the same; larger
-    matrices gain nothing. CPUs with AVX-512 were not measured, and accelerators do not care. A
-    rule, not a measurement at each start: the order of the sums, and so the tokens at near ties,
-    stays the same from run to run.
+    whole matrix every read is a jump. In panels it reads straight on: passes of two to seven tokens
+    took 0.3 to 0.5 of the time, and of one 1.06 (two cores, AVX2, `benchmarks/decode.py
+    --setting=rows`); matrices of more than `MOST_PANEL_BYTES` gained nothing. CPUs with AVX-512
+    were not measured, and accelerators do not care. A rule, not a measurement at each start: the
+    order of the sums, and so the tokens at near ties, stays the same from run to run.
     """
     if platform != "cpu" or not _CPU_FACTS.exists():
         return False
