@@ -52,21 +52,12 @@ MARKERS = "s^vox"
 def main(argv: list[str] | None = None) -> int:
     """Runs what is not done yet, prints the table and writes the figures."""
     parser = harness.parser(__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="folder for all runs")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
     parser.add_argument(
         "--steps", type=int,
         help=f"optimizer steps (default: the recipe's, with --quick {QUICK_STEPS})",
     )  # fmt: skip
-    options, overrides = parser.parse_known_args(argv)
-    for argument in overrides:
-        if not argument.startswith("--config."):
-            parser.error(f"unrecognized argument {argument}")
-    if options.json is None:
-        options.workdir.mkdir(parents=True, exist_ok=True)
-        options.json = options.workdir / "ablation.json"
-    harness.check(parser, options)
+    options, overrides = harness.parse_training(parser, argv, lambda _: "ablation.json")
     steps = QUICK_STEPS if options.steps is None and options.quick else options.steps
     if steps is not None:
         overrides.insert(0, f"--config.training.steps={steps}")

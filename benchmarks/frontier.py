@@ -59,17 +59,10 @@ MARKERS, COLORS = "*ox^vsD", ("#0072b2", "#56b4e9", "#c44e00", "#009e73", "#6b6b
 def main(argv: list[str] | None = None) -> int:
     """Runs what is not done yet, prints the table and writes the figures."""
     parser = harness.parser(__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="folder for all runs")
     parser.add_argument("--model", choices=MODELS, default="quickstart")
-    parser.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
-    options, overrides = parser.parse_known_args(argv)
-    for argument in overrides:
-        if not argument.startswith("--config."):
-            parser.error(f"unrecognized argument {argument}")
-    if options.json is None:
-        options.workdir.mkdir(parents=True, exist_ok=True)
-        options.json = options.workdir / f"{options.model}.json"
-    harness.check(parser, options)
+    options, overrides = harness.parse_training(
+        parser, argv, lambda options: f"{options.model}.json"
+    )
     recipe, base = MODELS[options.model]
     data = options.workdir / "data"
     if options.quick:  # what the user gives comes later, and counts

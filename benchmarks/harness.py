@@ -73,6 +73,31 @@ def check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         made.error(f"--json={options.json}: make the folder {options.json.parent} first")
 
 
+def parse_training(
+    made: argparse.ArgumentParser,
+    argv: list[str] | None,
+    file: Callable[[argparse.Namespace], str],
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options of a benchmark that trains, and its `--config.` overrides.
+
+    Args:
+      made: what `parser` returned; gets `--workdir` and `--source`.
+      argv: None takes the command line's.
+      file: names the file of `--json` within the workdir where none is given.
+    """
+    made.add_argument("--workdir", type=Path, required=True, help="folder for all runs")
+    made.add_argument("--source", default="stdlib", help="corpus, as `layerskip prepare` has it")
+    options, overrides = made.parse_known_args(argv)
+    for argument in overrides:
+        if not argument.startswith("--config."):
+            made.error(f"unrecognized argument {argument}")
+    if options.json is None:
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        options.json = options.workdir / file(options)
+    check(made, options)
+    return options, overrides
+
+
 class Bench:
     """A benchmark under way: `with Bench(options) as bench`.
 
