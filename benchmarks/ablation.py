@@ -18,7 +18,7 @@ import harness
 import numpy as np
 from rich.table import Table
 
-from layerskip_jax.commands import prepare, train
+from layerskip_jax.commands import train
 from layerskip_jax.report.drawing import (
     WIDTH,
     Figure,
@@ -44,7 +44,7 @@ SIZES = {
     "small": (2048, 128, 0.02),
     "100m": (32768, 1024, 0.01),
 }
-QUICK_STEPS, QUICK_BYTES = 60, 1_000_000
+QUICK_STEPS = 60
 COLORS = ("#c44e00", "#56b4e9", "#009e73", "#0072b2", "#6b6b75")
 MARKERS = "s^vox"
 
@@ -63,22 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         overrides.insert(0, f"--config.training.steps={steps}")
     if options.quick:  # what the user gives comes later, and counts
         overrides.insert(0, f"--config.training.evaluate_every={QUICK_STEPS // 2}")
-    data = options.workdir / "data"
-    vocabulary, window, held_out = SIZES[options.size]
     suffix = "" if options.size == "small" else f"-{options.size}"
     runs = {}
     with harness.Bench(options, bar=False) as bench:
         bench.expect(1 + len(VARIANTS))
         bench.begin("preparing the data")
-        code = harness.run_verb(
-            prepare,
-            f"--source={options.source}",
-            f"--output={data}",
-            f"--vocab-size={vocabulary}",
-            f"--sequence-length={window}",
-            f"--validation-fraction={held_out}",
-            *([f"--max-bytes={QUICK_BYTES}"] if options.quick else []),
-        )
+        data, code = harness.prepare_data(options, *SIZES[options.size])
         if code:
             return code
         for variant in VARIANTS:

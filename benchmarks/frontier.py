@@ -18,8 +18,8 @@ from pathlib import Path
 import harness
 from rich.table import Table
 
-from layerskip_jax.commands import prepare, sweep, train
-from layerskip_jax.config import RunConfig, load_config
+from layerskip_jax.commands import sweep, train
+from layerskip_jax.config import RunConfig
 from layerskip_jax.report.drawing import WIDTH, Figure, styled
 from layerskip_jax.report.run_record import RunRecord, read_run
 from layerskip_jax.training.flops import CostModel
@@ -52,7 +52,7 @@ DIALS = {
     "early weights x 0.2": {"early_exit.e_scale": 0.2},
 }
 VOCABULARY, WINDOW, HELD_OUT = 2048, 128, 0.02
-QUICK_STEPS, QUICK_BYTES = 30, 1_000_000
+QUICK_STEPS = 30
 MARKERS, COLORS = "*ox^vsD", ("#0072b2", "#56b4e9", "#c44e00", "#009e73", "#6b6b75", "#cc79a7", "k")
 
 
@@ -64,51 +64,48 @@ def main(argv: list[str] | None = None) -> int:
         parser, argv, lambda options: f"{options.model}.json"
     )
     recipe, base = MODELS[options.model]
-    data = options.workdir / "data"
     if options.quick:  # what the user gives comes later, and counts
         overrides.insert(0, f"--config.training.steps={QUICK_STEPS}")
-    given = [f"--config={CONFIGS / recipe}", *settings(base), f"--config.data.path={data}"]
     runs = {}
     with harness.Bench(options, bar=False) as bench:
         bench.expect(1 + len(DIALS))
         bench.begin("preparing the data")
-        code = harness.run_verb(
-            prepare,
-            f"--source={options.source}",
-            f"--output={data}",
-            f"--vocab-size={VOCABULARY}",
-            f"--sequence-length={WINDOW}",
-            f"--validation-fraction={HELD_OUT}",
-            *([f"--max-bytes={QUICK_BYTES}"] if options.quick else []),
-        )
+        data, code = harness.prepare_data(options, VOCABULARY, WINDOW, HELD_OUT)
+        if code:
+            return code
+        given = [f"--config={CONFIGS / recipe}", *settings(base), f"--config.data.path={data}"]
         for index, (dial, changes) in enumerate(DIALS.items()):
-            if code:
-                break
             bench.begin(dial)
             workdir = options.workdir / options.model / f"{index}"
-            arguments = [*given, *settings(changes), *overrides]
-            code = harness.run_verb(train, f"--workdir={workdir}", *arguments)
-            layers = load_config(arguments).model.num_layers
-            exits = sorted({max(layers // part, 1) for part in (8, 4, 2)})
-            if not code and not (workdir / "speculation.json").exists():
-                code = harness.run_verb(
-                    sweep,
-                    f"--workdir={workdir}",
-                    f"--exits={','.join(map(str, exits))}",
-                    "--drafts=1",
-                    *(["--prompts=4", "--new-tokens=16"] if options.quick else []),
-                )
-            if not code:
-                runs[dial] = read_run(workdir)
-                bench.add(summarise(dial, runs[dial]))
-        if code:
-            print(f"stopped after {', '.join(runs)}; the same command goes on", file=sys.stderr)
-            return code
+            code = harness.run_verb(
+                train, f"--workdir={workdir}", *given, *settings(changes), *overrides
+            )
+            code = code or count_accepted(workdir, options.quick)
+            if code:
+                print(f"stopped in {dial}; the same command goes on", file=sys.stderr)
+                return code
+            runs[dial] = read_run(workdir)
+            bench.add(summarise(dial, runs[dial]))
         print_table(bench, runs)
         path = options.workdir / f"{options.model}.svg"
         draw(runs).savefig(path)
         print(path)
     return 0
+
+
+def count_accepted(workdir: Path, quick: bool) -> int:
+    """Sweeps exits L/8, L/4 and L/2 of a trained run, unless that is done."""
+    if (workdir / "speculation.json").exists():
+        return 0
+    layers = read_run(workdir).num_layers
+    exits = sorted({max(layers // part, 1) for part in (8, 4, 2)})
+    return harness.run_verb(
+        sweep,
+        f"--workdir={workdir}",
+        f"--exits={','.join(map(str, exits))}",
+        "--drafts=1",
+        *(["--prompts=4", "--new-tokens=16"] if quick else []),
+    )
 
 
 def settings(values: dict) -> list[str]:

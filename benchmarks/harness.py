@@ -31,6 +31,7 @@ from layerskip_jax.schema import ConfigError, UserError  # noqa: E402
 
 leave_absent_tpu_alone()  # or jax would look for one, and say at length that there is none
 WIDTH = 110
+QUICK_BYTES = 1_000_000
 
 
 def parser(about: str, rounds: tuple[int, int] | None = None) -> argparse.ArgumentParser:
@@ -210,3 +211,32 @@ def run_verb(command: ModuleType, *arguments: str) -> int:
     verb = command.__name__.rsplit(".", 1)[1]
     print(f"\n$ {shlex.join(['layerskip', verb, *arguments])}", flush=True)
     return command.main(list(arguments))
+
+
+def prepare_data(
+    options: argparse.Namespace, vocabulary: int, window: int, held_out: float
+) -> tuple[Path, int]:
+    """Prepares `--source` for a benchmark that trains, a megabyte of it with `--quick`.
+
+    Args:
+      options: what `parse_training` returned.
+      vocabulary: tokens of the tokenizer.
+      window: tokens of a window.
+      held_out: share of the documents kept for validation.
+
+    Returns:
+      The folder of the data, and what the verb returned.
+    """
+    from layerskip_jax.commands import prepare  # tokenizers, which most benchmarks do without
+
+    data = options.workdir / "data"
+    code = run_verb(
+        prepare,
+        f"--source={options.source}",
+        f"--output={data}",
+        f"--vocab-size={vocabulary}",
+        f"--sequence-length={window}",
+        f"--validation-fraction={held_out}",
+        *([f"--max-bytes={QUICK_BYTES}"] if options.quick else []),
+    )
+    return data, code
