@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -142,3 +146,19 @@ def run_steps(config: RunConfig, steps: int, devices: int = 1, batch=random_batc
             state, metrics = step(state, setup.placement.place(rows))
             history.append(jax.device_get(metrics))
     return setup, state, history
+
+
+def run_with_full_effort(*arguments) -> str:
+    """Runs python with these arguments, its programs compiled as users have them.
+
+    For tests that compute much: what little effort makes of bfloat16 takes six times as long.
+    Returns what it prints.
+    """
+    repository = Path(__file__).parents[1]
+    environment = {
+        **os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository),
+    }  # fmt: skip
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -26,7 +26,7 @@ import train_step  # noqa: E402
 from layerskip_jax.config import RunConfig, TrainingConfig  # noqa: E402
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
 from layerskip_jax.training.setup import make_setup  # noqa: E402
-from tests.helpers import small_model  # noqa: E402
+from tests.helpers import run_with_full_effort, small_model  # noqa: E402
 
 
 @pytest.fixture
@@ -312,19 +312,26 @@ def test_the_decoding_benchmark_writes_the_named_figures(bench, monkeypatch):
 
 @pytest.mark.slow
 def test_drafted_tokens_part_from_plain_ones_in_bfloat16_at_near_ties_only():
+    code = (
+        "import json; from tests.test_benchmarks import _near_ties; print(json.dumps(_near_ties()))"
+    )
+    figures = json.loads(run_with_full_effort("-c", code))
+    assert figures["float32/equal_sequences"] == 1
+    assert figures["bfloat16/largest_margin_at_mismatch"] <= figures["noise"]
+    assert 0 < figures["bfloat16/equal_sequences"] <= 1
+
+
+def _near_ties():
+    """Returns the benchmark's figures of exactness, and how far bfloat16 moves the margins."""
     config = small_model(num_layers=8, vocab_size=512, max_sequence_length=128)
-    exact = decode.exactness(config, 48)
-    assert exact["float32/equal_sequences"] == 1
     rounded = dataclasses.replace(config, dtype="bfloat16")
-    figures = decode.exactness(rounded, 48)
     prompts = np.random.default_rng(2).integers(0, 512, (64, 80)).tolist()
     in_float32, in_bfloat16 = (
         decode.margins(Transformer(c, jax.random.key(0)), prompts, prompts)
         for c in (config, rounded)
     )
-    noise = np.abs(in_float32 - in_bfloat16).max()
-    assert figures["bfloat16/largest_margin_at_mismatch"] <= noise
-    assert 0 < figures["bfloat16/equal_sequences"] <= 1
+    noise = float(np.abs(in_float32 - in_bfloat16).max())
+    return decode.exactness(config, 48) | decode.exactness(rounded, 48) | {"noise": noise}
 
 
 def test_the_benchmark_of_the_guards_writes_its_figures(tiny, bench, monkeypatch):

