@@ -1,10 +1,9 @@
 """Where the curves of a run go: TensorBoard, and Weights & Biases where that is asked for."""
 
 import importlib.util
+import sys
 import uuid
 from collections.abc import Mapping
-
-from tensorboardX import SummaryWriter
 
 from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.schema import UserError
@@ -21,6 +20,23 @@ def check_wandb(project: str) -> None:
             f"config.training.wandb={project} needs the package wandb, which is not installed; "
             "`pip install wandb`, or leave it empty"
         )
+
+
+def _summary_writer() -> type:
+    """Returns TensorBoard's writer, imported without torch.
+
+    It would import torch wherever that is installed, in two seconds, for tensors that it is never
+    given here.
+    """
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # as the import system has it
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 class Boards:
@@ -40,7 +56,7 @@ class Boards:
         Raises:
           UserError: Weights & Biases refuses, for want of a login for instance.
         """
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+        self._board = _summary_writer()(str(folder.tensorboard), purge_step=first_step)
         self._wandb = None
         if not project:
             return
