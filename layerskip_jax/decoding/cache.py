@@ -145,11 +145,16 @@ def _write(
     batch, kv_heads = new.shape[:2]
     if transposed:
         new = new.swapaxes(2, 3)
-    parts = {2: new[:, 0], 3: new, 4: new[:, None]}[cache.ndim]  # of one row
+    if cache.ndim == 4:
+        # On a mesh all rows at once, each where it lies; one by one, all devices would write all.
+        return jax.vmap(
+            lambda row, part, start: jax.lax.dynamic_update_slice(row, part, (0, start, 0))
+        )(cache, new, positions[:, 0])
+    parts = {2: new[:, 0], 3: new}[cache.ndim]  # of one row
 
     def write(cache, part, row, start):
         slot = (0, start) if transposed else (start, 0)
-        of_row = {2: (), 3: (row * kv_heads,), 4: (row, 0)}[cache.ndim]
+        of_row = {2: (), 3: (row * kv_heads,)}[cache.ndim]
         return jax.lax.dynamic_update_slice(cache, part, tuple(map(jnp.int32, (*of_row, *slot))))
 
     if batch <= MOST_SLICES:

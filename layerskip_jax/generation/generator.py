@@ -1,4 +1,4 @@
-"""A model ready to generate: buckets, one compiled program for each of them, results."""
+"""A model ready to generate: buckets, the programs compiled for them, results."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK
+from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK, prefill
 from layerskip_jax.decoding.cache import cache_slots
 from layerskip_jax.decoding.sampling import Sampling
 from layerskip_jax.decoding.sequences import Limits, stop_table
@@ -25,16 +25,20 @@ from layerskip_jax.decoding.weights import (
 from layerskip_jax.generation.loop import (
     Arm,
     Evidence,
+    Generating,
     advance,
     best_arm,
+    layers_read,
+    lookahead,
+    no_counts,
     propose,
     settle,
-    start,
 )
 from layerskip_jax.generation.options import Drafting, Generation, Request
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import require
+from layerskip_jax.self_speculation import SpeculationCounts
 
 SMALLEST_BUCKET = 16
 COST_CYCLES = 6
@@ -68,7 +72,7 @@ class StreamEvent(NamedTuple):
 
 
 class _Programs(NamedTuple):
-    start: jax.stages.Compiled
+    read: jax.stages.Compiled
     advance: jax.stages.Compiled
 
 
@@ -84,28 +88,38 @@ class _Job(NamedTuple):
     acceptance: str
 
     @property
-    def key(self):
+    def lookahead(self) -> int:
+        return lookahead(self.arms)
+
+    @property
+    def slots(self) -> int:
+        """Positions that a row's cache has room for."""
+        return cache_slots(self.prompts.shape[1] + self.capacity + self.lookahead)
+
+    @property
+    def state_key(self) -> tuple:
+        """What the shapes of a generation depend on."""
         return (
-            self.prompts.shape,
+            self.prompts.shape[0],
+            self.slots,
+            self.capacity + self.lookahead,
             self.limits.stop.shape,
             self.sampling is None,
-            self.arms,
-            self.capacity,
-            self.acceptance,
         )
 
 
 class Generator:
     """Decodes with one model.
 
-    Programs are compiled for each mode, E, G and bucket of batch, prompt length, new tokens and
-    stop sequences it meets, and kept. For `auto` it measures once what a cycle of each pair
-    costs, and remembers from call to call how often drafts were accepted.
+    Programs are compiled for what it meets, and kept: those that read prompts for each bucket of
+    batch, prompt length, new tokens and stop sequences, and the loops for each mode, E and G
+    beside. For `auto` it measures once what a cycle of each pair costs, and remembers from call to
+    call how often drafts were accepted.
 
     Attributes:
       config: the model's shapes.
       weights: laid out for decoding.
-      compilations: buckets compiled so far, two programs each: prompts, and the loop.
+      compilations: programs compiled so far, those that read prompts and loops.
     """
 
     def __init__(
@@ -160,12 +174,12 @@ class Generator:
         """
         request = Request(prompts, max_new_tokens, **options)
         job, programs, costs, evidence = self._ready(request)
-        arguments = self._on_device((job.prompts, job.lengths, job.limits, job.sampling, evidence))
         rest = self._on_device((costs, np.int32(np.iinfo(np.int32).max)))
         begin = time.perf_counter()
-        state = jax.block_until_ready(programs.start(self.weights, *arguments))
+        state, limits, sampling = self._read_prompts(job, programs, job.limits, evidence)
+        jax.block_until_ready(state)
         first = time.perf_counter() - begin
-        state = programs.advance(self.weights, state, *arguments[2:4], *rest)
+        state = programs.advance(self.weights, state, limits, sampling, *rest)
         jax.block_until_ready(state.sequences.tokens)
         seconds = time.perf_counter() - begin
         sequences, counts, evidence = jax.device_get(
@@ -205,11 +219,7 @@ class Generator:
         request = Request([prompt], max_new_tokens, **options)
         job, programs, costs, evidence = self._ready(request)
         with self._on_mesh():
-            arguments = self._on_device(
-                (job.prompts, job.lengths, job.limits, job.sampling, evidence)
-            )
-            limits, sampling = arguments[2:4]
-            state = programs.start(self.weights, *arguments)
+            state, limits, sampling = self._read_prompts(job, programs, job.limits, evidence)
             costs_there = self._on_device(costs)
             shown, index = 0, 0
             while True:
@@ -301,34 +311,64 @@ class Generator:
         )
 
     def _compiled(self, job: _Job) -> _Programs:
-        if job.key not in self._programs:
-            begin = functools.partial(
-                start, config=self.config, arms=job.arms, capacity=job.capacity
-            )
-            go_on = functools.partial(advance, arms=job.arms, acceptance=job.acceptance)
-            arguments = self._on_device(
-                (job.prompts, job.lengths, job.limits, job.sampling, _no_evidence(job.arms))
-            )
-            rest = self._on_device((_no_costs(job.arms), np.int32(0)))
-            with self._on_mesh():
-                first = jax.jit(begin).lower(self.weights, *arguments).compile()
-                state = jax.eval_shape(begin, self.weights, *arguments)
-                shardings = first.output_shardings
-                state = jax.tree.map(
-                    lambda leaf, sharding: jax.ShapeDtypeStruct(
-                        leaf.shape, leaf.dtype, sharding=sharding
-                    ),
-                    state,
-                    shardings,
+        layers = layers_read(job.arms, self.config.num_layers)
+        reads = ("read", job.prompts.shape[1], layers, *job.state_key)
+        loops = ("advance", job.arms, job.acceptance, *job.state_key)
+        arguments = self._inputs(job, job.limits)
+        with self._on_mesh():
+            if reads not in self._programs:
+                read = functools.partial(
+                    prefill,
+                    config=self.config,
+                    num_layers=layers,
+                    capacity=job.capacity,
+                    lookahead=job.lookahead,
                 )
-                second = (
+                self._programs[reads] = jax.jit(read).lower(self.weights, *arguments).compile()
+                self.compilations += 1
+            if loops not in self._programs:
+                nothing = self._nothing_yet(job, _no_evidence(job.arms))
+                state = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(
+                        leaf.shape, leaf.dtype, sharding=leaf.sharding
+                    ),
+                    Generating(*self._programs[reads].out_info, *nothing),
+                )
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+                go_on = functools.partial(advance, arms=job.arms, acceptance=job.acceptance)
+                rest = self._on_device((_no_costs(job.arms), np.int32(0)))
+                self._programs[loops] = (
                     jax.jit(go_on, donate_argnums=1, out_shardings=shardings)
-                    .lower(self.weights, state, *arguments[2:4], *rest)
+                    .lower(self.weights, state, *arguments[2:], *rest)
                     .compile()
                 )
-            self._programs[job.key] = _Programs(first, second)
-            self.compilations += 1
-        return self._programs[job.key]
+                self.compilations += 1
+        return _Programs(self._programs[reads], self._programs[loops])
+
+    def _nothing_yet(self, job: _Job, evidence: Evidence) -> tuple[SpeculationCounts, Evidence]:
+        """Returns the counts of before the first cycle, and what is known of the arms, there."""
+        counts = no_counts(job.arms, job.prompts.shape[0])
+        return self._on_device(counts, None, "data"), self._on_device(evidence)
+
+    def _inputs(self, job: _Job, limits: Limits) -> tuple:
+        """Returns prompts, their lengths, limits and sampling, there."""
+        prompts, lengths, most = self._on_device(
+            (job.prompts, job.lengths, limits.max_new_tokens), "data"
+        )
+        limits = Limits(most, self._on_device(limits.stop))
+        if job.sampling is None:
+            return prompts, lengths, limits, None
+        seeds = self._on_device(job.sampling.seed, "data")
+        return prompts, lengths, limits, self._on_device(job.sampling)._replace(seed=seeds)
+
+    def _read_prompts(
+        self, job: _Job, programs: _Programs, limits: Limits, evidence: Evidence
+    ) -> tuple[Generating, Limits, Sampling | None]:
+        """Returns a generation with each row's first token, and its limits and sampling there."""
+        prompts, lengths, limits, sampling = self._inputs(job, limits)
+        sequences, cache = programs.read(self.weights, prompts, lengths, limits, sampling)
+        state = Generating(sequences, cache, *self._nothing_yet(job, evidence))
+        return state, limits, sampling
 
     def _cost(self, job: _Job) -> np.ndarray:
         """Returns the seconds of a cycle of each arm, measured once where there are several."""
@@ -347,14 +387,14 @@ class Generator:
         forced = _only(job.arms, arm)
         stop = np.full_like(job.limits.stop, -2)
         most = np.full_like(job.limits.max_new_tokens, job.capacity)
-        arguments = self._on_device(
-            (job.prompts, job.lengths, Limits(most, stop), job.sampling, _no_evidence(job.arms))
-        )
         cycles = max(1, min(COST_CYCLES, (job.capacity - 1) // (job.arms[arm].draft_length + 1)))
         rest = self._on_device((forced, np.int32(cycles)))
-        state = jax.block_until_ready(programs.start(self.weights, *arguments))
+        state, limits, sampling = self._read_prompts(
+            job, programs, Limits(most, stop), _no_evidence(job.arms)
+        )
+        jax.block_until_ready(state)
         begin = time.perf_counter()
-        state = programs.advance(self.weights, state, *arguments[2:4], *rest)
+        state = programs.advance(self.weights, state, limits, sampling, *rest)
         jax.block_until_ready(state.sequences.count)
         return (time.perf_counter() - begin) / cycles
 
@@ -375,17 +415,16 @@ class Generator:
     def _on_mesh(self):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _on_device(self, arrays):
-        """Puts arrays where the programs want them: rows over `data`, the rest everywhere."""
+    def _on_device(self, arrays, *axes: str | None):
+        """Puts arrays on the device, or on a mesh with their axes split over those named."""
         if self._mesh is None:
             return jax.device_put(arrays)
-        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec()))
+        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec(*axes)))
 
     def _check_memory(self, job: _Job) -> None:
         """Refuses a batch whose cache cannot fit beside the weights."""
         config = self.config
-        longest = max(arm.draft_length for arm in job.arms) + 1
-        slots = cache_slots(job.prompts.shape[1] + job.capacity + longest)
+        slots = job.slots
         size = jnp.dtype(config.compute_dtype).itemsize
         row = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * size
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))

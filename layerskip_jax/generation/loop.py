@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from layerskip_jax.decoding.autoregressive import next_token, prefill
+from layerskip_jax.decoding.autoregressive import next_token
 from layerskip_jax.decoding.cache import Cache
 from layerskip_jax.decoding.sampling import Sampling
 from layerskip_jax.decoding.sequences import Limits, SequenceState
 from layerskip_jax.decoding.weights import DecoderWeights
-from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.self_speculation import (
     Drafts,
     SpeculationCounts,
@@ -72,36 +72,27 @@ class Generating(NamedTuple):
     evidence: Evidence
 
 
-def start(
-    weights: DecoderWeights,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    limits: Limits,
-    sampling: Sampling | None,
-    evidence: Evidence,
-    *,
-    config: ModelConfig,
-    arms: tuple[Arm, ...],
-    capacity: int,
-) -> Generating:
-    """Reads the prompts; see `prefill`."""
-    longest = max(arm.draft_length for arm in arms)
-    num_layers = config.num_layers if longest else max(arm.exit_layer for arm in arms)
-    sequences, cache = prefill(
-        weights,
-        prompts,
-        lengths,
-        limits,
-        sampling,
-        config=config,
-        num_layers=num_layers,
-        capacity=capacity,
-        lookahead=longest + 1,
-    )
-    zeros = jnp.zeros((len(arms), prompts.shape[0]), jnp.int32)
-    by_position = jnp.zeros((*zeros.shape, max(longest, 1)), jnp.int32)
-    counts = SpeculationCounts(zeros, zeros, zeros, by_position, by_position)
-    return Generating(sequences, cache, counts, evidence)
+def lookahead(arms: tuple[Arm, ...]) -> int:
+    """Returns how far beyond the last new token a cycle may write: G + 1, in steps of eight.
+
+    So that one program reads the prompts for pairs of any usual G, and for plain decoding.
+    """
+    longest = max(arm.draft_length for arm in arms) + 1
+    return -(-longest // 8) * 8
+
+
+def layers_read(arms: tuple[Arm, ...], num_layers: int) -> int:
+    """Returns how many layers have to read the prompts: all that will decode."""
+    drafts = any(arm.draft_length for arm in arms)
+    return num_layers if drafts else max(arm.exit_layer for arm in arms)
+
+
+def no_counts(arms: tuple[Arm, ...], rows: int) -> SpeculationCounts:
+    """Returns the counts of a generation that has only read its prompts."""
+    longest = max(1, *(arm.draft_length for arm in arms))
+    by_row = np.zeros((len(arms), rows), np.int32)
+    by_position = np.zeros((len(arms), rows, longest), np.int32)
+    return SpeculationCounts(by_row, by_row, by_row, by_position, by_position)
 
 
 def promised_tokens(arm: Arm, acceptance: Float[Array, ""]) -> Float[Array, ""]:
@@ -205,7 +196,7 @@ def advance(
 
     Args:
       weights: the model's weights.
-      state: what `start` returned.
+      state: what has read the prompts, or gone on from there.
       limits: when sequences end.
       sampling: None decodes greedily.
       costs: time of a cycle of each arm, in any unit.

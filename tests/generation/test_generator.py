@@ -66,8 +66,8 @@ def test_no_cache_is_copied_and_one_head_decodes_by_definition(kv_heads, mode):
     generator = Generator(model)
     generation = generator.generate([[3, 1, 4]], 6, **mode)
     assert generation.tokens == [_by_definition(model, [3, 1, 4], 6, 4)]
-    (programs,) = generator._programs.values()
-    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", programs.advance.as_text())
+    _, loop = generator._programs.values()
+    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", loop.as_text())
     of_cache = set()
     for shape, operation in made:
         sizes = sorted(size for size in map(int, shape.split(",")) if size > 1)
@@ -99,16 +99,26 @@ def test_one_compilation_serves_a_bucket(model, caplog):
         generator.generate([prompt] * 2, new_tokens, end_token=7, **sampling, **drafts)
 
     run([1], 3, temperature=1.0)
-    assert generator.compilations == 2  # batches of one and of two
+    assert generator.compilations == 4  # for batches of one and of two, prompts and a loop
     with jax.log_compiles(), caplog.at_level("WARNING"):
         run([1] * 16, 16, temperature=0.5, top_k=5)
         run([2] * 9, 1, temperature=2.0, top_p=0.5, seed=9)
-    assert generator.compilations == 2
+    assert generator.compilations == 4
     assert not [r for r in caplog.records if r.message.startswith("Compiling")]
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        generator.generate([[1] * 17], 3, **drafts)
-    assert generator.compilations == 3
+        generator.generate([[1] * 17], 3, temperature=1.0, **drafts)
+    assert generator.compilations == 5  # a cache of 64 holds longer prompts: the loop is there
     assert [r for r in caplog.records if r.message.startswith("Compiling")], "nothing is counted"
+
+
+def test_one_program_reads_the_prompts_for_every_pair(model):
+    generator, exact = Generator(model), Generator(model).generate([[5, 6]], 9).tokens
+    for index, pair in enumerate([None, (1, 1), (2, 7), (3, 3)]):
+        mode = {}
+        if pair is not None:
+            mode = {"mode": "self_speculative", "exit_layer": pair[0], "draft_length": pair[1]}
+        assert generator.generate([[5, 6]], 9, **mode).tokens == exact
+        assert generator.compilations == 2 + index
 
 
 @pytest.mark.parametrize(
@@ -280,4 +290,4 @@ def test_auto_gives_the_tokens_of_plain_decoding(model):
         drafting = generation.drafting
         assert drafting.cycles + drafting.plain_cycles > 0
         assert drafting.accepted <= drafting.drafted
-    assert generator.compilations == 2
+    assert generator.compilations == 3  # both loops begin where one program has read the prompts
