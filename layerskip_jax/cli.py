@@ -6,7 +6,7 @@ import sys
 
 from layerskip_jax.distributed.cpu_threads import spare_threads_for_waiting
 from layerskip_jax.hardware.tpu_presence import leave_absent_tpu_alone
-from layerskip_jax.schema import ConfigError, UserError, nearest
+from layerskip_jax.schema import ConfigError, UserError, as_bytes, is_text, nearest
 
 VERBS = {
     "prepare": "turn text into packed windows to train on",
@@ -36,6 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         hint = nearest(verb, VERBS)
         print(f"layerskip: there is no verb {verb!r}.{hint}\n\n{_usage()}", file=sys.stderr)
         return 2
+    for argument in arguments:
+        if not is_text(argument):
+            print(
+                f"layerskip {verb}: the argument {as_bytes(argument)} is not UTF-8 text; files are "
+                "renamed with mv, and a prompt may come from a file, --prompt-file",
+                file=sys.stderr,
+            )
+            return 2
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("layerskip_jax").setLevel(logging.INFO)
     # Orbax warns through absl of each option that the other options imply.

@@ -1,18 +1,26 @@
 """A trained model that continues text: what `layerskip_jax.load` returns."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
+from layerskip_jax.data.text import (
+    Row,
+    begin_tokens,
+    encode_prompt,
+    stop_sequences,
+    stop_texts,
+)
+from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.generation.options import Generation
+from layerskip_jax.interop.chat import ChatTemplate, chat_template
 from layerskip_jax.interop.pretrained import end_token_ids, open_pretrained
 from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.run_folder.object_store import as_path
@@ -22,6 +30,8 @@ from layerskip_jax.training.restore import load_run
 
 # How to draft: not at all, as the sweep found best, as the model finds out, or (E, G).
 Draft = str | tuple[int, int] | None
+# A turn of a chat: `role` and `content`, and whatever else the model's template reads.
+Message = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +39,8 @@ class Completions:
     """What `LanguageModel.generate` returns.
 
     Attributes:
-      texts: what follows each prompt; a stop sequence or end token at its end is left out.
+      texts: what follows each prompt, so that prompt and text joined are what the model wrote;
+        a stop text or end token at its end is left out.
       generation: tokens, times, and how the drafts fared.
     """
 
@@ -56,6 +67,7 @@ class LanguageModel:
       tokenizer: that of the data the model was trained on.
       end_token: id of the token that ends a document, if there is one.
       more_end_tokens: ids of others that end a text too, such as that of a chat's turn.
+      chat: the model's chat template, None if it has none.
       best_pair: (E, G) that `layerskip sweep` found best, `PLAIN` where it found plain decoding
         the fastest, None if it was not run.
     """
@@ -67,8 +79,10 @@ class LanguageModel:
         end_token: int | None,
         best_pair: tuple[int, int] | None,
         more_end_tokens: Sequence[int] = (),
+        chat: ChatTemplate | None = None,
     ):
         """Takes the parts; see `load`."""
+        self.chat = chat
         self.generator = generator
         self.tokenizer = tokenizer
         self.end_token = end_token
@@ -77,94 +91,159 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] = (),
         max_new_tokens: int = 128,
         *,
+        messages: Sequence[Message] | Sequence[Sequence[Message]] = (),
         draft: Draft = None,
         exit_layer: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
+        special_tokens: bool = False,
         **options: Any,
     ) -> Completions:
         """Continues one text or several, all in one batch.
 
         Args:
-          prompts: texts.
+          prompts: texts; none with `messages`.
           max_new_tokens: the most new tokens of each.
+          messages: a chat, or several: turns as `{"role": "user", "content": "Hello"}`. The model's
+            own template makes a prompt of each, and the special tokens that the template writes, or
+            a message spells out, are those tokens, as in `transformers`.
           draft: None decodes plainly; `best` drafts as `layerskip sweep` found best, or not at
             all if it found nothing faster than plain decoding; `auto` chooses from cycle to cycle;
             a pair (E, G) drafts G tokens with E layers. None of them changes the tokens.
           exit_layer: E, to decode with the first E layers only: faster, and other tokens.
-          stop: texts that end a row, as the tokens that they are encoded to.
+          stop: a text that ends a row wherever it comes, however it is cut into tokens, or
+            several. It is left out of the text.
+          special_tokens: whether a special token spelled out in a prompt, such as a chat's
+            `<|im_start|>`, is that token. By default it is text, as it is in the documents that
+            `prepare` reads: a prompt that comes from elsewhere cannot end its own turn.
           **options: further attributes of `Request`: temperature, top_k, top_p, seed, ...
 
         Raises:
           ConfigError: naming the value and the remedy.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        request = self._request(draft, exit_layer, stop, options)
-        generation = self.generator.generate(ids, max_new_tokens, **request)
-        endings = [*request["stop"], [request["end_token"]]]
-        texts = [self.tokenizer.decode(_without(row, endings)) for row in generation.tokens]
-        return Completions(texts, generation)
+        ids = [self.encode(prompt, special_tokens=special_tokens) for prompt in prompts]
+        require(not (prompts and messages), "give prompts or messages, not both")
+        if messages:
+            chats = [messages] if isinstance(messages[0], Mapping) else messages
+            ids = [self.encode_chat(chat) for chat in chats]
+        return self.complete(
+            ids, max_new_tokens, draft=draft, exit_layer=exit_layer, stop=stop, **options
+        )
 
-    def generate_tokens(
+    def encode(self, prompt: str, *, special_tokens: bool = False) -> list[int]:
+        """Returns a prompt's ids; see `generate`."""
+        tokenizer = self._reading_special_tokens if special_tokens else self.tokenizer
+        begin = begin_tokens(tokenizer)
+        ids = encode_prompt(tokenizer, prompt)
+        # A prompt that spells what texts begin with has begun already.
+        return ids[len(begin) :] if ids[len(begin) :][: len(begin)] == begin else ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a chat, up to where the model's turn begins; see `generate`.
+
+        Raises:
+          ConfigError: the model has no chat template, or it refuses the messages.
+        """
+        if self.chat is None:
+            raise ConfigError(
+                "the model has no chat template, so it was not trained on chats; give it a prompt"
+            )
+        text = self.chat.render(messages)
+        # The template writes what a text begins with.
+        return self._reading_special_tokens.encode(text, add_special_tokens=False).ids
+
+    def complete(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
         draft: Draft = None,
         exit_layer: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **options: Any,
-    ) -> Generation:
+    ) -> Completions:
         """Continues prompts given as token ids; see `generate` for the arguments."""
-        request = self._request(draft, exit_layer, stop, options)
-        return self.generator.generate(prompts, max_new_tokens, **request)
+        texts, request = self._request(draft, exit_layer, stop, options)
+        rows = [self._row(prompt, texts, request) for prompt in prompts]
+        known = [0] * len(rows)
+
+        def ended(index: int, tokens: list[int]) -> bool:
+            rows[index].add(tokens[known[index] :])
+            known[index] = len(tokens)
+            return rows[index].ended
+
+        generation = self.generator.generate(
+            prompts, max_new_tokens, ended=ended if texts else None, **request
+        )
+        for index, row in enumerate(rows):
+            ended(index, generation.tokens[index])
+            row.finish()
+        tokens = [new[: row.count] for row, new in zip(rows, generation.tokens, strict=True)]
+        return Completions(
+            [row.text for row in rows], dataclasses.replace(generation, tokens=tokens)
+        )
 
     def stream(
         self,
-        prompt: str,
+        prompt: str = "",
         max_new_tokens: int = 128,
         *,
+        messages: Sequence[Message] = (),
         draft: Draft = None,
         exit_layer: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
+        special_tokens: bool = False,
         **options: Any,
     ) -> Iterator[Piece]:
         """Continues one text and yields it as it comes; see `generate` for the arguments.
 
-        A piece never ends within a character; its bytes wait for the rest.
+        A piece never ends within a character, nor within what may be a stop text: they wait for
+        the rest. Joined, the pieces for good are the text of `generate`.
         """
-        ids = encode_prompt(self.tokenizer, prompt)
-        request = self._request(draft, exit_layer, stop, options)
-        decoder, read = DecodeStream(skip_special_tokens=True), []
+        require(not (prompt and messages), "give a prompt or messages, not both")
+        if messages:
+            ids = self.encode_chat(messages)
+        else:
+            ids = self.encode(prompt, special_tokens=special_tokens)
+        texts, request = self._request(draft, exit_layer, stop, options)
+        row = self._row(ids, texts, request)
         for event in self.generator.stream(ids, max_new_tokens, **request):
             if event.is_draft:
-                # What the drafts add to the text so far.
-                before = self.tokenizer.decode(read[-8:])
-                after = self.tokenizer.decode(read[-8:] + event.tokens)
-                yield Piece(True, after[len(before.rstrip("�")) :].rstrip("�"))
+                yield Piece(True, row.peek(event.tokens))
                 continue
-            read += event.tokens
-            pieces = (decoder.step(self.tokenizer, token) for token in event.tokens)
-            yield Piece(False, "".join(piece for piece in pieces if piece))
+            yield Piece(False, row.add(event.tokens))
+            if row.ended:
+                return
+        yield Piece(False, row.finish())
 
-    def _stop_tokens(self, text: str) -> list[int]:
-        for token_id, token in self.tokenizer.get_added_tokens_decoder().items():
-            if token.content == text:
-                return [token_id]
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def _row(self, prompt: Sequence[int], texts: tuple[str, ...], request: dict) -> Row:
+        ends = (request["end_token"], *self.more_end_tokens)
+        return Row(
+            self.tokenizer,
+            prompt,
+            stop=texts,
+            end_tokens=[token for token in ends if token is not None],
+        )
 
-    def _request(self, draft, exit_layer, stop, options) -> dict:
+    @functools.cached_property
+    def _reading_special_tokens(self) -> Tokenizer:
+        """A copy of the tokenizer to which a special token spelled out in a text is that token."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
+
+    def _request(self, draft, exit_layer, stop, options) -> tuple[tuple[str, ...], dict]:
+        """Returns the stop texts, and what the generator is asked."""
         require(
             draft is None or exit_layer is None,
             f"exit_layer={exit_layer} decodes with those layers alone, so there is nothing to "
             f"draft for; leave it out, or draft={draft!r}",
         )
-        sequences = [self._stop_tokens(text) for text in stop]
-        for text, sequence in zip(stop, sequences, strict=True):
-            require(len(sequence) > 0, f"stop={text!r} holds no token")
+        texts = stop_texts(stop)
+        sequences = stop_sequences(self.tokenizer, texts)
         sequences += [[token] for token in self.more_end_tokens]
         request = {"end_token": self.end_token, "stop": sequences, **options}
         if draft == "best":
@@ -183,7 +262,7 @@ class LanguageModel:
             }  # fmt: skip
         elif draft is not None:
             raise ConfigError(f"draft={draft!r} must be None, 'best', 'auto' or a pair (E, G)")
-        return request
+        return texts, request
 
 
 def load(
@@ -219,6 +298,7 @@ def load(
             published.end_token_id,
             None,
             end_token_ids(published.files, published.source),
+            chat_template(published.files, published.source, published.tokenizer),
         )
     run = load_run(path, step)
     model = run.config.model
@@ -231,19 +311,14 @@ def load(
             best = PLAIN
         if draft_tokens is None:
             draft_tokens = found.get("draft_tokens")
+    tokenizer, files = load_tokenizer(run.folder.tokenizer_file), run.folder.published_files()
     return LanguageModel(
         Generator(
             ModelDefinition(model).model(run.parameters), mesh=mesh, draft_tokens=draft_tokens
         ),
-        load_tokenizer(run.folder.tokenizer_file),
+        tokenizer,
         json.loads(run.folder.data_file.read_text())["end_token_id"],
         best,
-        end_token_ids(run.folder.published_files(), run.folder.published),
+        end_token_ids(files, run.folder.published),
+        chat_template(files, run.folder.published, tokenizer),
     )
-
-
-def _without(tokens: list[int], endings: list[list[int]]) -> list[int]:
-    for ending in endings:
-        if ending and tokens[-len(ending) :] == ending:
-            return tokens[: -len(ending)]
-    return tokens

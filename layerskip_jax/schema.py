@@ -7,6 +7,7 @@ dataclass refuses all become a `ConfigError` that names the full key and the rem
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,20 @@ class UserError(RuntimeError):
 
     The command line prints the message without a traceback, as it does for `ConfigError`.
     """
+
+
+def is_text(name: str) -> bool:
+    """Whether an argument or the name of a file is UTF-8, where the system allows any bytes."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_bytes(name: str) -> str:
+    """Returns such a name as it can be printed and written, its bytes spelled out."""
+    return repr(os.fsencode(name))[1:]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -143,6 +143,13 @@ print(by_platform, by_variable, still_asks())
     assert (done.stdout, done.stderr) == ("True True False\n", "")
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_argument_that_is_no_text_is_named(verb, capsys):
+    assert main([verb, "--source", os.fsdecode(b"a\xff.txt")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"layerskip {verb}: the argument 'a\\xff.txt' is not UTF-8 text; ")
+
+
 def test_help_from_another_folder(tmp_path):
     done = run(sys.executable, "-m", "layerskip_jax", "--help", cwd=tmp_path)
     assert done.returncode == 0

@@ -8,6 +8,7 @@ layers draft and the rest verify, to the same tokens: `best` as `layerskip sweep
 import argparse
 import functools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.generation.options import Generation
-from layerskip_jax.language_model import PLAIN, Draft, LanguageModel, load
+from layerskip_jax.language_model import PLAIN, Draft, Piece, load
 from layerskip_jax.model.config import DTYPES
 from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.paths import read_prompt
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="may be repeated")
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
+    add("--chat", action="store_true", help="each prompt is a user's turn, by the model's template")
+    add("--system", help="what the system says first, for --chat")
     add("--max-new-tokens", type=int, default=128)
     add("--draft", type=_draft, metavar="best|auto|E,G", help="draft and verify (default: do not)")
     add("--exit", type=int, metavar="E", help="decode with the first E layers only")
@@ -39,12 +42,19 @@ def main(argv: list[str]) -> int:
     add("--seed", type=int, default=0)
     add("--acceptance", default="same_noise", help=", ".join(ACCEPTANCES))
     add("--stop", action="append", default=[], help="text that ends a row; may be repeated")
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="a special token spelled out in a prompt is that token (default: text)",
+    )
     add("--stream", action="store_true", help="show the text, and its drafts, as they come")
     add("--dtype", choices=DTYPES, help="to compute in (default: the run's)")
     options = parser.parse_args(argv)
     prompts = options.prompt + [read_prompt(path) for path in options.prompt_file]
     if not prompts:
         raise UserError("give at least one --prompt or --prompt-file")
+    if options.system is not None and not options.chat:
+        raise UserError("--system begins a chat; add --chat, or leave it out")
     if options.stream and len(prompts) > 1:
         raise UserError(f"--stream shows one prompt at a time, not {len(prompts)}")
     if options.stream and options.json:
@@ -60,14 +70,22 @@ def main(argv: list[str]) -> int:
         "seed": options.seed,
         "acceptance": options.acceptance,
         "stop": options.stop,
+        "special_tokens": options.special_tokens,
     }
+    count, after = options.max_new_tokens, ""
+    texts, chats = prompts, []
+    if options.chat:
+        texts, after = [], "\n\n"
+        first = [] if options.system is None else [{"role": "system", "content": options.system}]
+        chats = [[*first, {"role": "user", "content": text}] for text in prompts]
     if options.stream:
-        _stream(model, prompts[0], options.max_new_tokens, request)
+        text, chat = next(iter(texts), ""), next(iter(chats), [])
+        _stream(prompts[0] + after, model.stream(text, count, messages=chat, **request))
         return 0
-    model.generate(prompts, options.max_new_tokens, **request)  # compiles; the next is timed
-    completions = model.generate(prompts, options.max_new_tokens, **request)
+    model.generate(texts, count, messages=chats, **request)  # compiles; the next is timed
+    completions = model.generate(texts, count, messages=chats, **request)
     for prompt, text in zip(prompts, completions.texts, strict=True):
-        print(f"{prompt}{text}\n")
+        print(f"{prompt}{after}{text}\n")
     figures, line = _summary(completions.generation)
     if options.draft == "best" and model.best_pair == PLAIN:
         line += ", decoded plainly, which the sweep found fastest"
@@ -117,11 +135,10 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _stream(model: LanguageModel, prompt: str, max_new_tokens: int, request: dict) -> None:
+def _stream(prompt: str, pieces: Iterable[Piece]) -> None:
     """Prints text as it comes; on a terminal drafts stand dim until they are replaced."""
     console = Console(highlight=False)
     show = functools.partial(console.print, soft_wrap=True)
-    pieces = model.stream(prompt, max_new_tokens, **request)
     if not console.is_terminal:
         show(Text(prompt), end="")
         for piece in pieces:

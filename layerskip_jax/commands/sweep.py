@@ -19,7 +19,8 @@ from rich.console import Console
 from layerskip_jax.commands.arguments import make_run_parser
 from layerskip_jax.commands.tables import make_table
 from layerskip_jax.data.batches import BatchSource
-from layerskip_jax.data.tokenizer import encode_prompt, load_tokenizer
+from layerskip_jax.data.text import encode_prompt
+from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.generation.sweep import sweep
 from layerskip_jax.report.drawing import svg_text

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from layerskip_jax.commands.arguments import local_path, make_parser
 from layerskip_jax.commands.tables import make_table
-from layerskip_jax.data.tokenizer import encode_prompt
+from layerskip_jax.data.text import encode_prompt
 from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.interop.pretrained import open_pretrained

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
 from layerskip_jax.data.manifest import STANDARD_LIBRARY, PrepareOptions
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, as_bytes, is_text
 
 SPLITS = ("train", "validation")
 TFDS_PREFIX = "tfds:"
@@ -113,6 +113,10 @@ class CorpusReader:
                         "leave it out of one"
                     )
                 found_by[real] = source
+                if not is_text(str(file)):
+                    name = as_bytes(str(file))
+                    self._bad(name, f"{name} has a name that is not UTF-8; rename it")
+                    continue
                 read = FORMATS.get(file.suffix, CorpusReader._file)
                 for path, text in read(self, str(file.relative_to(root)), file):
                     yield Document(path, f"{number}:{path}", text)

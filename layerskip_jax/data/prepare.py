@@ -35,8 +35,8 @@ from layerskip_jax.data import manifest as manifests
 from layerskip_jax.data.corpus import SPLITS, CorpusReader, TextCorpus
 from layerskip_jax.data.manifest import Manifest, PrepareOptions, Shard, Split
 from layerskip_jax.data.packing import pack
+from layerskip_jax.data.text import begin_tokens
 from layerskip_jax.data.tokenizer import (
-    begin_tokens,
     end_token_of,
     file_sha256,
     load_tokenizer,

@@ -1,7 +1,6 @@
 """A byte-level BPE of the corpus, or a tokenizer that already exists."""
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,18 +58,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Returns V, one more than the largest id; published vocabularies may leave ids out."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
-def begin_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids that a tokenizer's own template puts before a text, such as Llama's `<s>`."""
-    encoding = tokenizer.encode("a")
-    added = itertools.takewhile(bool, encoding.special_tokens_mask)
-    return encoding.ids[: len(list(added))]
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of the beginning of a document, as `prepare` has them."""
-    return begin_tokens(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def end_token_of(tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:

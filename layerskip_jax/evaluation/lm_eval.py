@@ -8,9 +8,13 @@ Importing this module registers the model `layerskip`; `layerskip lm-eval` does 
     draft       to generate with: best, auto or E:G; the tokens stay the same
     dtype       to compute in, float32 or bfloat16
     max_length  context to use, in tokens; the model's otherwise
+    seed        of what is drawn where a task samples, 0 otherwise; repeats draw independently
 """
 
+import collections
 import functools
+import hashlib
+import logging
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from layerskip_jax.data.tokenizer import begin_tokens
+from layerskip_jax.data.text import begin_tokens
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.generation.generator import bucket
@@ -32,6 +36,12 @@ from layerskip_jax.language_model import Draft, load
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import ConfigError, require
 
+# Options of others that say nothing at these values, which tasks write for completeness.
+WITHOUT_EFFECT = {
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0,
+    "min_p": 0.0, "use_cache": True,
+}  # fmt: skip
+_log = logging.getLogger(__name__)
 # Positions whose logits are held at once.
 CHUNK = 64
 
@@ -96,6 +106,7 @@ class LayerSkipLM(TemplateLM):
         draft: str | None = None,
         dtype: str | None = None,
         max_length: int | None = None,
+        seed: int = 0,
         batch_size: int | str = 1,
         **_: Any,
     ):
@@ -122,7 +133,7 @@ class LayerSkipLM(TemplateLM):
             str(batch_size).isdigit() and int(batch_size) >= 1,
             f"batch_size={batch_size} must be a number of rows",
         )
-        self._batch_size = int(batch_size)
+        self._batch_size, self._seed = int(batch_size), int(seed)
         # A copy that reads special tokens in a text as such, as chat templates need it.
         self.tokenizer = Tokenizer.from_str(self._model.tokenizer.to_str())
         self.tokenizer.encode_special_tokens = False
@@ -194,27 +205,65 @@ class LayerSkipLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continues each context until a stop text, drafted if asked for."""
-        results = []
-        for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
-            context, given = request.args
-            settings = normalize_gen_kwargs(given, 256)
-            count, until = settings["max_gen_toks"], [text for text in settings["until"] if text]
-            require(
-                count < self.max_length,
-                f"max_gen_toks={count} leaves no room for a context of {self.max_length}",
-            )
+        asked = [self._asked(request.args[1]) for request in requests]  # before any is computed
+        no_room = [
+            request
+            for request, (count, _, _) in zip(requests, asked, strict=True)
+            if count >= self.max_length
+        ]
+        for task in sorted({str(request.task_name) for request in no_room}):
+            documents = [r.doc_id for r in no_room if str(r.task_name) == task]
+            _log.warning(
+                "task %s: max_gen_toks leaves no room for a prompt in a context of %d tokens, so "
+                "its documents %s are answered with nothing; give --gen_kwargs max_gen_toks=N",
+                task, self.max_length, documents,
+            )  # fmt: skip
+        results, met = [], collections.Counter()
+        pairs = zip(tqdm(requests, disable=disable_tqdm, desc="generating"), asked, strict=True)
+        for request, (count, until, sampling) in pairs:
+            if request in no_room:
+                results.append("")
+                continue
+            context = request.args[0]
             ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.eot_token_id]
-            generation = self._model.generate_tokens(
-                [ids],
-                count,
-                draft=self._draft,
-                exit_layer=self._exit,
-                stop=until,
-                temperature=settings.get("temperature", 0.0),
-            )
-            text = self.tokenizer.decode(generation.tokens[0], skip_special_tokens=True)
-            # A stop text may begin or end within a token.
-            text = text[: min((text.find(stop) for stop in until if stop in text), default=None)]
+            if sampling:
+                # Fixed by the seed, and another one for each repetition and context.
+                key = f"{sampling['seed']} {context}"
+                drawn = hashlib.blake2b(f"{met[key]} {key}".encode(), digest_size=4)
+                sampling = sampling | {"seed": int.from_bytes(drawn.digest())}
+                met[key] += 1
+            [text] = self._model.complete(
+                [ids], count, draft=self._draft, exit_layer=self._exit, stop=until, **sampling
+            ).texts
             results.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return results
+
+    def _asked(self, given: dict[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
+        """Returns the most new tokens, the stop texts, and how to draw: nothing if greedily.
+
+        Raises:
+          ConfigError: an option that cannot be honoured.
+        """
+        settings = normalize_gen_kwargs(given, 256)
+        count = settings.pop("max_gen_toks")
+        until = [text for text in settings.pop("until") if text]
+        draws = settings.pop("do_sample")
+        # As `transformers` has it, where nothing is said.
+        temperature = settings.pop("temperature", 1.0)
+        temperature = temperature if "temperature" in given else 1.0
+        sampling = {
+            "temperature": float(temperature),
+            "top_k": int(settings.pop("top_k", None) or 0),
+            "top_p": float(settings.pop("top_p", 1.0)),
+            "seed": int(settings.pop("seed", self._seed)),
+        }
+        if sampling["top_k"] <= 0:  # all tokens, as others write it
+            sampling["top_k"] = None
+        for name, value in settings.items():
+            require(
+                name in WITHOUT_EFFECT and value in (None, WITHOUT_EFFECT[name]),
+                f"generation option {name}={value!r} is none of this model's; leave it out of the "
+                "task or --gen_kwargs",
+            )
+        return count, until, sampling if draws and temperature > 0 else {}

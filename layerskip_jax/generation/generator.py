@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -42,6 +42,7 @@ from layerskip_jax.self_speculation import SpeculationCounts
 
 SMALLEST_BUCKET = 16
 COST_CYCLES = 6
+ASK_CYCLES = 32
 
 
 def bucket(length: int, most: int) -> int:
@@ -160,13 +161,20 @@ class Generator:
         )
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        ended: Callable[[int, list[int]], bool] | None = None,
+        **options,
     ) -> Generation:
         """Continues each prompt.
 
         Args:
           prompts: token ids, a list a row; lengths may differ.
           max_new_tokens: the most new tokens a row gets.
+          ended: asked every `ASK_CYCLES` cycles of each row that goes on, by its index and its new
+            tokens so far, for what ids alone do not say; true ends the row.
           **options: the other attributes of `Request`.
 
         Raises:
@@ -174,12 +182,19 @@ class Generator:
         """
         request = Request(prompts, max_new_tokens, **options)
         job, programs, costs, evidence = self._ready(request)
-        rest = self._on_device((costs, np.int32(np.iinfo(np.int32).max)))
+        most_cycles = ASK_CYCLES if ended else np.iinfo(np.int32).max
+        rest = self._on_device((costs, np.int32(most_cycles)))
         begin = time.perf_counter()
         state, limits, sampling = self._read_prompts(job, programs, job.limits, evidence)
         jax.block_until_ready(state)
         first = time.perf_counter() - begin
         state = programs.advance(self.weights, state, limits, sampling, *rest)
+        while ended is not None:
+            most = self._after_asking(state, job, ended, len(prompts))
+            if most is None:
+                break
+            limits = limits._replace(max_new_tokens=self._on_device(most, "data"))
+            state = programs.advance(self.weights, state, limits, sampling, *rest)
         jax.block_until_ready(state.sequences.tokens)
         seconds = time.perf_counter() - begin
         sequences, counts, evidence = jax.device_get(
@@ -199,6 +214,24 @@ class Generator:
             n * self._bytes_read(arm) for n, arm in zip(passes.tolist(), job.arms, strict=True)
         )
         return Generation(tokens, seconds, first, read, drafting)
+
+    @staticmethod
+    def _after_asking(
+        state: Generating, job: _Job, ended: Callable[[int, list[int]], bool], real: int
+    ) -> np.ndarray | None:
+        """Returns the most new tokens of each row, now that `ended` was asked; None if all end."""
+        tokens, counts, done = jax.device_get(
+            (state.sequences.tokens, state.sequences.count, state.sequences.done)
+        )
+        most, going_on = job.limits.max_new_tokens.copy(), False
+        for row in range(real):
+            if done[row]:
+                continue
+            if ended(row, tokens[row, : counts[row]].tolist()):
+                most[row] = counts[row]
+            else:
+                going_on = True
+        return most if going_on else None
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, **options

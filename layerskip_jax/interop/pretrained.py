@@ -124,7 +124,7 @@ def end_token_ids(files: dict[str, bytes], source: Path) -> list[int]:
     """
     ids = []
     for name in ("config.json", "generation_config.json"):
-        found = _parse_json(files.get(name, b"{}"), source / name).get("eos_token_id")
+        found = parse_json(files.get(name, b"{}"), source / name).get("eos_token_id")
         ids += found if isinstance(found, list) else [found]
     return [i for i in dict.fromkeys(ids) if isinstance(i, int)]
 
@@ -176,10 +176,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error})") from error
-    return _parse_json(content, path)
+    return parse_json(content, path)
 
 
-def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """Returns the object in a file.
+
+    Raises:
+      UserError: it is no JSON object.
+    """
     try:
         value = json.loads(content)
     except ValueError as error:

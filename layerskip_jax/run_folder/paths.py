@@ -189,13 +189,13 @@ def open_run(workdir: str | PurePath) -> tuple[RunFolder, RunConfig]:
 
 
 def read_prompt(path: Path) -> str:
-    """Returns a file's text.
+    """Returns a file's text, without the byte-order mark that some editors put before it.
 
     Raises:
       UserError: it cannot be read as UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file={path} cannot be read as UTF-8 text ({error})") from error
 

@@ -136,3 +136,14 @@ def test_a_file_that_may_not_be_read_is_named(texts):
         pytest.skip("root reads every file")
     with pytest.raises(UserError, match="a.md cannot be read"):
         paths(texts)
+
+
+def test_a_name_that_is_not_utf_8_is_named(texts):
+    """Keys of documents are text, and so is what is printed and written of them."""
+    (texts / os.fsdecode(b"a\xff.txt")).write_text("text")
+    with pytest.raises(UserError, match=r"a\\xff.txt' has a name that is not UTF-8; rename it, or"):
+        list(reader_of(texts))
+    documents = reader_of(texts, skip_bad_files=True)
+    assert [document.path for document in documents] == ["a.md", "b.txt", "deep/c.py"]
+    [skipped] = documents.skipped
+    assert json.dumps(skipped).isascii() and "a\\xff.txt" in skipped

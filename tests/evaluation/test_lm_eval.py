@@ -163,6 +163,57 @@ def test_generation_is_the_same_drafted_and_not_and_stops(run):
     assert drafted.generate_until(stopped, disable_tqdm=True) == [text[: text.find(stop)]]
 
 
+def test_repeats_are_drawn_independently_and_fixed_by_the_seed(run):
+    given = {"do_sample": True, "temperature": 0.8, "max_gen_toks": 12}
+    [request] = _requests("generate_until", [("the cat", given)])
+    model = LayerSkipLM(str(run[0].path))
+    drawn = model.generate_until([request] * 8, disable_tqdm=True)
+    assert len(set(drawn)) > 5
+    assert model.generate_until([request] * 8, disable_tqdm=True) == drawn
+    assert model.generate_until([request] * 2, disable_tqdm=True) == drawn[:2]
+    assert LayerSkipLM(str(run[0].path), seed=1).generate_until([request], True) != drawn[:1]
+    [seeded] = _requests("generate_until", [("the cat", given | {"seed": 1})])
+    [other] = LayerSkipLM(str(run[0].path), draft="1:2").generate_until([seeded], True)
+    assert model.generate_until([seeded], True) == [other] != drawn[:1]
+
+
+def test_options_of_the_harness_are_honoured_or_refused(run):
+    model = LayerSkipLM(str(run[0].path))
+
+    def text(**given):
+        requests = _requests("generate_until", [("the cat", {"max_gen_toks": 12} | given)])
+        return model.generate_until(requests, disable_tqdm=True)
+
+    greedy = text()
+    assert text(do_sample=False, temperature=0.7) == greedy
+    assert text(temperature=0.9, top_k=1) == greedy, "the likeliest of one"
+    assert text(temperature=0.9, top_p=1e-6) == greedy
+    assert text(do_sample=True) == text(do_sample=True, temperature=1.0) != greedy
+    assert text(temperature=0.9, top_k=-1) == text(temperature=0.9, top_k=0) != greedy
+    assert text(num_beams=1, repetition_penalty=1.0, min_p=None) == greedy
+    for name, value in (("num_beams", 4), ("repetition_penalty", 1.2), ("min_tokens", 3)):
+        with pytest.raises(ConfigError, match=f"generation option {name}={value} is none of"):
+            text(**{name: value})
+
+
+def test_a_request_without_room_costs_itself_alone(run, caplog):
+    """And what cannot be honoured is found before anything is computed."""
+    model = LayerSkipLM(str(run[0].path))
+    long = {"max_gen_toks": model.max_length}
+    requests = _requests(
+        "generate_until",
+        [("the", {"max_gen_toks": 4}), ("cat", long), ("sat", {"max_gen_toks": 4})],
+    )
+    alone = model.generate_until([requests[0], requests[2]], disable_tqdm=True)
+    found = model.generate_until(requests, disable_tqdm=True)
+    assert found == [alone[0], "", alone[1]]
+    assert "its documents" in caplog.text and "max_gen_toks leaves no room" in caplog.text
+    model._model = None  # computes nothing
+    bad = _requests("generate_until", [("the", {}), ("cat", {"num_beams": 2})])
+    with pytest.raises(ConfigError, match="num_beams=2"):
+        model.generate_until(bad, disable_tqdm=True)
+
+
 @pytest.mark.slow
 def test_the_command_runs_local_tasks(run, exported, tasks, tmp_path, monkeypatch, capsys):
     """And its accuracy is that of the harness's own model on the exported folder."""

@@ -27,5 +27,5 @@ def test_the_page_of_clients(run, tmp_path, monkeypatch):
     ours = layerskip_jax.load(run[0].path, dtype="float32")
     prompt = names["prompt"]["input_ids"][0].tolist()
     for name, exit_layer in (("plain", None), ("early", 2)):
-        tokens = ours.generate_tokens([prompt], 32, exit_layer=exit_layer).tokens[0]
+        tokens = ours.complete([prompt], 32, exit_layer=exit_layer).generation.tokens[0]
         np.testing.assert_array_equal(names[name][0, len(prompt) :], tokens)

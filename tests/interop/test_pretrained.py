@@ -18,7 +18,7 @@ from layerskip_jax.cli import main
 from layerskip_jax.commands.export import export
 from layerskip_jax.commands.import_model import import_model
 from layerskip_jax.config import RunConfig
-from layerskip_jax.data.tokenizer import begin_tokens
+from layerskip_jax.data.text import begin_tokens
 from layerskip_jax.distributed.mesh import MeshShape, make_mesh
 from layerskip_jax.distributed.sharding import ShardingRules, parameter_shardings
 from layerskip_jax.interop.huggingface import to_hugging_face

@@ -64,6 +64,13 @@ def test_it_completes_python(run):
     assert "tokens a cycle" in figures
 
 
+def test_it_answers_a_chat_and_stops(run):
+    arguments = [f"--workdir={run}", "--chat", "--prompt=What is the capital of France?"]
+    answer, figures = _layerskip("generate", *arguments, "--max-new-tokens=64").rsplit("\n[", 1)
+    assert "Paris" in answer and "<|im_" not in answer
+    assert int(figures.split()[0]) < 32
+
+
 def test_its_logits_are_those_of_transformers(run, tmp_path):
     """From the GGUF file through a folder, at every exit, over a thousand tokens of Python."""
     folder, figures = tmp_path / "folder", tmp_path / "figures.json"

@@ -1,0 +1,127 @@
+"""Chats: turns of several speakers as the one text that a model was trained on."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from layerskip_jax.interop.pretrained import parse_json
+from layerskip_jax.schema import ConfigError, UserError, require
+
+# What templates are given beside the messages, where the tokenizer has such a token.
+_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the model writes, for training; here it is nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+    """Jinja's own escapes what HTML does not allow."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+class ChatTemplate:
+    """A model's chat template, in Jinja, run in a sandbox: it comes with the weights."""
+
+    def __init__(self, template: str, tokens: Mapping[str, str]):
+        """Compiles a template.
+
+        Args:
+          template: its text.
+          tokens: the special tokens that it may write, as `bos_token`.
+
+        Raises:
+          UserError: it is no Jinja template.
+        """
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(template)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template cannot be read ({error})") from error
+        self._tokens = dict(tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Returns a chat as text, up to where the model's turn begins.
+
+        Args:
+          messages: each with `role` and `content`, as `{"role": "user", "content": "Hello"}`.
+
+        Raises:
+          ConfigError: a message lacks one of them, or the template refuses the chat.
+        """
+        require(len(messages) > 0, "the chat has no message; give at least one")
+        for message in messages:
+            require(
+                isinstance(message, Mapping) and {"role", "content"} <= message.keys(),
+                f"message {message!r} must have a role and a content",
+            )
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=True, tools=None, documents=None,
+                **self._tokens,
+            )  # fmt: skip
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(f"the model's chat template refuses this chat: {error}") from error
+
+
+def chat_template(
+    files: Mapping[str, bytes], source: Path, tokenizer: Tokenizer
+) -> ChatTemplate | None:
+    """Returns the chat template among a model's files, None if there is none.
+
+    Looked for where `transformers` writes one, the newest way first; so are the special tokens.
+
+    Args:
+      files: small files by name, as in `Pretrained`.
+      source: where they are, for messages.
+      tokenizer: the model's, for special tokens of which the files say ids alone.
+
+    Raises:
+      UserError: a file is no JSON, or the template no template.
+    """
+    ids, tokens, own, settings = (
+        parse_json(files.get(name, b"{}"), source / name)
+        for name in (
+            "config.json", "special_tokens_map.json", "chat_template.json", "tokenizer_config.json",
+        )
+    )  # fmt: skip
+    template = files.get("chat_template.jinja", b"").decode("utf-8", errors="replace")
+    template = template or own.get("chat_template") or settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not template:
+        return None
+    known = {}
+    for name in _TOKENS:
+        number = ids.get(f"{name}_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and (text := tokenizer.id_to_token(number)) is not None:
+            known[name] = text
+        for given in (tokens.get(name), settings.get(name)):
+            if text := given.get("content") if isinstance(given, dict) else given:
+                known[name] = text
+    return ChatTemplate(template, known)
