@@ -1,7 +1,11 @@
 """The command line: a table from verb to the module in `commands/` that runs it."""
 
+import contextlib
 import importlib
+import io
 import logging
+import os
+import signal
 import sys
 
 from layerskip_jax.distributed.cpu_threads import spare_threads_for_waiting
@@ -24,9 +28,12 @@ VERBS = {
     "quickstart": "all of these in order, on Python's standard library",
 }
 
+# What shells say of a program that Ctrl-C ended.
+INTERRUPTED = 128 + signal.SIGINT
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `layerskip VERB ARGUMENTS...` and returns the exit code (2 for bad input)."""
+    """Runs `layerskip VERB ARGUMENTS...`; returns its exit code, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -51,14 +58,24 @@ def main(argv: list[str] | None = None) -> int:
     # Imported only now: one verb need not wait for the libraries of the others.
     # `import` is a keyword, and a module's name has no hyphen.
     module = {"import": "import_model"}.get(verb, verb.replace("-", "_"))
-    command = importlib.import_module(f"layerskip_jax.commands.{module}")
-    leave_absent_tpu_alone()
-    spare_threads_for_waiting()
     try:
-        return command.main(arguments)
+        command = importlib.import_module(f"layerskip_jax.commands.{module}")
+        leave_absent_tpu_alone()
+        spare_threads_for_waiting()
+        code = command.main(arguments)
+        sys.stdout.flush()
+        return code
     except (ConfigError, UserError) as error:
         print(f"layerskip {verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"layerskip {verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read has seen enough. What is still to be written would fail again at exit.
+        with open(os.devnull, "w") as nowhere, contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 1  # as rich ends a program whose tables nobody reads on
 
 
 def _usage() -> str:

@@ -150,6 +150,26 @@ def test_an_argument_that_is_no_text_is_named(verb, capsys):
     assert line.startswith(f"layerskip {verb}: the argument 'a\\xff.txt' is not UTF-8 text; ")
 
 
+def test_an_interrupted_verb_ends_with_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layerskip_jax.commands.settings.main", interrupted)
+    assert main(["settings"]) == 130
+    assert capsys.readouterr().err == "layerskip settings: interrupted\n"
+
+
+def test_a_closed_pipe_is_quiet():
+    """As that of `layerskip settings | head -1`, once head has seen enough."""
+    for arguments in (["settings"], ["settings", "--markdown"]):  # by rich, and by print
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "layerskip_jax", *arguments]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_help_from_another_folder(tmp_path):
     done = run(sys.executable, "-m", "layerskip_jax", "--help", cwd=tmp_path)
     assert done.returncode == 0

@@ -20,7 +20,7 @@ _STEP_TASKS, _STEP_NODES, _TASK, _JOB = SLURM_VARIABLES = (
     "SLURM_PROCID",
     "SLURM_JOB_ID",
 )
-_TASKS_PER_NODE = "SLURM_STEP_TASKS_PER_NODE"
+_TASKS_PER_NODE, _JOB_TASKS = "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS"
 _TPU_HOSTS, _TPU_WORKER = "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"
 _SLICES, _SLICE = "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"
 # The ports from here to 65535 are not registered for anything; jobs on one node rarely meet.
@@ -104,7 +104,15 @@ def _explicit(environment: Mapping[str, str]) -> tuple[str, dict] | None:
 
 def _slurm(environment: Mapping[str, str]) -> tuple[str, dict] | None:
     # The variables of the step, not of the job: a shell inside an allocation for several tasks
-    # is itself one process.
+    # is itself one process. So is a batch script, though it has a task's number.
+    of_job, batch = environment.get(_JOB_TASKS, "1"), environment.get("ENVIRONMENT") == "BATCH"
+    alone = _TASK not in environment or of_job == "1" or (batch and environment[_TASK] == "0")
+    if _STEP_TASKS not in environment and not alone:
+        raise UserError(
+            f"{_TASK}={environment[_TASK]} of {_JOB_TASKS}={of_job} is set and {_STEP_TASKS} is "
+            "not, so that each task would train alone; start the tasks with srun, set "
+            f"{', '.join(VARIABLES)}, or unset {_TASK} for one process"
+        )
     if _STEP_TASKS not in environment or _whole(environment, _STEP_TASKS) == 1:
         return None
     if missing := [name for name in SLURM_VARIABLES if name not in environment]:

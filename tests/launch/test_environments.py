@@ -21,6 +21,8 @@ SLURM = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "0",
 }
+# What is left where a launcher passes the job's variables on, and not the step's.
+JOB = {name: value for name, value in SLURM.items() if "STEP" not in name}
 GKE = {"TPU_WORKER_HOSTNAMES": "a-0.x,a-1.x,a-2.x,a-3.x", "TPU_WORKER_ID": "2"}
 SLICES = {
     "MEGASCALE_NUM_SLICES": "2",
@@ -74,8 +76,10 @@ def test_each_engine(environment, expected):
     "environment",
     [
         {},
-        # A batch script, or a shell in an allocation for four tasks, or a step of one.
-        without(SLURM, "SLURM_STEP_NUM_TASKS"),
+        # A batch script, or a shell in an allocation for nine tasks, or a step of one.
+        {**JOB, "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},
+        without(JOB, "SLURM_PROCID"),
+        {**JOB, "SLURM_NTASKS": "1"},
         {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},
         {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
         # A worker of a pod that computes something by itself, on its processor.
@@ -95,6 +99,9 @@ def test_one_process_alone(environment):
         ({**EXPLICIT, "LAYERSKIP_COORDINATOR": "host"}, "'host' must be host:port of process 0"),
         ({**EXPLICIT, "LAYERSKIP_PROCESS_ID": "2"}, "=2 must be from 0 to .*=2 less 1"),
         ({**EXPLICIT, "LAYERSKIP_NUM_PROCESSES": "two"}, "'two' must be a whole number"),
+        (JOB, "SLURM_PROCID=3 of SLURM_NTASKS=9 is set .* would train alone; start .* with srun"),
+        ({**JOB, "SLURM_PROCID": "0"}, "SLURM_PROCID=0 of SLURM_NTASKS=9 is set"),
+        ({**JOB, "ENVIRONMENT": "BATCH"}, "SLURM_PROCID=3 of SLURM_NTASKS=9 is set"),
         (without(SLURM, "SLURM_PROCID"), "SLURM_PROCID is not; start the tasks with srun"),
         ({**SLURM, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 must be from 0"),
         ({**SLURM, "SLURM_STEP_NODELIST": "gpu[07"}, "'gpu\\[07' is no list of nodes"),
