@@ -4,10 +4,12 @@ A document is a file, a line of a `.jsonl` file, or an example of a TFDS data se
 and writing need no TensorFlow: TFDS writes ArrayRecord and reads it back as a data source.
 """
 
+import collections
 import glob
 import hashlib
 import itertools
 import json
+import logging
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from layerskip_jax.schema import UserError, as_bytes, is_text
 
 SPLITS = ("train", "validation")
 TFDS_PREFIX = "tfds:"
+_log = logging.getLogger(__name__)
 # Tests, generated caches and installed packages are no part of the library's own source.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -53,6 +56,7 @@ class CorpusReader:
         self.options = options
         self._last_draw: int | None = None
         self.skipped: list[str] = []
+        self._told: set[str] = set()
 
     def __iter__(self) -> Iterator[Document]:
         """Yields every document that is not blank, in the order of the sources and paths.
@@ -100,7 +104,8 @@ class CorpusReader:
                 for path, text in self._dataset(source):
                     yield Document(path, f"{number}:{path}", text)
                 continue
-            root, files = _files(source)
+            root, files, others = _files(source)
+            self._say_left_out(source, others)
             for file in files:
                 # Read twice, a text could end up on both sides of the split.
                 real = file.resolve()
@@ -117,9 +122,23 @@ class CorpusReader:
                     name = as_bytes(str(file))
                     self._bad(name, f"{name} has a name that is not UTF-8; rename it")
                     continue
-                read = FORMATS.get(file.suffix, CorpusReader._file)
+                read = FORMATS.get(file.suffix.lower(), CorpusReader._file)
                 for path, text in read(self, str(file.relative_to(root)), file):
                     yield Document(path, f"{number}:{path}", text)
+
+    def _say_left_out(self, source: str, others: list[Path]) -> None:
+        """Says once that a folder has files of other kinds."""
+        if not others or source in self._told:
+            return
+        self._told.add(source)
+        kinds = collections.Counter(file.suffix or "no suffix" for file in others).most_common(5)
+        _log.warning(
+            "--source=%s: %d files are left out (%s); a folder is searched for %s",
+            source,
+            len(others),
+            ", ".join(f"{kind} {count}" for kind, count in kinds),
+            ", ".join(FORMATS),
+        )
 
     def _bad(self, name: str, message: str, error: Exception | None = None) -> None:
         """Counts what cannot be read, or fails."""
@@ -216,8 +235,9 @@ def _not_utf8(file: Path, offset: int, reason: str) -> str:
     return f"{file} is not UTF-8 text: {reason} at byte {offset}; convert it, leave it out"
 
 
-def _files(source: str) -> tuple[Path, list[Path]]:
-    """Returns the folder that paths are relative to, and the files, sorted."""
+def _files(source: str) -> tuple[Path, list[Path], list[Path]]:
+    """Returns the folder that paths are relative to, its files, sorted, and those left out."""
+    others: list[Path] = []
     if source == STANDARD_LIBRARY:
         root = Path(sysconfig.get_path("stdlib"))
         files = [
@@ -225,12 +245,14 @@ def _files(source: str) -> tuple[Path, list[Path]]:
             for file in root.rglob("*.py")
             if not NOT_LIBRARY.intersection(file.relative_to(root).parts[:-1])
         ]
-        return root, sorted(files)
+        return root, sorted(files), others
     path = Path(source)
     if path.is_dir():
         # Like a glob, this passes by what is hidden, such as .git or .venv.
         root, found = path, (path / f for f in glob.glob("**", root_dir=path, recursive=True))
-        files = [file for file in found if file.suffix in FORMATS and file.is_file()]
+        files = [file for file in found if file.is_file()]
+        others = [file for file in files if file.suffix.lower() not in FORMATS]
+        files = [file for file in files if file.suffix.lower() in FORMATS]
     elif path.is_file():
         root, files = path.parent, [path]
     elif glob.has_magic(source):
@@ -243,7 +265,7 @@ def _files(source: str) -> tuple[Path, list[Path]]:
         raise UserError(
             f"--source={source} matches no file; a folder is searched for {', '.join(FORMATS)}"
         )
-    return root, sorted(files)
+    return root, sorted(files), others
 
 
 def seeded_hash(seed: int | str, name: str) -> int:

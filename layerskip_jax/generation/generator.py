@@ -43,6 +43,7 @@ from layerskip_jax.self_speculation import SpeculationCounts
 SMALLEST_BUCKET = 16
 COST_CYCLES = 6
 ASK_CYCLES = 32
+STOP_TABLE = (8, 4)
 
 
 def bucket(length: int, most: int) -> int:
@@ -314,10 +315,14 @@ class Generator:
         stop = [list(sequence) for sequence in request.stop]
         if request.end_token is not None:
             stop.append([request.end_token])
-        stop_rows, stop_width = max(len(stop), 1), max(map(len, stop), default=1)
-        table = stop_table(
-            stop, 1 << (stop_rows - 1).bit_length(), 1 << (stop_width - 1).bit_length()
+        # An end token alone, or room for most lists of stop sequences: few sizes to compile for.
+        sizes = len(stop), max(map(len, stop), default=0)
+        least = (1, 1) if max(sizes) <= 1 else STOP_TABLE
+        rows, columns = (
+            max(size, 1 << (n - 1).bit_length() if n else 1)
+            for size, n in zip(least, sizes, strict=True)
         )
+        table = stop_table(stop, rows, columns)
         sampling = None
         if request.temperature > 0:
             sampling = Sampling(

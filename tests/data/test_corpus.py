@@ -29,6 +29,17 @@ def test_a_folder_gives_its_visible_texts_in_order(texts):
     assert paths(texts) == ["a.md", "b.txt", "deep/c.py"]
 
 
+def test_files_of_other_kinds_are_counted(texts, caplog):
+    (texts / "E.TXT").write_text("loud")
+    (texts / "f.json").write_text("{}")
+    reader = reader_of(texts)
+    for _ in range(2):
+        assert [d.path for d in reader] == ["E.TXT", "a.md", "b.txt", "deep/c.py"]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "2 files are left out (.json 1, .bin 1)" in said or "(.bin 1, .json 1)" in said
+    assert "searched for .txt, .md" in said
+
+
 def test_a_glob_and_a_file(texts):
     assert paths(f"{texts}/**/*.py") == ["deep/c.py"]
     assert paths(texts / "b.txt") == ["b.txt"]
@@ -52,7 +63,7 @@ def test_lines_end_at_newlines_only_and_name_their_field(tmp_path):
 
 
 def test_the_standard_library_comes_without_its_tests():
-    root, files = _files("stdlib")
+    root, files, _ = _files("stdlib")
     folders = {part for file in files for part in file.relative_to(root).parts[:-1]}
     assert root / "json" / "decoder.py" in files
     assert not folders & NOT_LIBRARY

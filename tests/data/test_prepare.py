@@ -18,9 +18,8 @@ from layerskip_jax.data import prepare as preparing
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.data.prepare import prepare
+from layerskip_jax.data.text import begin_tokens, encode_prompt
 from layerskip_jax.data.tokenizer import (
-    begin_tokens,
-    encode_prompt,
     file_sha256,
     load_tokenizer,
 )
