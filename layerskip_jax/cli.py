@@ -4,9 +4,11 @@ import contextlib
 import importlib
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from layerskip_jax.distributed.cpu_threads import spare_threads_for_waiting
 from layerskip_jax.hardware.tpu_presence import leave_absent_tpu_alone
@@ -34,6 +36,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `layerskip VERB ARGUMENTS...`; returns its exit code, 2 for bad input."""
+    of_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -70,12 +73,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"layerskip {verb}: interrupted", file=sys.stderr)
+        if of_process:
+            _end_at_once()
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read has seen enough. What is still to be written would fail again at exit.
         with open(os.devnull, "w") as nowhere, contextlib.suppress(io.UnsupportedOperation):
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 1  # as rich ends a program whose tables nobody reads on
+
+
+def _end_at_once() -> NoReturn:
+    """Ends the process where it is: threads that still compute or save would crash its shutdown.
+
+    What a verb tidies up, it has tidied up by now.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _usage() -> str:
