@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from layerskip_jax.data.text import (
     Row,
-    begin_tokens,
     encode_prompt,
     stop_sequences,
     stop_texts,
@@ -135,11 +134,9 @@ class LanguageModel:
 
     def encode(self, prompt: str, *, special_tokens: bool = False) -> list[int]:
         """Returns a prompt's ids; see `generate`."""
-        tokenizer = self._reading_special_tokens if special_tokens else self.tokenizer
-        begin = begin_tokens(tokenizer)
-        ids = encode_prompt(tokenizer, prompt)
-        # A prompt that spells what texts begin with has begun already.
-        return ids[len(begin) :] if ids[len(begin) :][: len(begin)] == begin else ids
+        return encode_prompt(
+            self.reading_special_tokens if special_tokens else self.tokenizer, prompt
+        )
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of a chat, up to where the model's turn begins; see `generate`.
@@ -153,7 +150,7 @@ class LanguageModel:
             )
         text = self.chat.render(messages)
         # The template writes what a text begins with.
-        return self._reading_special_tokens.encode(text, add_special_tokens=False).ids
+        return self.reading_special_tokens.encode(text, add_special_tokens=False).ids
 
     def complete(
         self,
@@ -168,11 +165,9 @@ class LanguageModel:
         """Continues prompts given as token ids; see `generate` for the arguments."""
         texts, request = self._request(draft, exit_layer, stop, options)
         rows = [self._row(prompt, texts, request) for prompt in prompts]
-        known = [0] * len(rows)
 
         def ended(index: int, tokens: list[int]) -> bool:
-            rows[index].add(tokens[known[index] :])
-            known[index] = len(tokens)
+            rows[index].add(tokens[rows[index].count :])
             return rows[index].ended
 
         generation = self.generator.generate(
@@ -229,7 +224,7 @@ class LanguageModel:
         )
 
     @functools.cached_property
-    def _reading_special_tokens(self) -> Tokenizer:
+    def reading_special_tokens(self) -> Tokenizer:
         """A copy of the tokenizer to which a special token spelled out in a text is that token."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         tokenizer.encode_special_tokens = False

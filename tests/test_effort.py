@@ -1,17 +1,21 @@
 """The tests' own settings: what they save, and what they leave as it is."""
 
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.training.setup import make_setup
-from tests.conftest import REPOSITORY
-from tests.helpers import REAL_EFFORT, REAL_PROGRAM, SEQUENCE, random_batch, small_model, small_run
+from tests.helpers import (
+    REAL_EFFORT,
+    REAL_PROGRAM,
+    SEQUENCE,
+    random_batch,
+    run_with_full_effort,
+    small_model,
+    small_run,
+)
 
 CONFIG = small_run(model=small_model(num_layers=2), layer_dropout=LayerDropoutConfig())
 
@@ -52,10 +56,7 @@ def test_what_tests_read_is_what_users_get():
         "from tests.test_effort import _step; _, step = _step(); "
         "print(step.memory_analysis().temp_size_in_bytes); print(step.as_text())"
     )
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code]
-    theirs = subprocess.check_output(command, env=environment, cwd=REPOSITORY, text=True)
-    temporaries, text = theirs.split("\n", 1)
+    temporaries, text = run_with_full_effort("-c", code).split("\n", 1)
     assert int(temporaries) == ours.memory_analysis().temp_size_in_bytes > 0
     assert _instructions(text) == _instructions(ours.as_text())
     assert len(_instructions(text)) > 100

@@ -27,8 +27,13 @@ def begin_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of the beginning of a document, as `prepare` has them."""
-    return begin_tokens(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
+    """Returns the ids of the beginning of a document, as `prepare` has them.
+
+    What a text begins with is put there once, also where the text spells it and the tokenizer
+    reads special tokens as such.
+    """
+    begin, ids = begin_tokens(tokenizer), tokenizer.encode(text, add_special_tokens=False).ids
+    return ids if ids[: len(begin)] == begin else begin + ids
 
 
 class Continuation:
@@ -153,7 +158,7 @@ class Row:
         self._continuation = Continuation(tokenizer, prompt)
         self._held = ""
         self._stop = tuple(stop)
-        added = _added_tokens(tokenizer)
+        added = _added_tokens(tokenizer) if stop else {}
         self._end_tokens = {*end_tokens, *(added[text] for text in stop if text in added)}
 
     def add(self, tokens: Sequence[int]) -> str:

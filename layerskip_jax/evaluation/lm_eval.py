@@ -25,10 +25,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from layerskip_jax.data.text import begin_tokens
+from layerskip_jax.data.text import begin_tokens, encode_prompt
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.generation.generator import bucket
@@ -134,9 +133,8 @@ class LayerSkipLM(TemplateLM):
             f"batch_size={batch_size} must be a number of rows",
         )
         self._batch_size, self._seed = int(batch_size), int(seed)
-        # A copy that reads special tokens in a text as such, as chat templates need it.
-        self.tokenizer = Tokenizer.from_str(self._model.tokenizer.to_str())
-        self.tokenizer.encode_special_tokens = False
+        # Special tokens in a text are read as such, as chat templates need it.
+        self.tokenizer = self._model.reading_special_tokens
         self._begin = begin_tokens(self.tokenizer)
 
     @property
@@ -156,10 +154,10 @@ class LayerSkipLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Returns the tokens of a text, begun as the tokenizer begins one unless told otherwise."""
+        if add_special_tokens is None:  # once: a chat template may have written it already
+            return encode_prompt(self.tokenizer, string)
         ids = self.tokenizer.encode(string, add_special_tokens=False).ids
-        begun = ids[: len(self._begin)] == self._begin  # a chat template has written it already
-        add = not begun if add_special_tokens is None else add_special_tokens
-        return self._begin + ids if add else ids
+        return self._begin + ids if add_special_tokens else ids
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **_
@@ -221,7 +219,7 @@ class LayerSkipLM(TemplateLM):
         results, met = [], collections.Counter()
         pairs = zip(tqdm(requests, disable=disable_tqdm, desc="generating"), asked, strict=True)
         for request, (count, until, sampling) in pairs:
-            if request in no_room:
+            if count >= self.max_length:
                 results.append("")
                 continue
             context = request.args[0]
