@@ -1,27 +1,32 @@
 """layerskip verify: compare a Hugging Face folder as we read it with transformers.
 
-Every layer's output goes through the final norm and the head, here and there, in float32, and
-greedy tokens follow a prompt. The exit code is 1 where they differ, and the first layer that does
-is named. PyTorch and transformers must be installed.
+Hard texts are encoded, here and by AutoTokenizer. Every layer's output goes through the final norm
+and the head in float32, over a window as long as the context where that fits, and greedy tokens
+follow a prompt. The exit code is 1 where they differ, and the text and the first layer that do are
+named. PyTorch and transformers must be installed.
 """
 
 import dataclasses
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
-from layerskip_jax.commands.arguments import local_path, make_parser
-from layerskip_jax.commands.tables import make_table
+from layerskip_jax.commands.arguments import figures_file, make_parser, write_figures
+from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.data.text import encode_prompt
 from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.interop.pretrained import open_pretrained
-from layerskip_jax.interop.verify import compare_exits, greedy_tokens, load_transformers
+from layerskip_jax.interop.verify import (
+    compare_exits,
+    compare_texts,
+    greedy_tokens,
+    load_transformers,
+    longest_window,
+)
 from layerskip_jax.model.definition import ModelDefinition
-from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.paths import read_prompt
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, require_count, require_range
 
 GREEDY_PROMPT = 32
 
@@ -30,25 +35,36 @@ def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = make_parser("verify", __doc__)
     parser.add_argument("folder", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--tokens", type=int, default=256, help="to read (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, help="to read (default: the model's context, or what fits)"
+    )
     parser.add_argument("--text", type=Path, help="a file to take them from (default: random ones)")
     parser.add_argument("--new-tokens", type=int, default=32, help="greedy tokens to compare")
     parser.add_argument(
         "--tolerance", type=float, default=2e-4, help="of a logit, or as a share of the largest"
     )
-    parser.add_argument("--json", type=local_path, help="also write the figures to this file")
+    parser.add_argument("--json", type=figures_file, help="also write the figures to this file")
     options = parser.parse_args(argv)
+    if options.tokens is not None:
+        require_count("--tokens", options.tokens, 1)
+    require_count("--new-tokens", options.new_tokens, 1)
+    require_range("--tolerance", options.tolerance, "[0, inf)")
     pretrained = open_pretrained(options.folder)
     config = dataclasses.replace(pretrained.config, dtype="float32")
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, options.tokens)
-    if options.text is not None:
-        tokens = np.array(encode_prompt(pretrained.tokenizer, read_prompt(options.text)))
-        tokens = tokens[: options.tokens]
+    count = longest_window(config) if options.tokens is None else options.tokens
+    if options.text is None:
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, count)
+    else:
+        tokens = np.array(encode_prompt(pretrained.tokenizer, read_prompt(options.text, "--text")))
+        tokens = tokens[:count]
     if not 1 <= len(tokens) <= config.max_sequence_length:
         raise UserError(
             f"{len(tokens)} tokens to compare must be 1 to {config.max_sequence_length}, the "
             "model's context; change --tokens or --text"
         )
+    if tokens.max() >= config.vocab_size:
+        raise UserError(f"--text holds the token {tokens.max()}, which the model has no row for")
+    texts = compare_texts(pretrained.tokenizer, options.folder)
     theirs = load_transformers(options.folder)
     model = ModelDefinition(config).model(pretrained.parameters())
     differences = compare_exits(decoder_weights(model), config, theirs, tokens.astype(np.int32))
@@ -62,7 +78,7 @@ def main(argv: list[str]) -> int:
         ],
         styles=["red" if e.exceeds(options.tolerance) else None for e in differences],
     )
-    Console().print(table)
+    make_console().print(table)
     wrong = [entry.layers for entry in differences if entry.exceeds(options.tolerance)]
 
     room = config.max_sequence_length - options.new_tokens
@@ -75,13 +91,18 @@ def main(argv: list[str]) -> int:
             "exits": [entry._asdict() for entry in differences],
             "first_layer_that_differs": wrong[0] if wrong else None,
             "same_greedy_tokens": same,
+            "tokens": len(tokens),
+            "texts_that_differ": [entry._asdict() for entry in texts],
         }
-        write_json(options.json, figures)
+        write_figures(options.json, figures)
+    for entry in texts:
+        print(f"{entry.text!r} is {entry.ours} here, and {entry.theirs} with AutoTokenizer")
     if wrong:
         print(f"the outputs differ from layer {wrong[0]} on")
     if not same:
         at = next(i for i, pair in enumerate(zip(ours, there, strict=True)) if len(set(pair)) > 1)
         print(f"greedy tokens differ from token {at} on: {ours[at]} here, {there[at]} there")
-    if not wrong and same:
-        print(f"every exit and {options.new_tokens} greedy tokens agree")
-    return 1 if wrong or not same else 0
+    if wrong or texts or not same:
+        return 1
+    print(f"all texts' ids, every exit and {options.new_tokens} greedy tokens agree")
+    return 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from layerskip_jax.data.tokenizer import SMALLEST_VOCABULARY, file_sha256
+from layerskip_jax.run_folder.atomic import remedy, require_text_name
 from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.schema import UserError, build, require
 
@@ -120,6 +121,7 @@ class Manifest:
       train: counts of the training split.
       validation: counts of the held-out documents.
       skipped_files: files, lines and examples left out because they hold no UTF-8 text.
+      largest_token: the largest id in the windows of either split; -1 where it was not counted.
       unigram_entropy_nats: entropy of the validation tokens' own frequencies, nats a token.
         No model that ignores the context has a lower validation loss.
       fingerprint: SHA-256 that identifies the windows and the tokenizer.
@@ -137,6 +139,22 @@ class Manifest:
     skipped_files: int
     unigram_entropy_nats: float
     fingerprint: str
+    largest_token: int = -1
+
+    def check_tokens(self, vocab_size: int, folder: str | Path) -> None:
+        """Checks that a model has a row for every token of the windows in `folder`.
+
+        Its tokenizer may have more tokens than the model, as long as no text yielded one.
+
+        Raises:
+          UserError: a window holds a token beyond the model's.
+        """
+        largest = self.vocab_size - 1 if self.largest_token < 0 else self.largest_token
+        if largest >= vocab_size:
+            raise UserError(
+                f"{folder} holds the token {largest}, and the model has {vocab_size} tokens; "
+                "prepare it from texts without that token, or with a tokenizer of the model's size"
+            )
 
     def split(self, name: str) -> Split:
         """Returns the counts of `train` or `validation`."""
@@ -158,10 +176,17 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     require_local(folder, "prepared data (config.data.path, config.data.mixture or --data)")
     path = Path(folder) / MANIFEST_FILE
-    if not str(folder) or not path.is_file():
+    require_text_name(path.absolute())
+    if not str(folder):
         raise UserError(
-            f"config.data.path={str(folder)!r} holds no prepared data ({MANIFEST_FILE} is "
-            "missing); run `layerskip prepare --output=FOLDER` first"
+            "config.data.path='' holds no prepared data; name some, or run `layerskip prepare "
+            "--output=FOLDER` first"
+        )
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no prepared data ({MANIFEST_FILE} is missing); if the data was moved, "
+            "say where it is (--config.data.path of `train`, --data of `evaluate` and `sweep`), "
+            "and if there is none yet, run `layerskip prepare --output=FOLDER`"
         )
     try:
         values = json.loads(path.read_text())
@@ -170,7 +195,9 @@ def read_manifest(folder: str | Path) -> Manifest:
                 f"{path} has format {version}, and this version reads {FORMAT}; {_AGAIN}"
             )
         manifest = build(Manifest, values, str(path))
-    except (ValueError, LookupError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}){remedy(error)}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); {_AGAIN}") from error
     tokenizer = path.with_name(TOKENIZER_FILE)
     actual = file_sha256(tokenizer) if tokenizer.is_file() else "none"

@@ -17,6 +17,13 @@ from layerskip_jax.schema import ConfigError, UserError, require
 # What templates are given beside the messages, where the tokenizer has such a token.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
+# A character of nobody's, to find the end of a message by.
+_MARK = "\ue000"
+# What a template raises by itself, and what Python does in the expressions of one.
+_REFUSALS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError
+)  # fmt: skip
+
 
 class _Generation(Extension):
     """`{% generation %}` marks what the model writes, for training; here it is nothing."""
@@ -38,7 +45,11 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 
 class ChatTemplate:
-    """A model's chat template, in Jinja, run in a sandbox: it comes with the weights."""
+    """A model's chat template, in Jinja, run in a sandbox: it comes with the weights.
+
+    Attributes:
+      text: the template itself.
+    """
 
     def __init__(self, template: str, tokens: Mapping[str, str]):
         """Compiles a template.
@@ -62,13 +73,16 @@ class ChatTemplate:
             self._template = environment.from_string(template)
         except jinja2.TemplateError as error:
             raise UserError(f"the model's chat template cannot be read ({error})") from error
+        self.text = template
         self._tokens = dict(tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, continue_last: bool = False) -> str:
         """Returns a chat as text, up to where the model's turn begins.
 
         Args:
           messages: each with `role` and `content`, as `{"role": "user", "content": "Hello"}`.
+          continue_last: whether the model's turn has begun already, and the last message is what it
+            has said; the text then ends with that.
 
         Raises:
           ConfigError: a message lacks one of them, or the template refuses the chat.
@@ -79,12 +93,31 @@ class ChatTemplate:
                 isinstance(message, Mapping) and {"role", "content"} <= message.keys(),
                 f"message {message!r} must have a role and a content",
             )
+        if not continue_last:
+            return self._render(messages, add_generation_prompt=True)
+        *before, last = messages
+        require(
+            isinstance(last["content"], str), f"message {last!r} must have a text to be continued"
+        )
+        # The space shows whether the template takes spaces off the end of a message.
+        last_marked = {**last, "content": f"{last['content']}{_MARK} "}
+        marked = self._render([*before, last_marked], add_generation_prompt=False)
+        text, mark, rest = marked.rpartition(_MARK)
+        require(
+            bool(mark) and last["content"].strip() in text,
+            f"the model's chat template changes message {last!r}, so it cannot be continued",
+        )
+        # A template may have written the message before as well.
+        text = text.replace(f"{_MARK} ", "").replace(_MARK, "")
+        return text if rest.startswith(" ") else text.rstrip()
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None,
-                **self._tokens,
+                messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
+                documents=None, **self._tokens,
             )  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except _REFUSALS as error:
             raise ConfigError(f"the model's chat template refuses this chat: {error}") from error
 
 
@@ -112,15 +145,19 @@ def chat_template(
     template = files.get("chat_template.jinja", b"").decode("utf-8", errors="replace")
     template = template or own.get("chat_template") or settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
     if not template:
         return None
+    if not isinstance(template, str):
+        raise UserError(f"{source}: chat_template={template!r} is no text")
     known = {}
     for name in _TOKENS:
         number = ids.get(f"{name}_id")
         number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and (text := tokenizer.id_to_token(number)) is not None:
-            known[name] = text
+        if type(number) is int and number >= 0:  # some say -1 for none
+            if (text := tokenizer.id_to_token(number)) is not None:
+                known[name] = text
         for given in (tokens.get(name), settings.get(name)):
             if text := given.get("content") if isinstance(given, dict) else given:
                 known[name] = text

@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from layerskip_jax.interop.huggingface import tensor_shapes, to_hugging_face_config
+from layerskip_jax.interop.huggingface import (
+    default_token_id,
+    tensor_shapes,
+    to_hugging_face_config,
+)
 from layerskip_jax.interop.pretrained import FILES, end_token_ids
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.run_folder.atomic import staged_folder
+from layerskip_jax.run_folder.atomic import remedy, staged_folder
 from layerskip_jax.schema import UserError
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
@@ -62,7 +66,8 @@ def check_tokenizer(
 ) -> Tokenizer:
     """Returns a tokenizer, checked to belong to a model.
 
-    The model may have more rows than the tokenizer has tokens, since vocabularies are padded.
+    The model may have more rows than the tokenizer has tokens, since vocabularies are padded; and
+    the last tokens may have none but rows of padding (see `pretrained.with_rows_for`).
 
     Raises:
       UserError: the file cannot be read, has a token that the embedding has no row for, or
@@ -75,10 +80,10 @@ def check_tokenizer(
     token, largest = max(
         tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]
     )
-    if largest >= config.vocab_size:
+    if largest >= config.vocab_rows:
         raise UserError(
             f"the tokenizer {file} is larger than the model: its token {token!r} has id "
-            f"{largest}, and the embedding has {config.vocab_size} rows"
+            f"{largest}, and the embedding has {config.vocab_rows} rows"
         )
     if tokenizer.token_to_id(end_token) != end_token_id:
         raise UserError(
@@ -133,7 +138,9 @@ def write_folder(
     tokenizer = check_tokenizer(tokenizer_file, config, end_token, end_token_id)
     settings = _settings(config, published, folder, end_token_id, dtype)
     begin = settings["bos_token_id"]
-    begin_token = None if begin is None else tokenizer.id_to_token(begin)
+    # Only what is said: a class's default id need not be special in this tokenizer.
+    said = json.loads(published.get("config.json", b"{}")).get("bos_token_id")
+    begin_token = tokenizer.id_to_token(said) if type(said) is int and said >= 0 else None
 
     def check(path: Path) -> None:
         check_output(path, overwrite=overwrite)
@@ -170,9 +177,12 @@ def _settings(
     end_ids = end_ids[0] if len(end_ids) == 1 else end_ids
     before = json.loads(published.get("config.json", b"{}"))
     settings = to_hugging_face_config(
-        config, eos_token_id=end_ids, bos_token_id=before.get("bos_token_id"), dtype=dtype
+        config,
+        eos_token_id=end_ids,
+        bos_token_id=default_token_id(before, "bos_token_id"),
+        dtype=dtype,
     )
-    settings["pad_token_id"] = before.get("pad_token_id")
+    settings["pad_token_id"] = default_token_id(before, "pad_token_id")
     return settings
 
 
@@ -276,8 +286,10 @@ def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
 def _has_provenance(config_file: Path) -> bool:
     try:
         settings = json.loads(config_file.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return False
+    except OSError as error:
+        raise UserError(f"{config_file} cannot be read ({error}){remedy(error)}") from error
     return isinstance(settings, dict) and PROVENANCE in settings
 
 

@@ -14,6 +14,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
 )
@@ -45,8 +46,30 @@ _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def _byte_level_of(regex: str) -> list[pre_tokenizers.PreTokenizer]:
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return [pre_tokenizers.Split(Regex(regex), "isolated"), bytes_alone]
+
+
+def _byte_level_of_gpt2(*before: pre_tokenizers.PreTokenizer) -> list[pre_tokenizers.PreTokenizer]:
+    return [*before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+
+
+_WORDS = {
+    "smollm": lambda: _byte_level_of_gpt2(pre_tokenizers.Digits(individual_digits=True)),
+    "gpt-2": _byte_level_of_gpt2,
+    "llama-bpe": lambda: _byte_level_of(_LLAMA3_WORDS),
+    "qwen2": lambda: _byte_level_of(_LLAMA3_WORDS.replace("{1,3}", "")),
+}
 _ROPE_FACTORS = "rope_freqs.weight"  # what the frequencies of Llama 3.1 and later are divided by
-_SPECIAL_TYPE = 3  # of a token: control
+# Types of tokens. What is of another type than these stands in no text.
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_BOS = 1  # where SentencePiece has it, in files that do not say
+# Names of one way to part words.
+_SAME_WORDS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
 
 class GGUF:
@@ -70,10 +93,17 @@ class GGUF:
         try:
             reader = gguf.GGUFReader(path)
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OSError) as error:
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, IndexError, KeyError) as error:
             raise UserError(
                 f"{path} is damaged or no GGUF file ({error}); download it again"
             ) from error
+        if (parts := self._fields.get("split.count", 0)) > 1:
+            raise UserError(
+                f"{path} is part {self._fields.get('split.no', 0) + 1} of {parts}; join them with "
+                "llama.cpp's `llama-gguf-split --merge FIRST_PART OUTPUT`"
+            )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._family = self._field("general.architecture")
         if self._family not in ("llama", "qwen2"):
@@ -113,7 +143,7 @@ class GGUF:
             for theirs, name in names.items()
         }
         turn = self._fields.get("tokenizer.ggml.eot_token_id")
-        if turn not in (None, ids["eos_token_id"]):
+        if None not in (turn, ids["eos_token_id"]) and turn != ids["eos_token_id"]:
             ids["eos_token_id"] = [ids["eos_token_id"], turn]
         files = {"config.json": json.dumps(ids).encode()}
         if template := self._fields.get("tokenizer.chat_template"):
@@ -127,23 +157,47 @@ class GGUF:
           UserError: it is of a kind that cannot be rebuilt here.
         """
         model, kind = self._field("tokenizer.ggml.model"), self._fields.get("tokenizer.ggml.pre")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        of_regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        words = {
-            "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
-            "gpt-2": [byte_level],
-            "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"), of_regex],
-            "qwen2": [
-                pre_tokenizers.Split(Regex(_LLAMA3_WORDS.replace("{1,3}", "")), "isolated"),
-                of_regex,
-            ],
-        }
-        if model != "gpt2" or kind not in words:
+        kind = _SAME_WORDS.get(kind, kind)
+        tokens = self._field("tokenizer.ggml.tokens")
+        types = self._of_tokens("token_type")
+        if model == "llama":
+            tokenizer = self._sentencepiece(tokens, types)
+        elif model == "gpt2" and kind in _WORDS:
+            tokenizer = self._byte_level(tokens, kind)
+        else:
             raise UserError(
                 f"{self._path}: its tokenizer ({model!r}, {kind!r}) cannot be rebuilt from a GGUF "
                 "file; give the model's Hugging Face folder instead"
             )
-        tokens = self._field("tokenizer.ggml.tokens")
+        of_type = list(zip(tokens, types, strict=True))
+        tokenizer.add_special_tokens(
+            [
+                AddedToken(token, special=True, normalized=False)
+                for token, number in of_type
+                if number == _CONTROL
+            ]
+        )
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, special=False, normalized=False)
+                for token, number in of_type
+                if number == _USER_DEFINED
+            ]
+        )
+        begin = self._fields.get("tokenizer.ggml.bos_token_id")
+        if begin is None and model == "llama" and types[_BOS] == _CONTROL:
+            begin = _BOS
+        # Files of SentencePiece and of Llama 3 begin a text whether they say so or not.
+        begins = model == "llama" or kind == "llama-bpe"
+        if begin is not None and self._fields.get("tokenizer.ggml.add_bos_token", begins):
+            token = tokens[begin]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{token} $A", special_tokens=[(token, begin)]
+            )
+        tokenizer.encode_special_tokens = True  # as `load_tokenizer` has it
+        return tokenizer
+
+    def _byte_level(self, tokens: list[str], kind: str) -> Tokenizer:
         merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(
             models.BPE(
@@ -152,27 +206,48 @@ class GGUF:
                 ignore_merges=kind == "llama-bpe",
             )
         )
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words[kind])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_WORDS[kind]())
         tokenizer.decoder = decoders.ByteLevel()
-        types = self._field("tokenizer.ggml.token_type")
-        tokenizer.add_special_tokens(
-            [
-                AddedToken(token, special=True, normalized=False)
-                for token, of_type in zip(tokens, types, strict=True)
-                if of_type == _SPECIAL_TYPE
-            ]
-        )
-        begin = self._fields.get("tokenizer.ggml.bos_token_id")
-        # Llama 3's files begin a text whether they say so or not.
-        if begin is not None and self._fields.get(
-            "tokenizer.ggml.add_bos_token", kind == "llama-bpe"
-        ):
-            token = tokens[begin]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{token} $A", special_tokens=[(token, begin)]
-            )
-        tokenizer.encode_special_tokens = True  # as `load_tokenizer` has it
         return tokenizer
+
+    def _sentencepiece(self, tokens: list[str], types: list[int]) -> Tokenizer:
+        """Returns SentencePiece's BPE, as the converter of `transformers` 4 writes it.
+
+        The file has no merges: a pair is merged where it makes a token, the best score first. A
+        character without a token becomes its bytes. A text begins with a space, which is taken off
+        again, unless the file says otherwise.
+        """
+        scores = self._of_tokens("scores")
+        vocab = {token: number for number, token in enumerate(tokens)}
+        unknown = self._fields.get("tokenizer.ggml.unknown_token_id", 0)
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab=vocab,
+                merges=_merges(tokens, scores, types),
+                unk_token=tokens[unknown],
+                fuse_unk=True,
+                byte_fallback=True,
+            )
+        )
+        prefix = self._fields.get("tokenizer.ggml.add_space_prefix", True)
+        # Not `Metaspace`, to which a text that begins with a space is one that does not.
+        prepend = [normalizers.Prepend(_SPACE)] if prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
+        return tokenizer
+
+    def _of_tokens(self, name: str) -> list:
+        """Returns the field that says something of each token."""
+        values, tokens = self._field(f"tokenizer.ggml.{name}"), self._field("tokenizer.ggml.tokens")
+        if len(values) != len(tokens):
+            raise UserError(
+                f"{self._path} says {name} of {len(values)} tokens and has {len(tokens)}; it is "
+                "damaged"
+            )
+        return values
 
     def _field(self, name: str) -> Any:
         if name not in self._fields:
@@ -180,27 +255,46 @@ class GGUF:
         return self._fields[name]
 
     def _config(self) -> ModelConfig:
+        def refuse(reason: str):
+            raise UserError(f"{self._path}: {reason}; this decoder cannot compute that model")
+
         def of_model(name: str, default: Any = None) -> Any:
             name = f"{self._family}.{name}"
-            return self._field(name) if default is None else self._fields.get(name, default)
+            value = self._field(name) if default is None else self._fields.get(name, default)
+            if isinstance(value, list):  # one for each layer
+                if len(set(value)) != 1:
+                    refuse(f"{name}={value} differs from layer to layer")
+                value = value[0]
+            return value
 
         scaling = RopeScaling()
-        kind = of_model("rope.scaling.type", "none")
+        factor = float(of_model("rope.scaling.factor", of_model("rope.scale_linear", 0.0)))
+        # A factor by itself divides positions, as in llama.cpp.
+        kind = of_model("rope.scaling.type", "linear" if factor else "none")
         if kind == "linear":
-            scaling = RopeScaling("linear", float(of_model("rope.scaling.factor")))
+            scaling = RopeScaling("linear", factor or 1.0)
         elif kind != "none":
-            raise UserError(f"{self._path}: rope scaling {kind!r} is none of none, linear")
+            refuse(f"rope scaling {kind!r} is none of none, linear")
         heads, width = of_model("attention.head_count"), of_model("embedding_length")
+        head_dim = of_model("attention.key_length", width // max(heads, 1))
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if (size := of_model(name, head_dim)) != head_dim:
+                refuse(f"{name}={size} is not the width of a head, {head_dim}")
+        context = of_model("context_length")
+        if 0 < (window := of_model("attention.sliding_window", context)) < context:
+            refuse(f"attention.sliding_window={window} limits what a token sees in {context}")
+        embedding = self._tensors.get("token_embd.weight")
+        tokens = self._field("tokenizer.ggml.tokens")
         try:
             config = ModelConfig(
-                vocab_size=len(self._field("tokenizer.ggml.tokens")),
+                vocab_size=len(tokens) if embedding is None else int(embedding.shape[-1]),
                 num_layers=of_model("block_count"),
                 model_dim=width,
                 ffn_dim=of_model("feed_forward_length"),
                 num_heads=heads,
                 num_kv_heads=of_model("attention.head_count_kv", heads),
-                head_dim=of_model("attention.key_length", width // heads),
-                max_sequence_length=of_model("context_length"),
+                head_dim=head_dim,
+                max_sequence_length=context,
                 rope_theta=float(of_model("rope.freq_base", 10_000.0)),
                 rope_scaling=scaling,
                 # The file has float32's nearest to it, the config's own digits are meant.
@@ -227,6 +321,24 @@ class GGUF:
                 "successors; this decoder cannot compute that model"
             )
         return scaled
+
+
+def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Returns the pairs that make a token of a text, in the order in which they are merged."""
+    # No text is merged to a special token, or to a byte's.
+    pieces = {
+        token: number
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == _NORMAL
+    }
+    found = []
+    for token, number in pieces.items():
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            if left in pieces and right in pieces:
+                order = (-scores[number], number, pieces[left])
+                found.append((order, left, right))
+    return [(left, right) for _, left, right in sorted(found)]
 
 
 def _gguf_name(name: str) -> str:

@@ -6,7 +6,10 @@ rotates the same pairs (x_i, x_{i + h/2}) here and there.
 
 import dataclasses
 import functools
+import logging
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +18,8 @@ import numpy as np
 
 from layerskip_jax.model.config import ModelConfig, RopeScaling
 from layerskip_jax.schema import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -111,23 +116,65 @@ class Family:
       architecture: its class in transformers.
       fields: the fields of `ModelConfig` that make it what it is.
       settings: what only its `config.json` has.
-      slides: whether a `sliding_window` there counts without `use_sliding_window`.
+      defaults: what its configuration class takes for a key that `config.json` leaves out, for
+        every key that is read.
     """
 
     architecture: str
     fields: dict[str, Any]
     settings: dict[str, Any]
-    slides: bool = True
+    defaults: dict[str, Any]
 
+
+_DEFAULTS = {
+    "vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
 
 # What is read. A model is exported as the first whose fields are its own.
 FAMILIES = {
     "llama": Family(
-        "LlamaForCausalLM", {"qkv_bias": False}, {"attention_bias": False, "mlp_bias": False}
+        "LlamaForCausalLM",
+        {"qkv_bias": False},
+        {"attention_bias": False, "mlp_bias": False},
+        _DEFAULTS
+        | {
+            "intermediate_size": 11_008,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
     ),
-    "mistral": Family("MistralForCausalLM", {"qkv_bias": False}, {}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"qkv_bias": False},
+        {},
+        _DEFAULTS
+        | {
+            "intermediate_size": 14_336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        },
+    ),
     "qwen2": Family(
-        "Qwen2ForCausalLM", {"qkv_bias": True}, {"use_sliding_window": False}, slides=False
+        "Qwen2ForCausalLM",
+        {"qkv_bias": True},
+        {"use_sliding_window": False},
+        _DEFAULTS
+        | {
+            "vocab_size": 151_936,
+            "intermediate_size": 22_016,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32_768,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
     ),
 }
 
@@ -237,6 +284,9 @@ def from_hugging_face(
       config: the shapes; see `check_tensors` for whether the tensors have them.
       shardings: one for all parameters, or nested like them. Each process reads the parts of its
         own devices.
+
+    Raises:
+      UserError: a tensor holds values that are not finite in float32; naming it.
     """
 
     def make(weight: Weight, sharding) -> jax.Array:
@@ -245,7 +295,7 @@ def from_hugging_face(
 
             def part(index):
                 tensor = functools.partial(read, weight.name)
-                return weight.read(tensor, index, config).astype(np.float32)
+                return _finite(weight.name, weight.read(tensor, index, config))
 
             return jax.make_array_from_callback(shape, sharding, part)
 
@@ -255,8 +305,9 @@ def from_hugging_face(
             sizes = (part.indices(size) for part, size in zip(inner, shape, strict=True))
             value = np.empty((len(chosen), *(b - a for a, b, _ in sizes)), np.float32)
             for row, layer in zip(value, chosen, strict=True):
-                tensor = functools.partial(read, weight.name.format(layer=layer))
-                row[...] = weight.read(tensor, tuple(inner), config)
+                name = weight.name.format(layer=layer)
+                tensor = functools.partial(read, name)
+                row[...] = _finite(name, weight.read(tensor, tuple(inner), config))
             return value
 
         return jax.make_array_from_callback((config.num_layers, *shape), sharding, part_of_layers)
@@ -273,6 +324,21 @@ def from_hugging_face(
     return parameters
 
 
+def _finite(name: str, value: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # reported below, with the tensor's name
+        value = value.astype(np.float32, copy=False)
+    if not np.isfinite(value).all():
+        raise UserError(
+            f"{name} holds values that are not finite in float32 (NaN or infinite): the weights "
+            "are damaged, or their training diverged; take another checkpoint"
+        )
+    return value
+
+
+# Buffers that old checkpoints store and that follow from the config.
+_BUFFERS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)")
+
+
 def check_tensors(shapes: dict[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
     """Checks that a model's tensors are those of `config`, all of them at once.
 
@@ -286,7 +352,7 @@ def check_tensors(shapes: dict[str, tuple[int, ...]], config: ModelConfig, sourc
     """
     wanted = tensor_shapes(config)
     # Published checkpoints store some of what follows from the rest.
-    implied = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
+    implied = {name for name in shapes if _BUFFERS.fullmatch(name)}
     if config.tie_embeddings:
         implied.add("lm_head.weight")
     lines = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in shapes]
@@ -378,77 +444,186 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+class _Settings:
+    """A `config.json`: what it leaves out is as its class in transformers has it."""
+
+    def __init__(self, settings: dict[str, Any], source: str):
+        self.said, self._source = settings, source
+        self.family = settings.get("model_type")
+        if not isinstance(self.family, str) or self.family not in FAMILIES:
+            self.refuse(f"model_type={self.family!r} is none of {', '.join(FAMILIES)}")
+        self._defaults = FAMILIES[self.family].defaults
+
+    def refuse(self, reason: str):
+        raise UserError(f"{self._source}: {reason}; this decoder cannot compute that model")
+
+    def __getitem__(self, name: str) -> Any:
+        """Returns what is said, null too, or else the default of the class."""
+        return self.said.get(name, self._defaults.get(name))
+
+    def integer(self, name: str) -> int:
+        if type(value := self[name]) is not int:
+            raise UserError(f"{self._source}: {name}={value!r} is no integer")
+        return value
+
+    def number(self, name: str, group: dict[str, Any] | None = None) -> float:
+        value = self[name] if group is None else group[name]
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise UserError(f"{self._source}: {name}={value!r} is no finite number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        if not isinstance(value := self[name], bool | None):
+            raise UserError(f"{self._source}: {name}={value!r} is neither true nor false")
+        return bool(value)
+
+    def group(self, name: str) -> dict[str, Any]:
+        value = self.said.get(name) or {}
+        if not isinstance(value, dict):
+            raise UserError(f"{self._source}: {name}={value!r} is no object")
+        return value
+
+    def warn(self, name: str, used: Any, other: Any) -> None:
+        logger.warning(
+            "%s says %s twice, %r and %r; %r counts, as in transformers 5",
+            self._source, name, used, other, used,
+        )  # fmt: skip
+
+
 def from_hugging_face_config(settings: dict[str, Any], source: str) -> ModelConfig:
     """Returns the shapes that a `config.json` describes, as transformers 4 or 5 wrote it.
+
+    A key that it leaves out has the default of its class there, see `Family`. docs/weights.md
+    lists what each key means when it is absent, null, or said twice.
 
     Args:
       settings: the file's content.
       source: where it is, for messages.
 
     Raises:
-      UserError: it lacks a setting, or describes a model that this decoder is not.
+      UserError: a setting is of no use, or describes a model that this decoder is not.
     """
-
-    def refuse(reason: str):
-        raise UserError(f"{source}: {reason}; this decoder cannot compute that model")
-
-    family = settings.get("model_type")
-    if family not in FAMILIES:
-        refuse(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "vocab_size"):  # fmt: skip
-        if not isinstance(settings.get(name), int):
-            raise UserError(f"{source}: {name}={settings.get(name)!r} is no integer")
-    if settings.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act={settings['hidden_act']!r} is not 'silu'")
-    for name in ("attention_bias", "mlp_bias"):
-        if settings.get(name):
-            refuse(f"{name}=true puts biases where it has none")
-    sliding = settings.get("sliding_window")
-    used = FAMILIES[family].slides or settings.get("use_sliding_window", False)
-    if sliding is not None and used:
-        refuse(f"sliding_window={sliding} limits what a token sees")
-    heads = settings["num_attention_heads"]
+    read = _Settings(settings, source)
+    layers, width, heads = (
+        read.integer(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    _check_computable(read)
+    # Null is as many as there are queries, and a null or absent width is D / H, rounded down.
+    kv_heads = heads if read["num_key_value_heads"] is None else read.integer("num_key_value_heads")
+    head_dim = width // max(heads, 1) if read["head_dim"] is None else read.integer("head_dim")
+    if head_dim == 0:
+        read.refuse("head_dim=0 leaves its heads nothing to compare")
     try:
         return ModelConfig(
-            vocab_size=settings["vocab_size"],
-            num_layers=settings["num_hidden_layers"],
-            model_dim=settings["hidden_size"],
-            ffn_dim=settings["intermediate_size"],
+            vocab_size=read.integer("vocab_size"),
+            num_layers=layers,
+            model_dim=width,
+            ffn_dim=read.integer("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or 0,
-            max_sequence_length=settings.get("max_position_embeddings", 2048),
-            norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
-            **FAMILIES[family].fields,
-            **_read_rope(settings, refuse),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_sequence_length=read.integer("max_position_embeddings"),
+            norm_eps=read.number("rms_norm_eps"),
+            tie_embeddings=read.flag("tie_word_embeddings"),
+            **FAMILIES[read.family].fields,
+            **_read_rope(read),
         )
     except ConfigError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def _read_rope(settings: dict[str, Any], refuse: Callable[[str], None]) -> dict[str, Any]:
-    """Returns the rotary settings, from `rope_parameters` or from what came before it."""
-    found = settings.get("rope_parameters") or {}
-    scaling = found or settings.get("rope_scaling") or {}
-    theta = float(found.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
+def _check_computable(read: _Settings) -> None:
+    """Refuses what Llama, Mistral or Qwen2 can be there and this decoder is not."""
+    if read["hidden_act"] not in ("silu", "swish"):  # two names of one function
+        read.refuse(f"hidden_act={read['hidden_act']!r} is not 'silu'")
+    for name in ("attention_bias", "mlp_bias"):  # which Llama alone reads
+        if read.family == "llama" and read.flag(name):
+            read.refuse(f"{name}=true puts biases where it has none")
+    for name in ("quantization_config", "compression_config"):
+        if read[name]:
+            read.refuse(
+                f"its weights are quantized ({name}); save them in a floating-point dtype, or give "
+                "a GGUF file"
+            )
+    for name in ("per_layer_config", "transformers_weights"):
+        if read[name]:
+            read.refuse(f"{name}={read[name]!r} is not read")
+    layers, context = read.integer("num_hidden_layers"), read.integer("max_position_embeddings")
+    types = read["layer_types"]
+    if types is not None and (not isinstance(types, list) or len(types) != layers):
+        read.refuse(f"layer_types={types!r} does not list its {layers} layers")
+    window = read["sliding_window"]
+    if window is not None:
+        window = read.integer("sliding_window")
+    if read.family == "qwen2":
+        window = window if read.flag("use_sliding_window") else None
+        slide = types is None and read.integer("max_window_layers") < layers
+    else:
+        slide = True
+    if window is not None and read.family == "llama":
+        # The class has none, but the cache of transformers 5 reads the key.
+        read.refuse(f"sliding_window={window} limits what a token sees in some programs alone")
+    if window is not None and slide and window < context:
+        read.refuse(
+            f"sliding_window={window} limits what a token sees in its context of {context} (to "
+            "keep within the window, set max_position_embeddings to it)"
+        )
+    fits = window is not None and window >= context
+    known = {"full_attention", "attention"} | ({"sliding_attention"} if fits else set())
+    for kind in types or ():
+        if not isinstance(kind, str) or kind not in known:
+            read.refuse(f"layer_types has {kind!r}, which is not full_attention")
+
+
+def _read_rope(read: _Settings) -> dict[str, Any]:
+    """Returns the rotary settings, from `rope_parameters` or from what came before it.
+
+    Said twice, `rope_scaling` counts before `rope_parameters`, and what either says of `rope_theta`
+    before the key beside them.
+    """
+    scaling, other = read.group("rope_scaling"), read.group("rope_parameters")
+    for name in sorted(scaling.keys() & other.keys()):
+        if scaling[name] != other[name]:
+            read.warn(name, scaling[name], other[name])
+    scaling = scaling or other
+    if nested := sorted(name for name, value in scaling.items() if isinstance(value, dict)):
+        read.refuse(f"its rotary settings differ by kind of layer ({', '.join(nested)})")
+    theta = read.number("rope_theta", scaling if "rope_theta" in scaling else None)
+    if read.said.get("rope_theta", theta) != theta:
+        read.warn("rope_theta", theta, read.said["rope_theta"])
+    part = scaling.get("partial_rotary_factor", read["partial_rotary_factor"])
+    if part not in (None, 1):
+        read.refuse(f"partial_rotary_factor={part!r} rotates a part of each head")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if scaling.get("type", kind) != kind:
+        read.warn("rope_type", kind, scaling["type"])
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3"):
-        refuse(f"rope scaling {kind!r} is none of default, linear, llama3")
+        read.refuse(f"rope scaling {kind!r} is none of default, linear, llama3")
     names = {"factor": "factor"}
     if kind == "llama3":
-        names |= {
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_length",
-        }
+        names |= {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
     missing = sorted(name for name in names if name not in scaling)
     if missing:
-        refuse(f"rope scaling {kind!r} lacks {', '.join(missing)}")
-    values = {ours: float(scaling[theirs]) for theirs, ours in names.items()}
-    if "original_length" in values:
-        values["original_length"] = int(values["original_length"])
+        read.refuse(f"rope scaling {kind!r} lacks {', '.join(missing)}")
+    values = {ours: read.number(theirs, scaling) for theirs, ours in names.items()}
+    if kind == "llama3":
+        values["original_length"] = _original_length(read, scaling)
     return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, **values)}
+
+
+def _original_length(read: _Settings, scaling: dict[str, Any]) -> int:
+    """Returns the context before it was stretched: the context itself where none is said."""
+    name = "original_max_position_embeddings"
+    lengths = {int(read.number(name, group)) for group in (scaling, read.said) if name in group}
+    if len(lengths) > 1:  # of which transformers takes now one, now the other
+        read.refuse(f"it says {name} twice, {' and '.join(map(str, sorted(lengths)))}")
+    return next(iter(lengths), read.integer("max_position_embeddings"))
+
+
+def default_token_id(settings: dict[str, Any], name: str) -> int | list[int] | None:
+    """Returns `bos_token_id`, `eos_token_id` or `pad_token_id`: as said, or its class's default."""
+    said = settings.get("model_type")
+    family = FAMILIES.get(said) if isinstance(said, str) else None
+    return settings.get(name, family.defaults[name] if family else None)

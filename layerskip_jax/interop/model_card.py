@@ -1,5 +1,6 @@
 """The README.md of an exported model."""
 
+import math
 from pathlib import PurePath
 from typing import Any
 
@@ -82,7 +83,7 @@ def write_model_card(
             f"\nThese are its first {model.num_layers} layers of {config.model.num_layers}, with "
             "the head that all exits share.\n"
         )
-    exits = [e for e in (evaluation or {}).get("exits", ()) if e["layers"] <= model.num_layers]
+    exits = [entry for entry in _finite(evaluation) if entry["layers"] <= model.num_layers]
     parts = [
         f"---\n{_front_matter(exits, data)}\n---\n",
         f"# {_NAME}\n",
@@ -92,7 +93,7 @@ def write_model_card(
     if data and "train" in data and step:
         parts.append("## Data\n\n" + _table(("", ""), _data(data).items()))
     if exits:
-        start = {entry["layers"]: entry for entry in (before or {}).get("exits", ())}
+        start = {entry["layers"]: entry for entry in _finite(before)}
         heading = ["layers", "loss (nats a token)", "perplexity"]
         rows = [
             [entry["layers"], f"{entry['loss']:.4f}", f"{entry['perplexity']:.2f}"]
@@ -109,6 +110,16 @@ def write_model_card(
     if model.num_layers > 1:
         parts.append(_drafting(model, speculation))
     return "\n".join(parts)
+
+
+def _finite(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns the exits of an evaluation but those whose figures are not finite (null in JSON)."""
+
+    def is_finite(value: float | None) -> bool:
+        return value is not None and math.isfinite(value)
+
+    exits = (evaluation or {}).get("exits", ())
+    return [e for e in exits if is_finite(e["loss"]) and is_finite(e["perplexity"])]
 
 
 def _front_matter(exits: list[dict[str, Any]], data: dict[str, Any] | None) -> ModelCardData:

@@ -1,7 +1,9 @@
 """A published model on disk, a Hugging Face folder or a GGUF file, without PyTorch."""
 
 import dataclasses
+import functools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,18 +13,27 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from layerskip_jax.data.text import begin_tokens
 from layerskip_jax.data.tokenizer import END_TOKENS, load_tokenizer, vocabulary_size
 from layerskip_jax.interop.gguf import GGUF
 from layerskip_jax.interop.huggingface import (
     check_tensors,
+    default_token_id,
     from_hugging_face,
     from_hugging_face_config,
 )
 from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.run_folder.atomic import remedy, require_text_name
 from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.schema import UserError
 
-_INDEX = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_STORED = ("F64", "F32", "F16", "BF16")  # dtypes whose values are the weights themselves
+# Rows beyond the embedding come in so many, for any number of devices to share.
+_ROWS = 64
 # What else a published folder says of the model and its tokenizer, all of it small.
 FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -37,7 +48,8 @@ class Pretrained:
 
     Attributes:
       source: the folder or file.
-      config: its shapes.
+      config: its shapes. Where the tokenizer has more tokens than the embedding has rows, such as
+        a token to pad with, both have rows of padding for them, see `with_rows_for`.
       tokenizer: its tokenizer, as `load_tokenizer` reads it.
       end_token: the token that ends a document.
       end_token_id: its id.
@@ -72,20 +84,42 @@ class Pretrained:
 def open_pretrained(path: str | PurePath) -> Pretrained:
     """Opens a Hugging Face folder or a GGUF file, and checks it without reading its tensors.
 
+    Only a head that should be the embedding is read, and compared with it. Whether values are
+    finite shows when `parameters` reads them.
+
     Raises:
       UserError: it is neither, is damaged, is a model this decoder cannot compute, or its parts
         contradict each other.
     """
     require_local(path, "a model that is no run of ours")
     path = Path(path)
+    require_text_name(path.absolute())
     if path.suffix == ".gguf":
         return _open_gguf(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"{path} is a part of a model; give its folder, {path.parent}")
     if not path.is_dir():
         raise UserError(f"{path} is no folder and no .gguf file; give a model's own")
     settings = _read_json(path / "config.json")
     config = from_hugging_face_config(settings, str(path / "config.json"))
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} has an adapter beside its weights (adapter_config.json), which changes what "
+            "the model computes; merge it with peft's merge_and_unload(), or move it away"
+        )
     tensors = _open_safetensors(path)
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
+    for name, tensor in tensors.items():
+        if (dtype := tensor().get_dtype()) not in _STORED:
+            raise UserError(
+                f"{path}: {name} is stored as {dtype}, which stands for weights without being "
+                f"them; only {', '.join(_STORED)} are read"
+            )
+    shapes = {name: tuple(tensor().get_shape()) for name, tensor in tensors.items()}
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return tensors[name]()[index]
+
+    config = _with_head(config, tensors, shapes, read, path)
     check_tensors(shapes, config, str(path))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         raise UserError(
@@ -95,13 +129,33 @@ def open_pretrained(path: str | PurePath) -> Pretrained:
         )
     tokenizer = load_tokenizer(path / "tokenizer.json")
     files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+    said = parse_json(files.get("tokenizer_config.json", b"{}"), path / "tokenizer_config.json")
+    begins = bool(begin_tokens(tokenizer))
+    if said.get("add_bos_token", begins) not in (None, begins):
+        logger.warning(
+            "%s: tokenizer_config.json says add_bos_token=%s, by which transformers goes, and "
+            "tokenizer.json %s a text with a token of its own, which counts here",
+            path, said["add_bos_token"], "begins" if begins else "does not begin",
+        )  # fmt: skip
     end_token_id = next(iter(end_token_ids(files, path)), None)
-
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return tensors[name].get_slice(name)[index]
-
     text = (path / "tokenizer.json").read_text(encoding="utf-8")
     return _checked(path, config, tokenizer, end_token_id, text, read, files)
+
+
+def _with_head(config, tensors, shapes, read, path) -> ModelConfig:
+    """Returns the config, tied only if what is stored is; one tensor of two tied ones is enough."""
+    if not config.tie_embeddings or _HEAD not in tensors:
+        return config
+    if _EMBEDDING not in tensors:
+        tensors[_EMBEDDING], shapes[_EMBEDDING] = tensors[_HEAD], shapes[_HEAD]
+        return config
+    if _are_equal(read, shapes):
+        return config
+    logger.warning(
+        "%s ties the head to the embedding and has another head: it is not tied, as in "
+        "transformers 5 (4 ties it)", path,
+    )  # fmt: skip
+    return dataclasses.replace(config, tie_embeddings=False)
 
 
 def _open_gguf(path: Path) -> Pretrained:
@@ -120,36 +174,95 @@ def end_token_ids(files: dict[str, bytes], source: Path) -> list[int]:
       source: where they are, for the message.
 
     Raises:
-      UserError: a file is no JSON.
+      UserError: a file is no JSON, or an id no id.
     """
     ids = []
-    for name in ("config.json", "generation_config.json"):
-        found = parse_json(files.get(name, b"{}"), source / name).get("eos_token_id")
-        ids += found if isinstance(found, list) else [found]
-    return [i for i in dict.fromkeys(ids) if isinstance(i, int)]
+    settings = {
+        name: parse_json(files[name], source / name)
+        for name in ("config.json", "generation_config.json")
+        if name in files
+    }
+    for name, said in settings.items():
+        found = said.get("eos_token_id")
+        ids += _token_ids(found, source / name)
+    of_model = settings.get("config.json", {})
+    if not ids and "eos_token_id" not in of_model:
+        ids = _token_ids(default_token_id(of_model, "eos_token_id"), source)
+    return list(dict.fromkeys(ids))
+
+
+def _token_ids(found: Any, source: Path) -> list[int]:
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for number in ids:
+        if type(number) is not int or number < 0:
+            raise UserError(f"{source}: eos_token_id={found!r} is no token's id, nor several")
+    return ids
+
+
+def with_rows_for(config: ModelConfig, tokens: int) -> ModelConfig:
+    """Returns the config with rows of embedding and head for a tokenizer of so many tokens.
+
+    A tokenizer may be larger than the model, most often by a token to pad with that no text
+    yields. In transformers such a token is in no row of logits, so it is never drawn, and reading
+    one is an error. Here it is the same: the rows more are padding, zeros with probability 0, which
+    change no other token's, and are not exported. `resize_token_embeddings` would do otherwise
+    (rows near the mean, which draw some probability), because it makes tokens to be trained.
+    """
+    if tokens <= config.vocab_rows:
+        return config
+    rows = -(-tokens // _ROWS) * _ROWS
+    return dataclasses.replace(config, pad_vocab_to_multiple_of=rows)
 
 
 def _checked(path, config, tokenizer, end_token_id, text, read, files) -> Pretrained:
     size = vocabulary_size(tokenizer)
     if size > config.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {size} tokens, and the embedding {config.vocab_size} rows"
-        )
+        logger.warning(
+            "%s: the tokenizer has %d tokens, and the embedding %d rows; the tokens from %r on are "
+            "never drawn, and a prompt or data with one is refused",
+            path, size, config.vocab_size, tokenizer.id_to_token(config.vocab_size),
+        )  # fmt: skip
+        config = with_rows_for(config, size)
     if end_token_id is None:
         known = (tokenizer.token_to_id(token) for token in END_TOKENS)
         end_token_id = next((i for i in known if i is not None), None)
     end_token = None if end_token_id is None else tokenizer.id_to_token(end_token_id)
     if end_token is None:
         raise UserError(f"{path}: eos_token_id={end_token_id} is none of the tokenizer's tokens")
+    if end_token_id >= config.vocab_size:
+        raise UserError(
+            f"{path}: the end token {end_token!r} has id {end_token_id}, and the embedding "
+            f"{config.vocab_size} rows, so the model cannot end a text"
+        )
     return Pretrained(path, config, tokenizer, end_token, end_token_id, files, text, read)
 
 
-def _open_safetensors(folder: Path) -> dict[str, Any]:
-    """Returns the open file of each tensor."""
-    if (folder / _INDEX).is_file():
-        names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+def _are_equal(read: Callable[..., np.ndarray], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the head is the embedding, value by value, a part of it in memory at a time."""
+    if shapes[_HEAD] != shapes[_EMBEDDING] or len(shapes[_HEAD]) != 2:
+        return False
+    rows, step = shapes[_HEAD][0], 4096
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return all(
+        np.array_equal(*(read(name, (part, slice(None))) for name in (_HEAD, _EMBEDDING)))
+        for part in parts
+    )
+
+
+def _open_safetensors(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Returns what opens each tensor, by its name in the model with a head.
+
+    Beside an index and all that it names, one file of everything counts, as in transformers. What
+    was saved without a head lacks the `model.` of every name.
+    """
+    index, names = folder / _INDEX, [_WEIGHTS]
+    if index.is_file():
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(x, str) for x in files.values()):
+            raise UserError(f"{index} does not say where which tensor is; download it again")
+        names = sorted(set(files.values()))
+    elif not (folder / _WEIGHTS).is_file():
+        _refuse_without_index(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and list(folder.glob("pytorch_model*.bin")):
         raise UserError(
@@ -159,16 +272,38 @@ def _open_safetensors(folder: Path) -> dict[str, Any]:
         )
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}; download it again")
-    tensors = {}
+    if (folder / _WEIGHTS).is_file():
+        names = [_WEIGHTS]
+    files, tensors = {}, {}
     for name in names:
         try:
             file = safe_open(folder / name, "numpy")
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read ({error}){remedy(error)}") from error
         except SafetensorError as error:
             raise UserError(
                 f"{folder / name} is damaged or cut short ({error}); download it again"
             ) from error
-        tensors |= dict.fromkeys(file.keys(), file)
+        for tensor in file.keys():
+            if tensor in files:
+                raise UserError(f"{folder}: {tensor} is in {files[tensor]} and in {name}")
+            files[tensor] = name
+            tensors[tensor] = functools.partial(file.get_slice, tensor)
+    if _EMBEDDING not in tensors and _EMBEDDING.removeprefix("model.") in tensors:
+        tensors = {
+            name if name == _HEAD else f"model.{name}": tensor for name, tensor in tensors.items()
+        }
     return tensors
+
+
+def _refuse_without_index(folder: Path) -> None:
+    """Raises `UserError` if the folder has parts of several, which only an index completes."""
+    parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if parts:
+        raise UserError(
+            f"{folder} has {parts[0]}, a part of the weights, but not {_INDEX}, which says what "
+            "the other parts hold; download it too"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

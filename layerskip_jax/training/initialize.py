@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.data.manifest import Manifest
+from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.interop.pretrained import Pretrained, open_pretrained
 from layerskip_jax.model.config import ModelConfig
@@ -151,11 +151,15 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     """
     model = config.model
     vocab_size = model.vocab_size or manifest.vocab_size
-    if vocab_size < manifest.vocab_size:
+    rows = dataclasses.replace(model, vocab_size=vocab_size).vocab_rows
+    if rows < manifest.vocab_size:
         raise ConfigError(
             f"config.model.vocab_size={vocab_size} is smaller than the tokenizer's "
             f"{manifest.vocab_size}; set 0 to take it from the data"
         )
+    if vocab_size < manifest.vocab_size:
+        for path in (config.data.path, *config.data.mixture):
+            read_manifest(path).check_tokens(vocab_size, path)
     if manifest.sequence_length > model.max_sequence_length:
         raise ConfigError(
             f"config.model.max_sequence_length={model.max_sequence_length} is shorter than the "

@@ -1,10 +1,14 @@
 """What the tests of this folder share: small models with random weights, ours and transformers'."""
 
+import json
+
+import gguf
 import jax
 import numpy as np
 import torch
 import transformers
 
+from layerskip_jax.interop.huggingface import to_hugging_face
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
 
@@ -83,3 +87,60 @@ def published(
     model.to(dtype).save_pretrained(folder, **save)
     (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     return folder
+
+
+def write_gguf(
+    path,
+    config,
+    parameters,
+    tokenizer_file,
+    quantize=None,
+    extend=lambda writer: None,
+    tokens=None,
+):
+    """Writes a model as llama.cpp's converter does: rotated pairs of q and k side by side."""
+    writer = gguf.GGUFWriter(path, "qwen2" if config.qkv_bias else "llama")
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_sequence_length)
+    writer.add_embedding_length(config.model_dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    tokenizer = json.loads(tokenizer_file.read_text())["model"]
+    vocab = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    vocab += [f"<unused {i}>" for i in range((tokens or config.vocab_size) - len(vocab))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocab)
+    writer.add_token_types([3] + [1] * (len(vocab) - 1))
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_eos_token_id(0)
+    extend(writer)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    for name, value in to_hugging_face(parameters, config):
+        stem, kind = name.rsplit(".", 1)
+        if stem.startswith("model.layers."):
+            _, _, layer, stem = stem.split(".", 3)
+            if stem[10:] in ("q_proj", "k_proj") and not config.qkv_bias:
+                heads = value.reshape(-1, 2, config.head_dim // 2, value.shape[1])
+                value = heads.swapaxes(1, 2).reshape(value.shape)
+            target = f"blk.{layer}.{names[stem]}.{kind}"
+        else:
+            target = f"{names[stem]}.{kind}"
+        value = np.ascontiguousarray(value, np.float32)
+        if quantize and value.ndim == 2:
+            writer.add_tensor(target, gguf.quantize(value, quantize), raw_dtype=quantize)
+        else:
+            writer.add_tensor(target, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

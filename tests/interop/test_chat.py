@@ -66,6 +66,25 @@ def test_a_chat_is_the_ids_of_transformers(folder, template, chat):
     assert model.encode_chat(chat) == ids
 
 
+@pytest.mark.parametrize("template", [CHAT_ML, OTHERS[0], CHAT_ML.replace(" | trim", "")])
+@pytest.mark.parametrize("said", ["so", " It is \n", ""])
+def test_a_turn_that_the_model_has_begun_is_as_transformers_writes_it(folder, template, said):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = template
+    chat = [*CHATS[1], {"role": "assistant", "content": said}]
+    ours = ChatTemplate(template, {"bos_token": TURNS[0], "eos_token": TURNS[1]})
+    expected = theirs.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+    assert ours.render(chat, continue_last=True) == expected
+
+
+def test_a_begun_turn_that_a_template_writes_twice_is_the_same_both_times():
+    text = "{% for m in messages %}{{ m | tojson }}{{ m.content }};{% endfor %}"
+    said = {"role": "assistant", "content": "so "}
+    assert ChatTemplate(text, {}).render([said], continue_last=True) == (
+        '{"role": "assistant", "content": "so "}so '
+    )
+
+
 def test_the_template_is_found_where_transformers_looks(folder):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     files = {"tokenizer_config.json": json.dumps({"chat_template": "old"}).encode()}
@@ -87,6 +106,8 @@ def test_the_template_is_found_where_transformers_looks(folder):
     assert chat_template({}, folder, tokenizer) is None
     with pytest.raises(UserError, match="chat template cannot be read"):
         found(**{"chat_template.jinja": "{% if %}"})
+    with pytest.raises(UserError, match=r"chat_template=7 is no text"):
+        found(**{"tokenizer_config.json": json.dumps({"chat_template": 7})})
 
 
 def test_what_a_template_may_not_do_and_refuses():
@@ -94,6 +115,11 @@ def test_what_a_template_may_not_do_and_refuses():
         ChatTemplate("{{ ''.__class__.__mro__ }}", {}).render(CHATS[0])
     with pytest.raises(ConfigError, match="refuses this chat: no system here"):
         ChatTemplate("{{ raise_exception('no system here') }}", {}).render(CHATS[0])
+    with pytest.raises(ConfigError, match="refuses this chat: .*zero"):
+        ChatTemplate("{{ 1 / 0 }}", {}).render(CHATS[0])
+    for text in ("{{ bos_token }}", "{{ messages[0].content | upper }}"):
+        with pytest.raises(ConfigError, match="changes message .* so it cannot be continued"):
+            ChatTemplate(text, {"bos_token": "<s>"}).render(CHATS[0], continue_last=True)
     template = ChatTemplate(CHAT_ML, {})
     with pytest.raises(ConfigError, match="must have a role and a content"):
         template.render([{"content": "x"}])

@@ -14,6 +14,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerskip_jax.commands.export import export, main, parse_size
+from layerskip_jax.config import RunConfig
+from layerskip_jax.interop.model_card import write_model_card
+from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import UserError
 from tests.interop.helpers import CONFIG, END, EXITS, STEP
 
@@ -117,6 +120,20 @@ def test_the_hub_reads_the_perplexity_of_each_exit_from_the_card(exported):
         f"Perplexity of the first {entry['layers']} layers": round(entry["perplexity"], 2)
         for entry in EXITS
     }
+
+
+def test_the_card_leaves_out_exits_whose_figures_are_not_finite():
+    """They are null in the evaluations of a run."""
+    null = {"layers": 1, "loss": None, "perplexity": None}
+    card = write_model_card(
+        RunConfig(),
+        model=ModelConfig(num_layers=2),
+        step=3,
+        dtype="float32",
+        evaluation={"step": 3, "exits": [null, {"layers": 2, "loss": 1.0, "perplexity": 2.72}]},
+        before={"step": 0, "exits": [null, {**null, "layers": 2}]},
+    )
+    assert "| 2 | 1.0000 | 2.72 |" in card and "| 1 | " not in card
 
 
 def test_the_config_says_where_the_model_comes_from(exported):

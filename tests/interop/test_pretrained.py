@@ -12,6 +12,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from tokenizers.normalizers import NFKC, Lowercase
+from tokenizers.processors import TemplateProcessing
 
 import layerskip_jax
 from layerskip_jax.cli import main
@@ -21,15 +23,22 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.data.text import begin_tokens
 from layerskip_jax.distributed.mesh import MeshShape, make_mesh
 from layerskip_jax.distributed.sharding import ShardingRules, parameter_shardings
-from layerskip_jax.interop.huggingface import to_hugging_face
 from layerskip_jax.interop.pretrained import open_pretrained
+from layerskip_jax.interop.verify import compare_texts, longest_window
 from layerskip_jax.model.config import RopeScaling
 from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.restore import load_run
-from tests.interop.helpers import CONFIG, END, FAMILIES, published, random_parameters
+from tests.interop.helpers import (
+    CONFIG,
+    END,
+    FAMILIES,
+    published,
+    random_parameters,
+    write_gguf,
+)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +196,58 @@ def test_verify_names_the_first_layer_that_differs(llama, monkeypatch, capsys):
     assert "the outputs differ from layer 2 on" in capsys.readouterr().out
 
 
+def test_verify_names_the_texts_that_autotokenizer_splits_otherwise(
+    llama, tmp_path, capsys, monkeypatch
+):
+    """By a class that makes its own of the vocabulary, whatever else the tokenizer.json says."""
+    folder = _copy(llama, tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    figures = tmp_path / "figures.json"
+    monkeypatch.setattr("layerskip_jax.interop.verify._MOST_POSITIONS", 7)
+    arguments = [str(folder), "--new-tokens=4", f"--json={figures}"]
+    assert main(["verify", *arguments]) == 1
+    printed = capsys.readouterr().out
+    assert "'The cat sat on the mat.' is [" in printed
+    found = json.loads(figures.read_text())
+    assert found["tokens"] == 64  # the context
+    assert found["first_layer_that_differs"] is None and found["same_greedy_tokens"]
+    assert found["texts_that_differ"][0]["ours"] != found["texts_that_differ"][0]["theirs"]
+
+
+def test_verify_compares_special_tokens_and_what_a_text_begins_with(tmp_path, tokenizer_file):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{END} $A {END}", special_tokens=[(END, 0)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert compare_texts(tokenizer, tmp_path) == []
+    other = Tokenizer.from_file(str(tokenizer_file))
+    [found] = compare_texts(other, tmp_path)
+    assert (found.text, found.theirs[0]) == ("a", 0)
+    other.add_special_tokens(["<|turn|>"])
+    texts = [found.text for found in compare_texts(other, tmp_path)]
+    assert texts == ["one <|turn|>two<|turn|> <|turn|>\n", "a"]
+    settings["added_tokens_decoder"] = {"290": {"content": "<|image|>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    [found] = compare_texts(tokenizer, tmp_path)
+    assert found.theirs.count(290) == 3
+    other.normalizer = NFKC()
+    assert any("\ufb01" in found.text for found in compare_texts(other, tmp_path))
+
+
+def test_the_longest_window_is_the_context_or_what_fits():
+    assert longest_window(CONFIG) == 64
+    assert longest_window(dataclasses.replace(CONFIG, max_sequence_length=2**20)) == 5792
+    heads = {"num_heads": 32, "num_kv_heads": 2, "model_dim": 64}
+    assert longest_window(dataclasses.replace(CONFIG, max_sequence_length=8192, **heads)) == 2048
+
+
 def test_a_folder_of_transformers_4_reads_alike(llama, tmp_path):
     for file in llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -258,15 +319,6 @@ def test_bad_folders_are_refused_before_anything_is_written(llama, tmp_path, dam
     assert not (tmp_path.parent / "never").exists()
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tokenizer_file, llama):
-    folder = _copy(llama, tmp_path)
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    tokenizer.add_tokens([f"<more {i}>" for i in range(20)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(UserError, match="has 310 tokens, and the embedding 296 rows"):
-        open_pretrained(folder)
-
-
 def test_an_import_takes_no_folder_in_use(llama, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UserError, match="is not empty; take a new folder"):
@@ -275,55 +327,6 @@ def test_an_import_takes_no_folder_in_use(llama, tmp_path):
 
 
 # GGUF
-
-
-def write_gguf(path, config, parameters, tokenizer_file, quantize=None, extend=lambda writer: None):
-    """Writes a model as llama.cpp's converter does: rotated pairs of q and k side by side."""
-    writer = gguf.GGUFWriter(path, "qwen2" if config.qkv_bias else "llama")
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_sequence_length)
-    writer.add_embedding_length(config.model_dim)
-    writer.add_feed_forward_length(config.ffn_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    tokenizer = json.loads(tokenizer_file.read_text())["model"]
-    vocab = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
-    vocab += [f"<unused {i}>" for i in range(config.vocab_size - len(vocab))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(vocab)
-    writer.add_token_types([3] + [1] * (len(vocab) - 1))
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
-    writer.add_eos_token_id(0)
-    extend(writer)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
-    for name, value in to_hugging_face(parameters, config):
-        stem, kind = name.rsplit(".", 1)
-        if stem.startswith("model.layers."):
-            _, _, layer, stem = stem.split(".", 3)
-            if stem[10:] in ("q_proj", "k_proj") and not config.qkv_bias:
-                heads = value.reshape(-1, 2, config.head_dim // 2, value.shape[1])
-                value = heads.swapaxes(1, 2).reshape(value.shape)
-            target = f"blk.{layer}.{names[stem]}.{kind}"
-        else:
-            target = f"{names[stem]}.{kind}"
-        value = np.ascontiguousarray(value, np.float32)
-        if quantize and value.ndim == 2:
-            writer.add_tensor(target, gguf.quantize(value, quantize), raw_dtype=quantize)
-        else:
-            writer.add_tensor(target, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("tied, biases", [(False, False), (True, False), (True, True)])
