@@ -88,7 +88,10 @@ def host_part(config: RunConfig, sequence_length: int, metrics, steps: int) -> f
             start = time.perf_counter()
             for index in watchdog.each(clock.each(range(steps), "data")):
                 due = (index + 1) % config.training.log_every == 0
-                guards.check(index + 1, log.add(index + 1, metrics, record=due))
+                seen = log.add(index + 1, metrics)
+                if due:
+                    log.record(index + 1)
+                guards.check(index + 1, seen)
                 if due:
                     heartbeat(folder, index + 1)
             seconds = time.perf_counter() - start

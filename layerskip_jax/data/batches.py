@@ -9,6 +9,7 @@ machine. Grain does the shuffling, the mixing, the reading and the reading ahead
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
 from layerskip_jax.data.packing import Rows, unpack
+from layerskip_jax.data.shards import DamagedError, Shards
 from layerskip_jax.schema import ConfigError, UserError
 
 READ_THREADS = 2
@@ -34,7 +36,7 @@ class BatchSource:
       batch_size: B.
       steps_per_epoch: batches until every window was seen, the last one in part if B does not
         divide their number.
-      damaged: records that were read as padding because they are damaged.
+      damaged: records that were read as padding so far, because they are damaged.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class BatchSource:
         self._shuffle, self._skip_damaged = shuffle, skip_damaged
         self._skips = tuple(skips)
         self.damaged = 0
+        self._shares = weights if len(corpora) > 1 else (1.0,)
         self._order = self._make_order(seed, weights)
 
     def _make_order(self, seed: int, weights: Sequence[float]) -> grain.MapDataset:
@@ -99,6 +102,14 @@ class BatchSource:
             part_seed = int(drawn[0]) if number else seed
             orders.append(order.seed(part_seed).shuffle().repeat())
         return grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
+
+    def epochs(self, steps: int) -> list[tuple[str, float]]:
+        """Returns each folder and how often so many steps read each of its windows."""
+        rows = steps * self.batch_size / sum(self._shares)
+        return [
+            (part.folder, rows * share / part.count)
+            for part, share in zip(self._parts, self._shares, strict=True)
+        ]
 
     def rows(self, step: int, rows: Sequence[int] | slice) -> Rows:
         """Returns these rows of batch `step`, in this order, reading no other.
@@ -158,12 +169,12 @@ class BatchSource:
     def _window(self, number: int) -> np.ndarray:
         part = int(np.searchsorted(self._first, number, side="right")) - 1
         try:
-            return self._parts[part].read(number - int(self._first[part]), self.sequence_length)
-        except UserError as error:
+            return self._parts[part].read(number - int(self._first[part]))
+        except DamagedError as error:
             if not self._skip_damaged:
                 raise
             self.damaged += 1
-            logger.warning("%s; left out, %d so far", error, self.damaged)
+            logger.warning("%s; left out", error)
             return self._padding()
 
     def _padding(self) -> np.ndarray:
@@ -175,37 +186,35 @@ class _Windows:
     """The packed windows of one split of one folder."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, split: str):
-        self.count = manifest.split(split).windows
+        self.folder, self.count = str(folder), manifest.split(split).windows
         if self.count == 0:
             raise UserError(
                 f"{folder} has no {split} window; prepare more text, or a shorter --sequence-length"
             )
-        shards = manifest.split(split).shards
-        self._shards = [str(Path(folder) / shard.name) for shard in shards]
-        self._starts = np.cumsum([0, *(shard.windows for shard in shards)])
+        self._shape = (2, manifest.sequence_length + 1)
         try:
-            self._source = grain.sources.ArrayRecordDataSource(self._shards)
-        except RuntimeError as error:
+            self._records = Shards(
+                [Path(folder) / shard.name for shard in manifest.split(split).shards]
+            )
+        except DamagedError as error:
+            raise UserError(f"{error}; prepare the data again") from error
+        if len(self._records) != self.count:
             raise UserError(
-                f"{folder}: a shard of {split} is damaged ({error}); prepare the data again"
-            ) from error
-        if len(self._source) != self.count:
-            raise UserError(
-                f"{folder}: the shards of {split} hold {len(self._source)} windows, and the "
+                f"{folder}: the shards of {split} hold {len(self._records)} windows, and the "
                 f"manifest says {self.count}; prepare the data again"
             )
 
-    def read(self, number: int, sequence_length: int) -> np.ndarray:
+    def read(self, number: int) -> np.ndarray:
         try:
-            record = self._source[number]
-            return np.frombuffer(record, np.int32).reshape(2, sequence_length + 1)
-        except (ValueError, RuntimeError, IndexError) as error:
-            shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-            raise UserError(
-                f"{self._shards[shard]}: record {number - self._starts[shard]} is damaged "
-                f"({error}); prepare the data again, or leave such records out with "
+            record = self._records[number]
+            if len(record) != 4 * math.prod(self._shape):
+                raise DamagedError(f"{self._records.name(number)} has {len(record)} bytes")
+        except DamagedError as error:
+            raise DamagedError(
+                f"{error}; prepare the data again, or leave such records out with "
                 "config.data.on_damaged=skip"
             ) from error
+        return np.frombuffer(record, np.int32).reshape(self._shape)
 
 
 def _check_mixture(corpora: list[tuple[str | Path, Manifest]], weights: Sequence[float]) -> None:

@@ -19,6 +19,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
 from layerskip_jax.data.manifest import STANDARD_LIBRARY, PrepareOptions
+from layerskip_jax.data.shards import read_in_order
+from layerskip_jax.run_folder.atomic import remedy
 from layerskip_jax.schema import UserError, as_bytes, is_text
 
 SPLITS = ("train", "validation")
@@ -153,7 +155,7 @@ class CorpusReader:
         except UnicodeDecodeError as error:
             self._bad(str(file), _not_utf8(file, error.start, error.reason), error)
         except OSError as error:
-            self._bad(str(file), f"{file} cannot be read ({error.strerror}); leave it out", error)
+            raise _unread(file, error) from error
         else:
             if text.strip():
                 yield path, text
@@ -170,7 +172,7 @@ class CorpusReader:
                     if text.strip():
                         yield f"{path}:{number}", text
         except OSError as error:
-            self._bad(str(file), f"{file} cannot be read ({error.strerror}); leave it out", error)
+            raise _unread(file, error) from error
 
     def _json_text(self, name: str, file: Path, offset: int, line: bytes) -> str:
         """Returns the text of a line, empty where there is none."""
@@ -182,7 +184,7 @@ class CorpusReader:
             return text
         except UnicodeDecodeError as error:
             self._bad(name, _not_utf8(file, offset + error.start, error.reason), error)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             self._bad(
                 name,
                 f"{name} is no JSON object with text in its field {self.options.jsonl_field!r} "
@@ -200,13 +202,13 @@ class CorpusReader:
             else:
                 # From its files and not its code, which is only needed to make it.
                 builder = read_only_builder.builder_from_files(folder)
-            examples = builder.as_data_source(split=split)
+            builder.as_data_source(split=split)  # which checks the format and the split
         except Exception as error:  # TFDS raises many kinds, all about what was asked for
             raise UserError(
                 f"--source={source}: {folder} is no folder or name of a TFDS data set on this "
                 f"disk, in array_record format, with the split {split!r} ({error})"
             ) from error
-        for number, example in enumerate(examples):
+        for number, example in enumerate(read_examples(builder, split)):
             if not isinstance(example.get(self.options.text_field), bytes):
                 raise UserError(
                     f"--source={source} has no text in a field {self.options.text_field!r}; its "
@@ -229,6 +231,11 @@ FORMATS = {
     **dict.fromkeys((".txt", ".md", ".rst", ".py"), CorpusReader._file),
     ".jsonl": CorpusReader._json_lines,
 }
+
+
+def _unread(file: Path, error: OSError) -> UserError:
+    """Returns what the system says of a file, which may hold the best of text."""
+    return UserError(f"{file} cannot be read ({error.strerror}){remedy(error) or '; leave it out'}")
 
 
 def _not_utf8(file: Path, offset: int, reason: str) -> str:
@@ -280,6 +287,15 @@ def is_validation(path: str, seed: int, fraction: float) -> bool:
     A hash of its path decides, so a document stays where it is when others come or go.
     """
     return seeded_hash(seed, path) < fraction * 2**64
+
+
+def read_examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[dict]:
+    """Yields the examples of a split in their order, with one file open at a time.
+
+    TFDS's own data source keeps every file open that it has read from.
+    """
+    decode = builder.info.features.deserialize_example_np
+    yield from map(decode, read_in_order(builder.info.splits[split].file_instructions))
 
 
 class TextCorpus(tfds.core.GeneratorBasedBuilder):

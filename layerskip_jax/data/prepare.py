@@ -32,7 +32,7 @@ from jaxtyping import Int32, Int64
 from tokenizers import Tokenizer
 
 from layerskip_jax.data import manifest as manifests
-from layerskip_jax.data.corpus import SPLITS, CorpusReader, TextCorpus
+from layerskip_jax.data.corpus import SPLITS, CorpusReader, TextCorpus, read_examples
 from layerskip_jax.data.manifest import Manifest, PrepareOptions, Shard, Split
 from layerskip_jax.data.packing import pack
 from layerskip_jax.data.text import begin_tokens
@@ -48,7 +48,9 @@ from layerskip_jax.schema import UserError
 
 logger = logging.getLogger(__name__)
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 CORPUS = "corpus"  # the documents as a TFDS data set
 SHARD_BYTES = 64 << 20  # of windows; compressed, a shard is smaller
 # Tokenized at once by all cores, and so what has to fit in memory.
@@ -123,7 +125,7 @@ def _disk_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if any(os.strerror(code) in str(error) for code in DISK_ERRORS):
-            raise OSError(str(error)) from error
+            raise OSError(str(error)) from error  # without a number, as `remedy` takes it
         raise
 
 
@@ -144,7 +146,7 @@ def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -
     vocab_size = vocabulary_size(tokenizer)
     end_token, end_token_id = end_token_of(tokenizer, request.end_token or None)
 
-    splits = {}
+    splits, largest_token = {}, end_token_id
     for name in SPLITS:
         logger.info("packing %s", name)
         counts = _Counts(np.zeros(vocab_size, np.int64))
@@ -152,6 +154,7 @@ def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -
         windows = pack(tokens, request.sequence_length, end_token_id)
         shards = tuple(_write_shards(windows, folder, name))
         counts.histogram[end_token_id] += counts.documents
+        largest_token = max([largest_token, *np.flatnonzero(counts.histogram)[-1:].tolist()])
         splits[name] = Split(
             documents=counts.documents,
             bytes=counts.bytes,
@@ -169,6 +172,7 @@ def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -
         end_token=end_token,
         end_token_id=end_token_id,
         skipped_files=len(reader.skipped),
+        largest_token=largest_token,
         # The last counts are those of the validation split.
         unigram_entropy_nats=_entropy(counts.histogram),
         fingerprint=manifests.fingerprint(tokenizer_sha256, *splits.values()),
@@ -190,7 +194,7 @@ def _build_corpus(reader: CorpusReader, folder: Path) -> TextCorpus:
 
 
 def _texts(corpus: TextCorpus, split: str) -> Iterator[str]:
-    for example in corpus.as_data_source(split=split):
+    for example in read_examples(corpus, split):
         yield example["text"].decode("utf-8")
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
@@ -20,6 +20,7 @@ from layerskip_jax.distributed.mesh import parts
 from layerskip_jax.schema import UserError
 
 BatchT = TypeVar("BatchT", bound=tuple)
+ItemT = TypeVar("ItemT")
 logger = logging.getLogger(__name__)
 
 # EX_TEMPFAIL: the run ended before its last step, and the same command goes on with it.
@@ -97,6 +98,23 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def first_decides(what: str, decide: Callable[[], str]) -> str:
+    """Returns what process 0 comes to, in all processes.
+
+    Args:
+      what: names it; used once in a run.
+      decide: called in process 0 only.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    client, name = _client(), f"layerskip/{what}"
+    if jax.process_index() == 0:
+        client.key_value_set(name, decide())
+    decided = client.blocking_key_value_get(name, _AGREEMENT_SECONDS * 1000)
+    wait_for_all(f"{what} is known")  # the coordinator lives in process 0
+    return decided
+
+
 def wait_for_all(what: str) -> None:
     """Returns once every process has come here with the same words."""
     if jax.process_count() > 1:
@@ -114,8 +132,12 @@ def end_for_restart(why: str) -> NoReturn:
     os._exit(RESTART_EXIT_CODE)
 
 
+class Stopped(Exception):
+    """Ends what a stop that was asked for leaves undone."""
+
+
 class StopRequest:
-    """Whether the run was asked to stop; with several processes, all hear it at one step.
+    """Whether the run was asked to stop; with several processes, all hear it at one place.
 
     Attributes:
       received: the signals that this process has caught itself.
@@ -123,16 +145,31 @@ class StopRequest:
 
     def __init__(self):
         self.received: list[int] = []
+        self._asked, self._is_due = 0, False
 
-    def due(self, step: int) -> bool:
-        """Returns whether to stop after `step`; every process calls it for every step."""
+    def due(self) -> bool:
+        """Returns whether to stop here; every process asks at the same places, in one order."""
         if jax.process_count() == 1:
             return bool(self.received)
-        if not multihost_utils.reached_preemption_sync_point(step):
-            return False
-        # From here on a second signal is obeyed at once.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return True
+        if not self._is_due:
+            self._asked += 1
+            # The service agrees on a number that no process has reached yet.
+            self._is_due = multihost_utils.reached_preemption_sync_point(self._asked)
+            if self._is_due:
+                # From here on a second signal is obeyed at once.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return self._is_due
+
+    def each(self, items: Iterable[ItemT]) -> Iterator[ItemT]:
+        """Yields the items, and asks before each.
+
+        Raises:
+          Stopped: it is due.
+        """
+        for item in items:
+            if self.due():
+                raise Stopped
+            yield item
 
     @property
     def reason(self) -> str:

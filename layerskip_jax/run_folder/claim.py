@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 import jax
 
 from layerskip_jax.config import RunConfig, differences
-from layerskip_jax.run_folder.atomic import write_bytes, write_json
+from layerskip_jax.run_folder.atomic import remedy, write_bytes, write_json
 from layerskip_jax.run_folder.object_store import AnyPath
 from layerskip_jax.run_folder.paths import RunFolder, run_folder
 from layerskip_jax.schema import UserError, changeable_keys
@@ -105,19 +105,26 @@ def claim_workdir(
     Raises:
       UserError: the folder cannot be written.
     """
-    try:
+    with claiming(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.tokenizer_file.exists():
             write_bytes(folder.tokenizer_file, tokenizer_file.read_bytes())
         write_published(folder, published or {})
         write_json(folder.data_file, manifest)
         write_json(folder.config_file, config.to_dict())
+    folder.upload()
+
+
+@contextlib.contextmanager
+def claiming(folder: RunFolder) -> Iterator[None]:
+    """Names the folder in what the disk refuses while it is claimed."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"--workdir={folder.home} cannot be written ({error.strerror}: {error.filename}); "
-            "free some space or take another folder"
+            f"--workdir={folder.home} cannot be written ({error.strerror}: {error.filename})"
+            f"{remedy(error)}"
         ) from error
-    folder.upload()
 
 
 def write_published(folder: RunFolder, files: dict[str, bytes]) -> None:

@@ -181,22 +181,35 @@ class Spool:
 
     def fetch(self, names: Iterable[str]) -> None:
         """Downloads the files of these names that there are, and whole folders: `name/`."""
-        with named_failures(self.remote, "cannot be read"):
-            for name in names:
-                if name.endswith("/"):
-                    folder = self.remote / name
-                    inner = folder.iterdir() if folder.is_dir() else ()
-                    paths = [path for path in inner if not path.is_dir()]
-                else:
-                    paths = [self.remote / name]
-                for path in paths:
-                    with contextlib.suppress(FileNotFoundError):
-                        self._keep(path.relative_to(self.remote), path.read_bytes())
+        for name in names:
+            with named_failures(self.remote, "cannot be read"):
+                found = self._read(name)
+            for path, content in found.items():
+                self._keep(path, content)
+
+    def _read(self, name: str) -> dict[PurePath, bytes]:
+        """Returns what there is of a file or a folder on the store, by the names in it."""
+        paths = [self.remote / name]
+        if name.endswith("/"):
+            [folder] = paths
+            inner = folder.iterdir() if folder.is_dir() else ()
+            paths = [path for path in inner if not path.is_dir()]
+        found = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                found[path.relative_to(self.remote)] = path.read_bytes()
+        return found
 
     def _keep(self, name: PurePath, content: bytes) -> None:
         file = self.local / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        except OSError as error:  # of this machine's disk, not of the store
+            raise UserError(
+                f"{file}, a copy of one in {self.remote}, cannot be written ({error}); free some "
+                "space there, or set TMPDIR to another folder"
+            ) from error
         self._uploaded[file] = _stamp(file)
 
     def upload(self) -> None:

@@ -3,10 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path, PurePath
+from typing import Any
 
-from layerskip_jax.config import RunConfig
+from layerskip_jax.config import RunConfig, is_run_config
+from layerskip_jax.run_folder.atomic import remedy, require_text_name
 from layerskip_jax.run_folder.object_store import AnyPath, Spool, as_path, is_remote
 from layerskip_jax.schema import UserError
+
+_DATA_KEYS = {"end_token", "end_token_id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,30 @@ class RunFolder:
         """The manifest of the data the run trains on."""
         return self.path / "data.json"
 
+    def data(self) -> dict[str, Any]:
+        """Returns what `data_file` holds: `end_token`, its id, and what else the manifest has.
+
+        Raises:
+          UserError: it is missing or damaged.
+        """
+        file = self.shown(self.data_file)
+        try:
+            values = json.loads(self.data_file.read_bytes())
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{file} is missing; without it the end token and the tokenizer are unknown. Put "
+                "a copy back: it is the manifest.json of the data that the run trained on"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error}){remedy(error)}") from error
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); put a copy back") from error
+        lacking = _DATA_KEYS - values.keys() if isinstance(values, dict) else _DATA_KEYS
+        if lacking:
+            keys = ", ".join(sorted(lacking))
+            raise UserError(f"{file} is damaged (it lacks {keys}); put a copy back")
+        return values
+
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer of that data."""
@@ -88,7 +116,10 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object a logged step; after a resumption the last line of a step counts."""
+        """One JSON object a logged step; after a resumption the last line of a step counts.
+
+        A number that is not finite is null, here and in the other files.
+        """
         return self.path / "metrics.jsonl"
 
     @property
@@ -153,10 +184,11 @@ def run_folder(workdir: str | PurePath, more: tuple[str, ...] = ()) -> RunFolder
       more: files to download beside `FILES_READ`.
 
     Raises:
-      UserError: the store cannot be reached.
+      UserError: the store cannot be reached, or the folder's name is no text.
     """
     path = as_path(workdir)
     if not is_remote(path):
+        require_text_name(path.absolute())
         return RunFolder(path)
     spool = Spool(path, last="config.json")
     spool.fetch((*FILES_READ, *more))
@@ -164,12 +196,33 @@ def run_folder(workdir: str | PurePath, more: tuple[str, ...] = ()) -> RunFolder
 
 
 def is_run(path: AnyPath) -> bool:
-    """Returns whether a folder is a run's: its config.json tells it from Hugging Face's."""
+    """Returns whether a folder is a run's: its config.json tells it from Hugging Face's.
+
+    Raises:
+      UserError: there is a config.json, and the system does not let it be read.
+    """
+    file = path / "config.json"
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
-    return isinstance(config, dict) and {"model", "training"} <= config.keys()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error}){remedy(error)}") from error
+    return is_run_config(config)
+
+
+def require_own_folder(workdir: str | PurePath) -> None:
+    """Refuses to train in a folder of another program's, such as a published model's.
+
+    Raises:
+      UserError: it is one.
+    """
+    path = as_path(workdir)
+    if (path / "config.json").is_file() and not is_run(path):
+        raise UserError(
+            f"--workdir={workdir} holds another program's config.json, and no run; take a new "
+            f"folder, and start from a model there with --config.init_from={workdir}"
+        )
 
 
 def open_run(workdir: str | PurePath) -> tuple[RunFolder, RunConfig]:
@@ -188,16 +241,22 @@ def open_run(workdir: str | PurePath) -> tuple[RunFolder, RunConfig]:
     return folder, RunConfig.of_run(json.loads(folder.config_file.read_text()))
 
 
-def read_prompt(path: Path) -> str:
+def read_prompt(path: Path, option: str = "--prompt-file") -> str:
     """Returns a file's text, without the byte-order mark that some editors put before it.
+
+    Args:
+      path: the file.
+      option: what named it.
 
     Raises:
       UserError: it cannot be read as UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file={path} cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise UserError(f"{option}={path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option}={path} is not UTF-8 text ({error})") from error
 
 
 def read_json_lines(path: Path) -> list[dict]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +18,17 @@ from layerskip_jax import __version__
 from layerskip_jax.distributed.processes import end_for_restart
 from layerskip_jax.model.definition import Parameters
 from layerskip_jax.ops.checksum import tree_checksums
-from layerskip_jax.run_folder.object_store import AnyPath, absolute, is_remote, kvstore, move_folder
+from layerskip_jax.run_folder.atomic import remedy
+from layerskip_jax.run_folder.object_store import (
+    AnyPath,
+    absolute,
+    is_remote,
+    kvstore,
+    move_folder,
+    named_failures,
+)
 from layerskip_jax.run_folder.orbax_s3 import teach_orbax_s3
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +38,17 @@ PARAMETERS, OPTIMIZER, RECORD = "parameters", "optimizer", "record"
 # Arrays are stored in pieces of at most so many bytes, so that reading a layer of a large model
 # does not mean reading a device's share of all of them.
 PIECE_BYTES = 2**26
+
+
+# What errors say that are not of a checkpoint, but of the machine or the network that reads it.
+_NUMBERS = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+    errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET,
+)  # fmt: skip
+_NO_DAMAGE = (
+    "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED",
+    "UNAUTHENTICATED", *map(os.strerror, _NUMBERS),
+)  # fmt: skip
 
 
 def _pieces(leaf: jax.Array) -> ocp.SaveArgs:
@@ -106,25 +127,35 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether `save` would save this step without being forced to."""
+        return step % self._every_steps == 0 and step not in self._manager.all_steps()
+
     def save(
-        self, step: int, parameters: Parameters, optimizer: Any | None, *, force: bool = False
+        self,
+        step: int,
+        parameters: Parameters,
+        optimizer: Any | None,
+        *,
+        force: bool = False,
+        counts: dict | None = None,
     ) -> bool:
         """Starts saving if `step` is due (or `force`), and returns whether it did.
 
         Without an optimizer the checkpoint can be evaluated and started from, not gone on from.
-        A failure of an earlier asynchronous save shows here, at the latest in `close`.
+        `counts` are further plain values for the record. A failure of an earlier asynchronous save
+        shows here, at the latest in `close`.
 
         Raises:
           UserError: this save or the one before failed, unless failures are only logged. One that
             is forced, and so the run's last, is never only logged.
         """
-        due = force or step % self._every_steps == 0
-        if not due or step in self._manager.all_steps():
+        if step in self._manager.all_steps() or not (force or self.is_due(step)):
             return False
         items = {PARAMETERS: ocp.args.StandardSave(parameters, jax.tree.map(_pieces, parameters))}
         if optimizer is not None:
             items[OPTIMIZER] = ocp.args.StandardSave(optimizer)
-            record = {"version": __version__, "step": step, **self._about}
+            record = {"version": __version__, "step": step, **self._about, **(counts or {})}
             record["checksums"] = tree_checksums((parameters, optimizer))
             items[RECORD] = ocp.args.JsonSave(record)
         stops = self._on_failure == "stop"
@@ -147,10 +178,9 @@ class Checkpoints:
             }
         )
         # A checkpoint of an earlier version has no record; a later one without it is damaged.
-        file = self._folder / str(step) / RECORD / "metadata"
         expected = None
-        if file.parent.exists() or RECORD in self._listed_items(step):
-            expected = json.loads(file.read_text(encoding="utf-8"))["checksums"]
+        if self._record_file(step).parent.exists() or RECORD in self._listed_items(step):
+            expected = self.record(step)["checksums"]
         restored = self._manager.restore(step, args=items)
         if expected is not None:
             actual = tree_checksums((restored[PARAMETERS], restored[OPTIMIZER]))
@@ -158,6 +188,14 @@ class Checkpoints:
             if wrong or actual.keys() != expected.keys():
                 raise UserError(f"checksums differ for {', '.join(wrong[:3]) or 'other arrays'}")
         return restored[PARAMETERS], restored[OPTIMIZER]
+
+    def record(self, step: int) -> dict:
+        """Returns the record of a checkpoint, empty where it has none."""
+        file = self._record_file(step)
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def _record_file(self, step: int) -> AnyPath:
+        return self._folder / str(step) / RECORD / "metadata"
 
     def _listed_items(self, step: int) -> list[str]:
         """Returns the items that orbax's own metadata of a checkpoint names."""
@@ -179,7 +217,8 @@ class Checkpoints:
           The step and both items, or None where there is no checkpoint at all.
 
         Raises:
-          UserError: there are checkpoints and all of them are damaged; nothing was moved.
+          UserError: there are checkpoints and all of them are damaged, or one cannot be read for
+            another reason, such as the network or the memory; nothing was moved.
         """
         damaged: dict[int, str] = {}
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -188,6 +227,7 @@ class Checkpoints:
                 restored = self.restore(step, parameters, optimizer)
             # A damaged file can raise nearly anything, depending on which one it is and where.
             except Exception as error:
+                self._require_damage(step, error)
                 damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0]
                 logger.warning("the checkpoint of step %d is damaged: %s", step, damaged[step])
                 if jax.process_count() > 1 and step != steps[-1]:
@@ -209,6 +249,34 @@ class Checkpoints:
             f"all checkpoints in {self._folder} are damaged:\n{listed}\nNothing was changed. Put "
             "back a copy of one, or begin again with another --workdir"
         )
+
+    def _require_damage(self, step: int, error: Exception) -> None:
+        """Raises unless an error of a restore is one of what lies there, not of how it is read."""
+        if is_remote(self._folder):
+            with named_failures(self._folder, "cannot be reached"):
+                self._folder.exists()
+        elsewhere = isinstance(error, MemoryError | ConnectionError | TimeoutError)
+        elsewhere |= isinstance(error, OSError) and error.errno in _NUMBERS
+        if elsewhere or any(words in str(error) for words in _NO_DAMAGE):
+            cause = remedy(error) if isinstance(error, OSError) else ""
+            raise UserError(
+                f"the checkpoint of step {step} in {self._folder} cannot be read "
+                f"({type(error).__name__}: {error}){cause}. It need not be damaged, and nothing "
+                "was moved; give the same command again once it can be read"
+            ) from error
+
+    @contextlib.contextmanager
+    def _named_damage(self, step: int) -> Iterator[None]:
+        """Names the checkpoint in whatever a library raises of one that it cannot read."""
+        try:
+            yield
+        except Exception as error:
+            self._require_damage(step, error)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"the checkpoint of step {step} in {self._folder} is damaged ({reason}); put a "
+                "copy back, or read another by --step"
+            ) from error
 
     def set_aside_from(self, step: int) -> int | None:
         """Moves the checkpoints of `step` and later aside, after `close`; returns what is left.
@@ -235,8 +303,11 @@ class Checkpoints:
         """Returns `step` if there is such a checkpoint, the newest one's for None.
 
         Raises:
+          ConfigError: it is no whole number.
           UserError: there is none.
         """
+        if step is not None:
+            require_whole("step", step)
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise UserError(f"{self._folder} holds no complete checkpoint; train the run first")
@@ -248,12 +319,13 @@ class Checkpoints:
         """Restores the parameters alone, from `step` or the newest checkpoint.
 
         Raises:
-          UserError: there is no such checkpoint.
+          UserError: there is no such checkpoint, or it is damaged or cannot be read.
         """
         step = self.require_step(step)
         logger.info("restoring the parameters of step %d from %s", step, self._folder)
         items = ocp.args.Composite(**{PARAMETERS: ocp.args.StandardRestore(template)})
-        return self._manager.restore(step, args=items)[PARAMETERS]
+        with self._named_damage(step):
+            return self._manager.restore(step, args=items)[PARAMETERS]
 
     def open_parameters(self, step: int | None, template: Parameters) -> Parameters:
         """Opens the parameters where they lie, to be read piece by piece.
@@ -266,16 +338,18 @@ class Checkpoints:
           The same nest of tensorstore arrays, which read what they are indexed for.
 
         Raises:
-          UserError: there is no such checkpoint.
+          UserError: there is no such checkpoint, or it is damaged or cannot be read.
         """
-        base = kvstore(self._folder / str(self.require_step(step)) / PARAMETERS)
+        step = self.require_step(step)
+        base = kvstore(self._folder / str(step) / PARAMETERS)
 
         def open_array(path, _):
             name = ".".join(key.key for key in path)
             store = {"driver": "ocdbt", "base": base, "path": name}
             return ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
-        return jax.tree_util.tree_map_with_path(open_array, template)
+        with self._named_damage(step):
+            return jax.tree_util.tree_map_with_path(open_array, template)
 
     def close(self) -> None:
         """Waits for a save under way and raises what went wrong in it, come what may."""
@@ -291,8 +365,10 @@ class Checkpoints:
         except self._failures as error:
             what = f"a checkpoint could not be written to {self._folder} ({error})"
             if raises:
+                # Tensorstore's and orbax's errors have the system's words, and no number.
+                helps = remedy(error if isinstance(error, OSError) else OSError(str(error)))
                 raise UserError(
-                    f"{what}; the earlier ones are intact: free some space or allow writing there, "
-                    "and the same command goes on from them"
+                    f"{what}{helps}. The earlier ones are intact, and the same command goes on "
+                    "from them"
                 ) from error
             logger.error("%s; going on, as config.checkpoint.on_failure has it", what)

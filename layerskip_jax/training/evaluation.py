@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.distributed.processes import BatchPlacement
 from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.ops.linear_cross_entropy import (
     ONE_DEVICE,
@@ -17,7 +18,6 @@ from layerskip_jax.ops.linear_cross_entropy import (
     Layout,
     linear_cross_entropy,
 )
-from layerskip_jax.training.setup import TrainSetup
 from layerskip_jax.training.step import Batch
 
 
@@ -62,7 +62,7 @@ def evaluate_exits(score: Callable, parameters: Parameters, batches: Iterable) -
 
     Returns:
       For each exit `{"layers": E, "loss": nats per token, "perplexity": exp(loss)}`,
-      shallowest first.
+      shallowest first; the perplexity is infinite where float64 has no such number.
     """
     total, tokens = 0.0, 0
     for batch in batches:
@@ -70,28 +70,58 @@ def evaluate_exits(score: Callable, parameters: Parameters, batches: Iterable) -
         # float64 on the host, where a sum over a long validation set keeps its digits.
         total = total + np.asarray(nll, np.float64)
         tokens += int(count)
-    losses = total / max(tokens, 1)
+    losses = np.atleast_1d(total / max(tokens, 1))
+    with np.errstate(over="ignore"):
+        perplexities = np.exp(losses)
     return [
-        {"layers": layer + 1, "loss": float(loss), "perplexity": math.exp(min(loss, 700))}
-        for layer, loss in enumerate(np.atleast_1d(losses))
+        {"layers": layer + 1, "loss": float(loss), "perplexity": float(perplexity)}
+        for layer, (loss, perplexity) in enumerate(zip(losses, perplexities, strict=True))
     ]
 
 
-def validation_batches(config: RunConfig, setup: TrainSetup, limit: int = 0) -> Iterator[Batch]:
-    """Yields the validation set on the mesh.
+def not_finite(exits: list[dict]) -> list[int]:
+    """Returns the exits, in layers, whose loss is not finite, given what `evaluate_exits` does."""
+    return [entry["layers"] for entry in exits if not math.isfinite(entry["loss"])]
 
-    Args:
-      config: names the data and the batch size.
-      setup: places the batches.
-      limit: batches, of windows drawn by a fixed seed; 0 takes every window, in order.
-    """
 
-    def source(shuffle: bool) -> BatchSource:
-        rows = config.training.batch_size
-        return BatchSource(config.data.path, "validation", batch_size=rows, seed=0, shuffle=shuffle)
+class ValidationSet:
+    """The validation windows of a run, opened once, before anything is computed."""
 
-    whole = source(shuffle=False)
-    part = 0 < limit < whole.steps_per_epoch
-    chosen = source(shuffle=True) if part else whole
-    for step in range(limit if part else whole.steps_per_epoch):
-        yield setup.placement.place(Batch(*chosen.rows(step, setup.placement.rows)))
+    def __init__(self, config: RunConfig):
+        """Opens them.
+
+        Args:
+          config: names the data, what becomes of damaged records, and the batch size.
+
+        Raises:
+          UserError: there are none, or the index of their files is damaged.
+        """
+
+        def source(shuffle: bool) -> BatchSource:
+            return BatchSource(
+                config.data.path,
+                "validation",
+                batch_size=config.training.batch_size,
+                seed=0,
+                shuffle=shuffle,
+                skip_damaged=config.data.on_damaged == "skip",
+            )
+
+        self._whole, self._drawn = source(shuffle=False), source(shuffle=True)
+
+    @property
+    def left_out(self) -> int:
+        """Damaged records that this process has read as padding so far."""
+        return self._whole.damaged + self._drawn.damaged
+
+    def batches(self, placement: BatchPlacement, limit: int = 0) -> Iterator[Batch]:
+        """Yields the windows on the mesh.
+
+        Args:
+          placement: lays the batches out.
+          limit: batches, of windows drawn by a fixed seed; 0 takes every window, in order.
+        """
+        part = 0 < limit < self._whole.steps_per_epoch
+        chosen = self._drawn if part else self._whole
+        for step in range(limit if part else self._whole.steps_per_epoch):
+            yield placement.place(Batch(*chosen.rows(step, placement.rows)))

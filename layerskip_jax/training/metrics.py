@@ -1,6 +1,5 @@
 """What a run says of itself while it trains: a line, a JSON record, curves."""
 
-import json
 import sys
 import time
 import zlib
@@ -11,7 +10,9 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
+from layerskip_jax.run_folder.atomic import to_json
 from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.observe import Clock
@@ -25,7 +26,8 @@ class MetricsLog:
     Only the first process writes. Losses are in nats per token; `tokens_per_second` counts
     the positions of all windows, padding included, over wall-clock time, evaluation and
     checkpoints included and compilation not. Steps that were skipped, their loss or gradient not
-    finite, are counted and left out of the means. `goodput` is the share of the time since the
+    finite, are counted and left out of the means. `left_out` counts, since the run's first step,
+    the records that were damaged and trained nothing. `goodput` is the share of the time since the
     run's start that went to steps, `lost` the seconds of the rest by cause (see `Clock`). FLOPs are
     those that a step needs, as `layerskip_jax.training.flops` counts them: `step_flops` from the
     rows that were dropped and the exits that were scored, `step_flops_planned` from the schedules,
@@ -41,8 +43,10 @@ class MetricsLog:
         cost: CostModel,
         peak_flops: float | None = None,
         clock: Clock | None = None,
+        left_out: int = 0,
     ):
         self.folder, self.clock = folder, clock or Clock()
+        self.left_out = left_out
         self._step_ends: list[float] = []
         self._writes = jax.process_index() == 0
         self._total_steps = total_steps
@@ -62,17 +66,11 @@ class MetricsLog:
         )
         self._file = _open_to_append(folder.metrics_file)
         if sys.stderr.isatty():
-            columns = (
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._progress = Progress(*columns, console=Console(stderr=True))
+            self._progress = progress_bar(Console(stderr=True))
             self._task = self._progress.add_task("", total=total_steps, completed=first_step)
             self._progress.start()
 
-    def add(self, step: int, metrics: StepMetrics, *, record: bool) -> StepMetrics:
+    def add(self, step: int, metrics: StepMetrics) -> StepMetrics:
         """Takes the metrics of the step that brought the count of steps to `step`.
 
         Reading them waits for that step, so call this after the next one is dispatched.
@@ -83,10 +81,9 @@ class MetricsLog:
         metrics = jax.device_get(metrics)
         self._step_ends.append(time.monotonic())
         self._window.append(metrics)
+        self.left_out += int(metrics.left_out)
         if self._progress:
             self._progress.update(self._task, completed=step)
-        if record:
-            self._record(step)
         return metrics
 
     def restart_clock(self) -> None:
@@ -96,7 +93,7 @@ class MetricsLog:
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar where there is one."""
         if self._progress:
-            self._progress.console.print(line, highlight=False)
+            self._progress.console.print(line, highlight=False, markup=False)
         elif self._writes:
             print(line, flush=True)
 
@@ -114,7 +111,8 @@ class MetricsLog:
             self._file.close()
             self._boards.close()
 
-    def _record(self, step: int) -> None:
+    def record(self, step: int) -> None:
+        """Writes down the steps since the record before, of which `step` is the last."""
         window, self._window = self._window, []
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
@@ -141,6 +139,7 @@ class MetricsLog:
             "learning_rate": float(last.learning_rate),
             "layers_run": float(np.mean([m.layers_run for m in window])),
             "skipped": int(sum(m.skipped for m in window)),
+            "left_out": self.left_out,
             "step_flops": float(flops),
             "step_flops_planned": self._cost.planned(step - len(window), step).needed,
             "flops_per_second": float(flops * len(window) / seconds),
@@ -153,7 +152,7 @@ class MetricsLog:
         record["step_time_deviation"] = float(np.std(durations)) if len(durations) else 0.0
         if self._peak_flops:
             record["mfu"] = record["flops_per_second"] / self._peak_flops
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
         hidden = ("step", "batches", "exit_loss", "lost")
         curves = {f"train/{name}": v for name, v in record.items() if name not in hidden}
@@ -165,6 +164,7 @@ class MetricsLog:
         text = f"loss {record['loss']:.3f}  " + "  ".join(f"exit {e} {v:.3f}" for e, v in shown)
         text += f"  {record['tokens_per_second']:,.0f} tokens/s"
         text += f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+        text += f"  damaged records left out {self.left_out}" if self.left_out else ""
         if self._progress:
             self._progress.update(self._task, description=text)
         else:
@@ -172,6 +172,19 @@ class MetricsLog:
                 f"step {step}/{self._total_steps}  {text}  lr {record['learning_rate']:.2e}  "
                 f"grad {record['gradient_norm']:.2f}  layers run {record['layers_run']:.0%}"
             )
+
+
+def progress_bar(console: Console) -> Progress:
+    """Returns what shows steps, time and figures, and where there is room a bar."""
+    columns = [
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=Column(overflow="fold")),
+    ]
+    if console.width < 120:
+        del columns[1]
+    return Progress(*columns, console=console)
 
 
 def _open_to_append(path: Path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -75,7 +76,7 @@ class _JsonLines(logging.Handler):
 
     def __init__(self, file: Path):
         super().__init__(logging.INFO)
-        self._file = file.open("a", encoding="utf-8")
+        self._file, self._failed = file.open("a", encoding="utf-8"), False
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = {
@@ -85,11 +86,23 @@ class _JsonLines(logging.Handler):
             "where": record.name,
             "message": record.getMessage(),
         }
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(fields) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._say(error)
+
+    def _say(self, error: OSError) -> None:
+        """Says once that the file fails: what is logged goes to standard error too."""
+        if not self._failed:
+            print(f"{self._file.name} cannot be written ({error.strerror})", file=sys.stderr)
+        self._failed = True
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._say(error)
         super().close()
 
 

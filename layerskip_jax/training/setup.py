@@ -28,6 +28,7 @@ from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.ops.attention import PackedAttention, choose_kernel
 from layerskip_jax.ops.linear import contract, contract_tokens
 from layerskip_jax.ops.linear_cross_entropy import Layout
+from layerskip_jax.schema import LARGEST_INT32, require
 from layerskip_jax.training.optimizer import make_optimizer
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
 
@@ -66,7 +67,13 @@ class TrainSetup:
         return compiler_options(chip, self.mesh.shape["slice"], self.config.compiler.options)
 
     def check_sequence(self, length: int) -> None:
-        """Raises `ConfigError` unless the devices can share windows of this length."""
+        """Raises `ConfigError` unless the devices can share, and count, such windows."""
+        rows = self.config.training.batch_size
+        require(
+            rows * length <= LARGEST_INT32,
+            f"config.training.batch_size={rows} windows of {length} tokens are more than the "
+            f"{LARGEST_INT32} tokens that a step can count; take fewer",
+        )
         scored = scored_positions(self.config.early_exit, length)
         check_sequence(length, scored, self.mesh, self.config.mesh.rules)
 

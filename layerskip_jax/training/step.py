@@ -58,6 +58,7 @@ class StepMetrics(NamedTuple):
       learning_rate: the learning rate of this step.
       layers_run: share of (layer, row) pairs that were not dropped.
       valid_tokens: targets that counted.
+      left_out: rows without a token, in place of records that are damaged.
       batch: checksum of the tokens of the global batch, whatever the mesh.
       skipped: whether loss or gradient was not finite and the step changed nothing.
     """
@@ -70,6 +71,7 @@ class StepMetrics(NamedTuple):
     learning_rate: Float[Array, ""]
     layers_run: Float[Array, ""]
     valid_tokens: Int[Array, ""]
+    left_out: Int[Array, ""]
     batch: UInt32[Array, ""]
     skipped: Bool[Array, ""]
 
@@ -127,6 +129,7 @@ def make_train_step(
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
             layers_run=layers_run,
             valid_tokens=valid_tokens,
+            left_out=_count_empty(batch.segment_ids),
             batch=checksum(batch.tokens) if guarded else jnp.uint32(0),
             skipped=~finite if guarded else jnp.bool_(False),
         )
@@ -139,6 +142,12 @@ def make_train_step(
         return after, metrics
 
     return train_step
+
+
+def _count_empty(segment_ids: Int[Array, "N B S"]) -> Int[Array, ""]:
+    """Counts the rows that begin with padding; reduced as the valid targets are, and with them."""
+    first = jnp.arange(segment_ids.shape[-1]) == 0
+    return ((segment_ids == 0) & first).sum()
 
 
 def _menu(config: RunConfig) -> tuple[int, ...]:

@@ -1,9 +1,13 @@
 """Where the curves of a run go: TensorBoard, and Weights & Biases where that is asked for."""
 
+import contextlib
 import importlib.util
 import sys
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.schema import UserError
@@ -22,8 +26,9 @@ def check_wandb(project: str) -> None:
         )
 
 
-def _summary_writer() -> type:
-    """Returns TensorBoard's writer, imported without torch.
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Lets tensorboardX be imported without torch.
 
     It would import torch wherever that is installed, in two seconds, for tensors that it is never
     given here.
@@ -32,11 +37,41 @@ def _summary_writer() -> type:
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]  # as the import system has it
     try:
-        from tensorboardX import SummaryWriter
+        yield
     finally:
         if hide:
             del sys.modules["torch"]
-    return SummaryWriter
+
+
+class _EventFile:
+    """An event file of TensorBoard, written as the values come.
+
+    tensorboardX's own writer hands them to a thread, and waits for it for ever once a full disk has
+    ended that.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        """Begins a file; what earlier ones have from `first_step` on is not shown any more."""
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
+        self._event, self._summary = event_pb2, summary_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(first_step, session_log=start)
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        value = self._summary.Summary.Value
+        points = [value(tag=name, simple_value=float(number)) for name, number in values.items()]
+        self._write(step, summary=self._summary.Summary(value=points))
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._file.write_event(self._event.Event(wall_time=time.time(), step=step, **what))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Boards:
@@ -56,7 +91,7 @@ class Boards:
         Raises:
           UserError: Weights & Biases refuses, for want of a login for instance.
         """
-        self._board = _summary_writer()(str(folder.tensorboard), purge_step=first_step)
+        self._board = _EventFile(folder.tensorboard, first_step)
         self._wandb = None
         if not project:
             return
@@ -84,8 +119,7 @@ class Boards:
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Adds a point to each named curve."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.add(values, step)
         if self._wandb:
             self._wandb.log({**values, "step": step})
 

@@ -1,8 +1,10 @@
 """The training run, from top to bottom."""
 
 import dataclasses
-import json
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
 
 import jax
@@ -14,6 +16,8 @@ from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
 from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.distributed.processes import (
     RESTART_EXIT_CODE,
+    Stopped,
+    first_decides,
     require_agreement,
     stop_requests,
     wait_for_all,
@@ -21,11 +25,18 @@ from layerskip_jax.distributed.processes import (
 from layerskip_jax.early_exit_loss import max_active_exits
 from layerskip_jax.hardware.chips import chip_of, peak_flops
 from layerskip_jax.hardware.compiler_options import compiler_table, keep_compiled
-from layerskip_jax.run_folder.atomic import write_json
-from layerskip_jax.run_folder.claim import check_workdir, claim_workdir, opened_workdir
+from layerskip_jax.run_folder.atomic import remedy, to_json, write_json
+from layerskip_jax.run_folder.claim import check_workdir, claim_workdir, claiming, opened_workdir
+from layerskip_jax.run_folder.lock import locked
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
+from layerskip_jax.schema import UserError
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.evaluation import evaluate_exits, make_exit_scorer, validation_batches
+from layerskip_jax.training.evaluation import (
+    ValidationSet,
+    evaluate_exits,
+    make_exit_scorer,
+    not_finite,
+)
 from layerskip_jax.training.flops import MFU_DEFINITION, CostModel
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
 from layerskip_jax.training.initialize import Initial, resolve, shaped_like
@@ -36,6 +47,10 @@ from layerskip_jax.training.step import Batch, StepMetrics, TrainState
 from layerskip_jax.training.trackers import check_wandb
 
 logger = logging.getLogger(__name__)
+
+# Up to so many epochs repeated text is worth nearly as much as new text (Muennighoff et al. 2023,
+# "Scaling Data-Constrained Language Models").
+MANY_EPOCHS = 4
 
 
 def train(config: RunConfig, workdir: str | PurePath, initial: Initial | None = None) -> int:
@@ -60,18 +75,19 @@ def train(config: RunConfig, workdir: str | PurePath, initial: Initial | None = 
 
 def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int:
     config, manifest, source = _open_data(config, folder, initial)
+    validation = ValidationSet(config)
     check_wandb(config.training.wandb)
     _require_same_run(config, manifest, folder)
 
     # Mesh, model, shardings
     setup = make_setup(config)
     setup.check_sequence(source.sequence_length)
-    _claim(config, manifest, folder, initial)
     total_steps, every = config.training.steps, config.training.evaluate_every
     cost = CostModel(setup.config, source.sequence_length)
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
     clock = Clock()
-    with jax.set_mesh(setup.mesh), process_log(folder):
+    claimed = _claimed(config, manifest, folder, initial)
+    with claimed, jax.set_mesh(setup.mesh), process_log(folder):
         platform = setup.mesh.devices.flat[0].platform
         kept = keep_compiled(config.compiler.cache, str(folder.compiled), platform)
         _log_decisions(setup, source, cost, peak)
@@ -79,7 +95,8 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
 
         # Restore
         checkpoints = _open_checkpoints(config, manifest, folder)
-        state, first_step = _restore_or_init(setup, checkpoints, initial)
+        state, first_step, left_out = _restore_or_init(setup, checkpoints, initial)
+        evaluated = _evaluated_steps(folder)
 
         # Compile, unless all steps are done
         step_function = None
@@ -92,7 +109,7 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
         # What watches the loop
         metrics_log = MetricsLog(
             folder, total_steps=total_steps, first_step=first_step, cost=cost, peak_flops=peak,
-            clock=clock,
+            clock=clock, left_out=left_out,
         )  # fmt: skip
         profiler = Profiler(folder, config.training.profile_step, config.training.profile_steps)
         guards = Guards(
@@ -101,24 +118,41 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
         )  # fmt: skip
         watchdog = Watchdog(config.guards.step_timeout)
 
-        def observe(step: int, metrics: StepMetrics, last: bool = False) -> None:
-            due = last or step % config.training.log_every == 0 or step == 1
-            guards.check(step, metrics_log.add(step, metrics, record=due))
+        def writing() -> AbstractContextManager:
+            return _named_writes(folder, config.checkpoint.on_failure)
+
+        def observe(step: int, metrics: StepMetrics) -> None:
+            due = step % config.training.log_every == 0 or step in (1, total_steps)
+            metrics = metrics_log.add(step, metrics)
             if due:
-                heartbeat(folder, step)
+                with writing():
+                    metrics_log.record(step)
+                    heartbeat(folder, step)
+            guards.check(step, metrics)
+            if due:
                 folder.upload_soon()
 
         def evaluate(step: int) -> None:
             # The first and the last evaluation take all of the validation set.
             limit = config.training.evaluate_batches if 0 < step < total_steps else 0
-            batches = watchdog.each(validation_batches(config, setup, limit))
+            batches = watchdog.each(stop.each(validation.batches(setup.placement, limit)))
             with clock.cause("evaluation"):
                 exits = evaluate_exits(scorer, state.parameters, batches)
-            _record_evaluation(folder, metrics_log, step, total_steps, exits)
+            with writing():
+                _record_evaluation(folder, metrics_log, step, total_steps, exits)
+            metrics_log.restart_clock()
 
-        def save(step: int) -> None:
+        def is_missing(step: int) -> bool:
+            """Whether a run that begins at `step` was to be evaluated there, and was not."""
+            first = initial is not None if step == 0 else step % every == 0
+            return first and step not in evaluated
+
+        def save(step: int, force: bool = False) -> None:
+            counts = {"left_out": metrics_log.left_out}
             with clock.cause("checkpoint"):
-                saved = checkpoints.save(step, state.parameters, state.optimizer)
+                saved = checkpoints.save(
+                    step, state.parameters, state.optimizer, force=force, counts=counts
+                )
             if saved:
                 folder.upload_soon(urgent=True)
                 metrics_log.say(f"step {step}/{total_steps}  saving a checkpoint")
@@ -133,49 +167,56 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
                 profiler.listening(),
                 source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
             ):
-                if (
-                    initial is not None
-                    and every
-                    and first_step == 0
-                    and not _is_evaluated(folder, 0)
-                ):
-                    evaluate(0)  # what the run starts from, to compare the end with
-                    metrics_log.restart_clock()
-                clock.steps_begin()
-                for index, host_batch in watchdog.each(clock.each(batches, "data")):
-                    profiler.before(index + 1)
-                    batch = setup.placement.place(Batch(*host_batch))
-                    state, metrics = step_function(state, batch)
-                    step = index + 1
-                    if previous is not None:
-                        observe(*previous)
-                    previous = (step, metrics)
-                    save(step)
-                    if every and step % every == 0 and step < total_steps:
-                        observe(*previous)
-                        previous = None
-                        evaluate(step)
-                        metrics_log.restart_clock()
-                    if stop.due(step):
-                        break
+                with suppress(Stopped):  # within an evaluation, which is made up later
+                    if every and first_step < total_steps and is_missing(first_step):
+                        evaluate(first_step)  # what a run starts from, or where it was killed
+                    clock.steps_begin()
+                    for index, host_batch in watchdog.each(clock.each(batches, "data")):
+                        profiler.before(index + 1)
+                        batch = setup.placement.place(Batch(*host_batch))
+                        state, metrics = step_function(state, batch)
+                        step = index + 1
+                        if previous is not None:
+                            observe(*previous)
+                        previous = (step, metrics)
+                        if checkpoints.is_due(step):
+                            observe(*previous)
+                            previous = None
+                            save(step)
+                        if every and step % every == 0 and step < total_steps:
+                            if previous is not None:
+                                observe(*previous)
+                                previous = None
+                            evaluate(step)
+                        if stop.due():
+                            break
                 if previous is not None:
-                    observe(*previous, last=True)
+                    observe(*previous)
                 last_step = int(state.step)
+                with writing():
+                    metrics_log.record(last_step)
 
                 # The last checkpoint and evaluation
                 if last_step > first_step:
-                    checkpoints.save(last_step, state.parameters, state.optimizer, force=True)
-                if last_step == total_steps and not _is_evaluated(folder, total_steps):
-                    evaluate(last_step)
+                    save(last_step, force=True)
+                is_stopped = last_step < total_steps
+                if not is_stopped and total_steps not in evaluated:
+                    try:
+                        evaluate(last_step)
+                    except Stopped:
+                        is_stopped = True
                 watchdog.beat()
                 checkpoints.close()
         except RollBack as bad:
             checkpoints.close()
             return _roll_back(folder, checkpoints, bad)
         finally:
-            metrics_log.close()
+            try:
+                metrics_log.close()
+            except OSError as error:
+                logger.error("the last metrics could not be written (%s)", error.strerror)
             checkpoints.close()
-    if last_step >= total_steps:
+    if not is_stopped:
         return 0
     logger.warning(
         "stopped by %s after step %d of %d; the same command goes on from there",
@@ -207,6 +248,11 @@ def _open_data(
         weights=data.weights,
         skips=folder.skips(),
     )
+    if epochs := config.training.epochs:
+        steps = math.ceil(epochs * source.num_windows / config.training.batch_size)
+        config = dataclasses.replace(
+            config, training=dataclasses.replace(config.training, steps=steps)
+        )
     return config, manifest, source
 
 
@@ -228,17 +274,31 @@ def _require_same_run(config: RunConfig, manifest: Manifest, folder: RunFolder) 
     )
 
 
-def _claim(
+@contextmanager
+def _claimed(
     config: RunConfig, manifest: Manifest, folder: RunFolder, initial: Initial | None
-) -> None:
-    """Makes the folder this run's, or checks that it is; all processes wait for the first."""
+) -> Iterator[None]:
+    """Makes the folder this run's, or checks that it is, and keeps other trainings out of it."""
     about = dataclasses.asdict(manifest)
     check_workdir(folder, config, about)
     wait_for_all("the folder is checked")
-    if jax.process_index() == 0:
-        published = initial.files if initial is not None else {}
-        claim_workdir(folder, config, about, _tokenizer_file(config), published)
-    wait_for_all("the folder is claimed")
+    with ExitStack() as held:
+
+        def claim() -> str:
+            """Returns what is in the way."""
+            try:
+                with claiming(folder):
+                    held.enter_context(locked(folder))
+                    check_workdir(folder, config, about)  # again: another run may have been first
+                    published = initial.files if initial is not None else {}
+                    claim_workdir(folder, config, about, _tokenizer_file(config), published)
+            except UserError as error:
+                return str(error)
+            return ""
+
+        if refusal := first_decides("the claim", claim):
+            raise UserError(refusal)
+        yield
 
 
 def _open_checkpoints(config: RunConfig, manifest: Manifest, folder: RunFolder) -> Checkpoints:
@@ -252,6 +312,24 @@ def _open_checkpoints(config: RunConfig, manifest: Manifest, folder: RunFolder) 
         on_failure=kept.on_failure,
         about={"config": config.to_dict(), "data": manifest.fingerprint},
     )
+
+
+@contextmanager
+def _named_writes(folder: RunFolder, on_failure: str) -> Iterator[None]:
+    """Treats a disk that takes no metrics as one that takes no checkpoint.
+
+    Raises:
+      UserError: it is full, for instance, and that is to stop the run.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"{folder.home} cannot be written ({error.strerror or error}){remedy(error)}"
+        if on_failure == "stop":
+            raise UserError(
+                f"{what}. Its checkpoints are intact, and the same command goes on from them"
+            ) from error
+        logger.error("%s; going on, as config.checkpoint.on_failure has it", what)
 
 
 def _roll_back(folder: RunFolder, checkpoints: Checkpoints, bad: RollBack) -> int:
@@ -273,15 +351,17 @@ def _roll_back(folder: RunFolder, checkpoints: Checkpoints, bad: RollBack) -> in
 
 def _restore_or_init(
     setup: TrainSetup, checkpoints: Checkpoints, initial: Initial | None
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, int, int]:
+    """Returns the state, the steps done, and the damaged records that were left out in them."""
     template = setup.abstract_state()
     restored = checkpoints.restore_newest(template.parameters, template.optimizer)
     if restored is None:
-        return (setup.init() if initial is None else _start_from(setup, initial)), 0
+        return (setup.init() if initial is None else _start_from(setup, initial)), 0, 0
     step, parameters, optimizer = restored
     logger.info("going on from the checkpoint of step %d", step)
     counter = jax.device_put(jnp.int32(step), setup.shardings.step)
-    return TrainState(counter, parameters, optimizer), step
+    left_out = checkpoints.record(step).get("left_out", 0)
+    return TrainState(counter, parameters, optimizer), step, left_out
 
 
 def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
@@ -294,6 +374,8 @@ def _record_evaluation(
 ) -> None:
     """Says and writes down the loss and perplexity of each exit."""
     metrics_log.evaluation(step, exits)
+    if wrong := not_finite(exits):
+        logger.warning("step %d: the validation loss of exits %s is not finite", step, wrong)
     chosen = {len(exits) // 2, len(exits)}
     text = "  ".join(
         f"exit {e['layers']} {e['perplexity']:.2f}" for e in exits if e["layers"] in chosen
@@ -301,11 +383,27 @@ def _record_evaluation(
     metrics_log.say(f"step {step}/{total_steps}  validation perplexity: {text}")
     if jax.process_index() == 0:
         with folder.evaluations_file.open("a") as file:
-            file.write(json.dumps({"step": step, "exits": exits}) + "\n")
+            file.write(to_json({"step": step, "exits": exits}) + "\n")
 
 
-def _is_evaluated(folder: RunFolder, step: int) -> bool:
-    return any(record["step"] == step for record in read_json_lines(folder.evaluations_file))
+def _evaluated_steps(folder: RunFolder) -> set[int]:
+    return {record["step"] for record in read_json_lines(folder.evaluations_file)}
+
+
+def _say_epochs(config: RunConfig, source: BatchSource) -> None:
+    """Says how often the run sees each window, and warns where that is often."""
+    epochs = source.epochs(config.training.steps)
+    text = ", ".join(f"{folder} {count:.3g}" for folder, count in epochs)
+    logger.info("epochs planned in %d steps: %s", config.training.steps, text)
+    for folder, count in epochs:
+        if count <= MANY_EPOCHS:
+            continue
+        logger.warning(
+            "the %d steps read each window of %s %.1f times; beyond %d times a model gains little "
+            "from text it has seen and begins to learn it by heart: prepare more text, or set "
+            "config.training.epochs or fewer config.training.steps",
+            config.training.steps, folder, count, MANY_EPOCHS,
+        )  # fmt: skip
 
 
 def _log_decisions(
@@ -320,6 +418,7 @@ def _log_decisions(
         setup.definition.num_parameters / 1e6, source.num_windows, source.sequence_length,
         config.training.batch_size, config.training.gradient_accumulation,
     )  # fmt: skip
+    _say_epochs(config, source)
     dropout, exits = config.layer_dropout, config.early_exit
     logger.info(
         "attention %s, remat %s, %s; layer dropout %s; early exits %s",

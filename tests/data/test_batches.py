@@ -213,12 +213,12 @@ def test_damaged_records_are_left_out_where_that_is_asked_for(prepared, tmp_path
                 left_out += 1
     assert 0 < left_out < whole.num_windows
     assert skipping.damaged == left_out
-    assert f"left out, {left_out} so far" in caplog.text
+    assert caplog.text.count("; left out") == left_out
 
 
 def test_a_damaged_index_is_named(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "data")
     size = (folder / "train-00000.array_record").stat().st_size
     damage(folder, size - 65536, size)
-    with pytest.raises(UserError, match="a shard of train is damaged"):
+    with pytest.raises(UserError, match="train-00000.array_record: its index is damaged"):
         source(folder)

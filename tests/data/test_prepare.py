@@ -48,6 +48,13 @@ def test_the_documents_can_be_read_as_a_tfds_data_set(prepared, corpus_folder):
         assert (corpus_folder / path).read_text() == text
 
 
+def test_the_manifest_has_the_largest_token(prepared):
+    tokenizer = load_tokenizer(prepared / "tokenizer.json")
+    texts = [t for split in ("train", "validation") for t in read_corpus(prepared, split).values()]
+    ids = {number for encoding in tokenizer.encode_batch(texts) for number in encoding.ids}
+    assert read_manifest(prepared).largest_token == max(ids)
+
+
 def test_the_windows_decode_to_the_documents(prepared):
     manifest = read_manifest(prepared)
     tokenizer = load_tokenizer(prepared / "tokenizer.json")

@@ -116,6 +116,10 @@ def test_a_sequence_that_the_devices_cannot_share_is_refused():
     setup.check_sequence(24)
     with pytest.raises(ConfigError, match="windows of 12 tokens are not divisible by the 8 dev"):
         setup.check_sequence(12)
+    with pytest.raises(
+        ConfigError, match="batch_size=16 windows of 134217728 tokens are more than"
+    ):
+        setup.check_sequence(2**27)
     partly = EarlyExitConfig("rotational", rotation_interval=2, exit_token_fraction=0.5)
     setup = make_setup(_on_mesh(small_run(early_exit=partly), MeshShape(1, -1, 2, context=4)))
     setup.check_sequence(32)

@@ -1,9 +1,14 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from layerskip_jax.commands.evaluate import evaluate
 from layerskip_jax.model.definition import ModelDefinition
-from layerskip_jax.training.evaluation import evaluate_exits, make_exit_scorer
+from layerskip_jax.schema import UserError
+from layerskip_jax.training.evaluation import evaluate_exits, make_exit_scorer, not_finite
 from layerskip_jax.training.step import Batch
 from tests.helpers import random_batch, small_model
 
@@ -31,6 +36,22 @@ def test_every_exit_is_scored_as_its_logits_say():
     losses /= sum(int(batch.valid.sum()) for batch in batches)
     np.testing.assert_allclose([entry["loss"] for entry in result], losses, rtol=1e-5)
     np.testing.assert_allclose([entry["perplexity"] for entry in result], np.exp(losses), rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_is_told_and_a_large_one_has_no_perplexity():
+    def score(parameters, batch):
+        return np.array([2.0, np.nan, 3000.0, np.inf]), 2
+
+    exits = evaluate_exits(score, {}, [None])
+    assert not_finite(exits) == [2, 4]
+    assert [entry["perplexity"] for entry in exits[::2]] == [math.e, math.inf]
+
+
+def test_evaluate_refuses_a_loss_that_is_not_finite(finished, monkeypatch):
+    exits = [{"layers": 3, "loss": math.nan, "perplexity": math.nan}]
+    monkeypatch.setattr("layerskip_jax.commands.evaluate.evaluate_exits", lambda *_: exits)
+    with pytest.raises(UserError, match=r"step 12: the loss of the exits 3 .* not finite in float"):
+        evaluate(finished)
 
 
 def test_the_batching_does_not_change_the_result():

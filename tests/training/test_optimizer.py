@@ -2,12 +2,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layerskip_jax.schema import ConfigError
+from layerskip_jax.schema import SMALLEST_FLOAT32, ConfigError
 from layerskip_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
     make_optimizer,
 )
+
+BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def _rates(steps, **settings):
@@ -47,11 +50,41 @@ def test_decay_leaves_the_norms_alone():
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"eps": 1e-18},
+        {"beta1": 0.0, "beta2": 0.0},
+        {"beta1": BELOW_ONE, "beta2": BELOW_ONE},
+        {"clip_norm": SMALLEST_FLOAT32},
+        {"clip_norm": LARGEST},
+        {"learning_rate": SMALLEST_FLOAT32},
+        {"final_fraction": SMALLEST_FLOAT32, "decay_fraction": SMALLEST_FLOAT32},
+    ],
+    ids=str,
+)
+def test_at_the_ends_of_their_ranges_settings_give_finite_updates(settings):
+    """For gradients that are 0, small and large; Adam's update is within a few learning rates."""
+    config = OptimizerConfig(**{"warmup_steps": 0, "weight_decay": 0.0, **settings})
+    optimizer = make_optimizer(config, 10)
+    parameters = {"head": jnp.ones(5)}
+    state = optimizer.init(parameters)
+    for _ in range(3):
+        gradients = {"head": jnp.array([0.0, 1e-18, -1e-10, 1.0, 1e18])}
+        updates, state = optimizer.update(gradients, state, parameters)
+        assert np.isfinite(updates["head"]).all()
+        assert np.abs(updates["head"]).max() <= 10 * config.learning_rate
+        assert updates["head"][0] == 0
+
+
+@pytest.mark.parametrize(
     "settings, message",
     [
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"schedule": "cosin"}, "Did you mean 'cosine'"),
-        ({"beta2": 1.5}, r"beta2=1.5 must be in \[0, 1\]"),
+        ({"beta2": 1.5}, r"beta2=1.5 must be in \[0, 1\)"),
+        ({"beta1": 1.0}, r"beta1=1.0 must be in \[0, 1\)"),
+        ({"beta2": 1 - 1e-9}, r"beta2=0.999999999 must be in \[0, 1\) in float32 too, .* it is 1"),
+        ({"eps": 1e-20}, "eps=1e-20 must be at least 1e-18"),
         ({"clip_norm": -1.0}, "clip_norm=-1.0"),
     ],
 )

@@ -1,7 +1,9 @@
 """Whole runs: stopped and resumed, evaluated, refused. Real processes where one is stopped."""
 
+import importlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -18,12 +21,17 @@ from layerskip_jax.cli import main
 from layerskip_jax.commands.evaluate import evaluate
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.distributed.processes import RESTART_EXIT_CODE
+from layerskip_jax.run_folder import lock
+from layerskip_jax.run_folder.lock import locked
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.schema import UserError
 from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.restore import load_run
+from layerskip_jax.training.setup import TrainSetup
 
 REPOSITORY = Path(__file__).parents[2]
+# Not the function of that name, which the package has.
+train_module = importlib.import_module("layerskip_jax.training.train")
 
 
 def _command(workdir, arguments, *extra):
@@ -42,6 +50,18 @@ def _parameters(workdir):
 def _record(workdir, step=12):
     file = RunFolder(workdir).checkpoints / str(step) / "record" / "metadata"
     return json.loads(file.read_text())
+
+
+def events(workdir):
+    """What the event files of a run hold: a length, its checksum, an event and its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for file in sorted(RunFolder(workdir).tensorboard.iterdir()):
+        content = file.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
 
 
 def _assert_equal_runs(a, b):
@@ -127,7 +147,7 @@ def test_training_learns(finished):
 
 def test_the_same_command_again_does_nothing(finished, arguments, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
-    grows = ("tensorboard", "logs")
+    grows = ("tensorboard", "logs", ".lock")
     before = {
         p: p.stat().st_mtime_ns
         for p in workdir.rglob("*")
@@ -220,6 +240,120 @@ def test_a_run_on_a_mixture_keeps_to_its_weights(arguments, prepared, tmp_path, 
     assert not (tmp_path / "no").exists()
 
 
+def damage(folder, split):
+    """Spoils some records of a split in a copy of prepared data."""
+    file = folder / f"{split}-00000.array_record"
+    content = bytearray(file.read_bytes())
+    for start in (200, 3000):
+        content[start : start + 64] = bytes(64)
+    file.write_bytes(content)
+
+
+def left_out_in(data, split, batches):
+    """How many damaged records so many batches hold, on one process."""
+    shuffle = split == "train"
+    source = BatchSource(data, split, batch_size=24, seed=0, shuffle=shuffle, skip_damaged=True)
+    for step in range(batches or source.steps_per_epoch):
+        source.batch(step)
+    return source.damaged
+
+
+def test_damaged_records_and_a_stop_within_an_evaluation(
+    arguments, prepared, tmp_path, monkeypatch, capsys, caplog
+):
+    """Left out and counted from first to last step; the evaluation is made up afterwards."""
+    data = shutil.copytree(prepared, tmp_path / "data")
+    damage(data, "train")
+    damage(data, "validation")
+    workdir, evaluations = tmp_path / "run", []
+    command = ["train", f"--workdir={workdir}", *arguments, f"--config.data.path={data}"]
+    command += ["--config.training.evaluate_every=6", "--config.checkpoint.every_steps=4"]
+    assert main(command) == 2
+    assert "is damaged" in capsys.readouterr().err
+    shutil.rmtree(workdir)
+    command.append("--config.data.on_damaged=skip")
+    evaluate_exits = train_module.evaluate_exits
+
+    def stopped(*evaluation):
+        evaluations.append(evaluation)
+        if len(evaluations) in (1, 3):  # at step 6, and at the end
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_exits(*evaluation)
+
+    monkeypatch.setattr(train_module, "evaluate_exits", stopped)
+
+    def evaluated():
+        return [line["step"] for line in read_json_lines(RunFolder(workdir).evaluations_file)]
+
+    assert main(command) == RESTART_EXIT_CODE
+    assert "stopped by SIGTERM after step 6 of 12" in caplog.text
+    assert evaluated() == []
+    assert main(command) == RESTART_EXIT_CODE
+    assert "stopped by SIGTERM after step 12 of 12" in caplog.text
+    assert evaluated() == [6]
+    assert main(command) == 0
+    assert evaluated() == [6, 12]
+    counts = [line["left_out"] for line in read_json_lines(RunFolder(workdir).metrics_file)]
+    assert counts == [left_out_in(data, "train", step) for step in range(1, 13)]
+    assert 0 < counts[5] < counts[-1]
+    file = tmp_path / "evaluation.json"
+    verb = ["evaluate", f"--workdir={workdir}", f"--json={file}"]
+    assert main(verb) == 0
+    result = json.loads(file.read_text())
+    assert result["left_out"] == left_out_in(data, "validation", 0) > 0
+    assert f"{result['left_out']} damaged" in capsys.readouterr().out
+    assert main([*verb, "--on-damaged=stop"]) == 2
+    assert main(["sweep", f"--workdir={workdir}", "--on-damaged=stop"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_index_of_the_validation_set_is_found_before_the_first_step(
+    arguments, prepared, tmp_path, capsys
+):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    file = data / "validation-00000.array_record"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-65536] + bytes(min(size, 65536)))
+    assert file.stat().st_size == size
+    code = main(
+        ["train", f"--workdir={tmp_path / 'run'}", *arguments, f"--config.data.path={data}"]
+    )
+    assert code == 2
+    assert "validation-00000.array_record: its index is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_epochs_give_the_length_and_many_are_warned_of(arguments, prepared, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "layerskip_jax")
+    windows = BatchSource(prepared, "train", batch_size=24, seed=0).num_windows
+    workdir = tmp_path / "run"
+    command = ["train", f"--workdir={workdir}", *arguments, "--config.training.epochs=0.2"]
+    assert main(command) == 0
+    steps = -(-windows // (24 * 5))
+    assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == steps
+    planned = f"epochs planned in {steps} steps: {prepared} {steps * 24 / windows:.3g}"
+    assert planned in caplog.text
+    assert "learn it by heart" not in caplog.text
+    often = ["train", f"--workdir={tmp_path / 'often'}", *arguments, "--config.training.epochs=5"]
+    with patch.object(TrainSetup, "init", side_effect=UserError("enough")):
+        assert main(often) == 2
+    assert "5.1 times; beyond 4 times" in caplog.text
+    source = BatchSource(prepared, "train", batch_size=24, seed=0)
+    assert source.epochs(2 * windows) == [(str(prepared), 48.0)]
+    mixed = BatchSource(
+        prepared, "train", batch_size=24, seed=0, mixture=[str(prepared)], weights=(3.0, 1.0)
+    )
+    assert [count for _, count in mixed.epochs(windows)] == [18, 6]
+
+
+def test_a_second_training_in_one_folder_is_refused(finished, arguments, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    with patch.object(lock, "GRACE_SECONDS", 0.2), locked(RunFolder(workdir)):
+        assert main(["train", f"--workdir={workdir}", *arguments]) == 2
+    assert f"is being trained by process {os.getpid()} on" in capsys.readouterr().err
+    assert main(["train", f"--workdir={workdir}", *arguments]) == 0
+
+
 def test_a_foreign_folder_is_left_alone(arguments, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
     assert main(["train", f"--workdir={tmp_path}", *arguments]) == 2
@@ -301,11 +435,47 @@ def test_a_folder_that_has_become_read_only_is_said_so(finished, arguments, tmp_
     assert "Permission denied" in refused.stderr
     assert [p.name for p in saved.iterdir()] == ["5"]
     last = read_json_lines(RunFolder(workdir).metrics_file)[-1]["step"]
-    assert last == (12 if on_failure == "continue" else 9)
+    assert last == (12 if on_failure == "continue" else 10)
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "going on from the checkpoint of step 5" in done.stderr
     assert _record(workdir)["checksums"] == _record(finished)["checksums"]
+
+
+@pytest.mark.parametrize("on_failure, code", [("stop", 2), ("continue", 0)])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_too_full_for_metrics_is_said_so(
+    finished, arguments, tmp_path, capsys, caplog, on_failure, code
+):
+    """The metrics, the log, then the curves too lie where nothing can be written."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    folder = RunFolder(workdir)
+    for step in (10, 12):
+        shutil.rmtree(folder.checkpoints / str(step))
+    for file in (folder.metrics_file, folder.logs / "process-0.jsonl"):
+        file.unlink()
+        file.symlink_to("/dev/full")
+    command = ["train", f"--workdir={workdir}", *arguments]
+    assert main([*command, f"--config.checkpoint.on_failure={on_failure}"]) == code
+    errors = capsys.readouterr().err
+    assert errors.count("process-0.jsonl cannot be written (No space left on device)") == 1
+    said = f"{workdir} cannot be written (No space left on device); free some space"
+    assert said in (errors if on_failure == "stop" else caplog.text)
+    assert "Traceback" not in errors
+    assert code == 2 or _record(workdir)["checksums"] == _record(finished)["checksums"]
+
+
+def test_the_curves_are_those_of_the_metrics(finished):
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    starts, losses = [], {}
+    for event in events(finished):
+        if event.session_log.status == SessionLog.START:
+            starts.append(event.step)
+        losses |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+    assert starts == [0]
+    for record in read_json_lines(RunFolder(finished).metrics_file):
+        assert losses["train/loss", record["step"]] == pytest.approx(record["loss"], rel=1e-6)
 
 
 @pytest.mark.slow

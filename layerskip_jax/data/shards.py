@@ -1,0 +1,118 @@
+"""Records of many ArrayRecord files, of which few are open at a time."""
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
+
+from layerskip_jax.schema import UserError
+
+# A process may have as few as 128 files open at once, and opening one takes less than 0.1 ms.
+OPEN_SHARDS = 32
+# How the library words what the operating system refused, as opposed to what it read.
+_REFUSED = re.compile(r"\w+\(\) failed: ([^;\]]+)")
+
+
+class DamagedError(UserError):
+    """A record, or the index of a file, is not what was written."""
+
+
+class Shards:
+    """The records of several files as one sequence.
+
+    Files are opened when they are read, and the ones read longest ago closed, so that any number
+    of them can be read in any order, by several threads.
+    """
+
+    def __init__(self, files: Sequence[str | Path]):
+        """Opens every file once, to count its records.
+
+        Args:
+          files: made by `layerskip prepare`, or anything of the same format.
+
+        Raises:
+          DamagedError: the index of a file is damaged.
+          UserError: a file cannot be opened; names the operating system's reason.
+        """
+        self._files = [str(file) for file in files]
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_open)
+        with ThreadPoolExecutor(8) as pool:
+            counts = list(pool.map(_count, self._files))
+        self._starts = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, number: int) -> bytes:
+        """Returns a record.
+
+        Raises:
+          DamagedError: it is damaged; names the file and the record.
+          UserError: its file cannot be read; names the operating system's reason.
+        """
+        file, position = self._locate(number)
+        try:
+            return self._open(file).read([position])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise _explained(file, f"record {position}", error) from error
+
+    def name(self, number: int) -> str:
+        """Returns the file of a record, and its place there."""
+        file, position = self._locate(number)
+        return f"{file}: record {position}"
+
+    def _locate(self, number: int) -> tuple[str, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._files[shard], number - int(self._starts[shard])
+
+
+def read_in_order(files: Sequence) -> Iterator[bytes]:
+    """Yields the records of some files one after the other, with one of them open.
+
+    Args:
+      files: paths, or what TFDS calls the file instructions of a split.
+
+    Raises:
+      DamagedError, UserError: as `Shards` does.
+    """
+    for file in files:
+        try:
+            with ArrayRecordDataSource([file]) as records:
+                yield from records
+        except (RuntimeError, ValueError, IndexError) as error:
+            name = str(getattr(file, "filename", file))
+            raise _explained(name, "a record", error) from error
+
+
+def _open(file: str) -> ArrayRecordReader:
+    # Records are read one by one, in no order, so nothing is read ahead.
+    reader = ArrayRecordReader(
+        file, options="readahead_buffer_size:0", file_reader_buffer_size=32768
+    )
+    if not reader.ok():  # of which it says nothing until a record is read
+        reader.read([0])
+    return reader
+
+
+def _count(file: str) -> int:
+    try:
+        return _open(file).num_records()
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise _explained(file, "its index", error) from error
+
+
+def _explained(file: str, what: str, error: Exception) -> UserError:
+    """Tells what the operating system refuses from what is damaged."""
+    if refused := _REFUSED.search(str(error)):
+        return UserError(
+            f"{file} cannot be read ({refused[1].strip()}); it is not damaged: see to the disk, "
+            "the permissions or the limit of open files (`ulimit -n`), and start again"
+        )
+    return DamagedError(f"{file}: {what} is damaged ({error})")

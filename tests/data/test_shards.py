@@ -1,0 +1,98 @@
+"""Many files of records, few of them open, and what is said of those that cannot be read."""
+
+import contextlib
+import os
+import resource
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from layerskip_jax.data.shards import OPEN_SHARDS, DamagedError, Shards, read_in_order
+from layerskip_jax.schema import UserError
+
+FILES, RECORDS = 200, 3
+
+
+def record(file, number):
+    return bytes([file % 256, number]) * 200
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for file in range(FILES):
+        writer = ArrayRecordWriter(str(folder / f"{file:03d}"), "group_size:1")
+        for number in range(RECORDS):
+            writer.write(record(file, number))
+        writer.close()
+    return sorted(folder.iterdir())
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextlib.contextmanager
+def limited(more):
+    """Lets this process open so many files beside those it has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The limit is one of numbers, of which the next file takes the lowest that is free.
+    with contextlib.ExitStack() as gaps:
+        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+        for _ in range(max(numbers) + 1 - len(numbers)):
+            gaps.enter_context(open(os.devnull))
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_files_than_may_be_open_are_read_in_any_order(files):
+    before = open_files()
+    with limited(OPEN_SHARDS + 12):
+        shards = Shards(files)
+        assert len(shards) == FILES * RECORDS
+        for index in np.random.default_rng(0).permutation(len(shards)).tolist():
+            assert shards[index] == record(*divmod(index, RECORDS))
+        assert OPEN_SHARDS <= open_files() - before <= OPEN_SHARDS + 2
+        del shards
+        read = list(read_in_order(files))
+        assert read == [record(*divmod(index, RECORDS)) for index in range(len(read))]
+    assert len(read) == FILES * RECORDS
+
+
+def test_what_the_system_refuses_is_not_called_damaged(files, tmp_path):
+    shards = Shards(files)
+    with limited(0), pytest.raises(UserError, match="Too many open files.*`ulimit -n`") as refused:
+        shards[0]
+    assert not isinstance(refused.value, DamagedError)
+    assert shards[0] == record(0, 0), "it can be read when there is room again"
+    for read in (Shards, lambda paths: list(read_in_order(paths))):
+        with pytest.raises(UserError, match="none cannot be read .No such file") as refused:
+            read([tmp_path / "none"])
+        assert not isinstance(refused.value, DamagedError)
+        with limited(0), pytest.raises(UserError, match="Too many open files"):
+            read(files[:1])
+
+
+def test_what_is_damaged_is_called_so(files, tmp_path):
+    content = files[0].read_bytes()
+    cut, bad = tmp_path / "cut", tmp_path / "bad"
+    cut.write_bytes(content[:-1000])
+    bad.write_bytes(content[:200] + bytes(40) + content[240:])
+    with pytest.raises(DamagedError, match="cut: its index is damaged"):
+        Shards([cut])
+    shards = Shards([files[1], bad])
+    assert shards[0] == record(1, 0)
+    damaged = []
+    for number in range(RECORDS):
+        try:
+            assert shards[RECORDS + number] == record(0, number)
+        except DamagedError as error:
+            damaged.append(str(error))
+    assert damaged and all("bad: record" in text for text in damaged)
+    with pytest.raises(DamagedError, match="bad: a record is damaged"):
+        list(read_in_order([bad]))
