@@ -6,9 +6,9 @@ r"""LayerSkip from scratch at 1.5B parameters, 26B tokens.
         --config.data.path=data/scratch_1_5b
 
 LayerSkip, section 5: 24 layers of width 2048, layer dropout exponential in time with p_max .1,
-rotating exits with R = 23 (one early exit a step), e_scale .2; 32 GPUs with 4 sequences each,
-50k steps. With layer dropout the paper doubles the learning rate, to 8e-4; the plain twin goes
-back to 4e-4.
+rotating exits with R = 23 (two neighbours that move up, 1.8 early exits a step on average), e_scale
+.2; 32 GPUs with 4 sequences each, 50k steps. With layer dropout the paper doubles the learning
+rate, to 8e-4; the plain twin goes back to 4e-4.
 """
 
 from common import at_scale

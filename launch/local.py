@@ -69,7 +69,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for name, least in (("processes", 1), ("devices", 1), ("restarts", 0), ("grace", 0)):
         value = getattr(options, name)
-        if value is not None and value < least:
+        if value is not None and not least <= value < float("inf"):
             parser.error(f"--{name}={value} must be at least {least}")
     return options
 

@@ -23,6 +23,7 @@ from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import (
+    LARGEST_UINT32,
     ConfigError,
     UserError,
     build,
@@ -31,6 +32,8 @@ from layerskip_jax.schema import (
     new_names,
     require,
     require_choice,
+    require_count,
+    require_range,
 )
 
 LEARNING_RATE_SCHEDULES = ("cosine", "wsd", "constant")
@@ -46,12 +49,14 @@ class OptimizerConfig:
       learning_rate: the peak, above 0.
       schedule: `cosine` (to `final_fraction` of the peak), `wsd` (warm up, stay, then decay
         linearly over the last `decay_fraction` of the steps) or `constant`.
-      warmup_steps: optimizer steps of linear warm-up from 0, at least 0.
+      warmup_steps: optimizer steps of linear warm-up, at least 0; the first is taken at the peak
+        over this.
       decay_fraction: share of the steps that `wsd` decays over, in [0, 1].
       final_fraction: the last learning rate as a share of the peak, in [0, 1].
-      beta1: decay of the first moment, in [0, 1].
-      beta2: decay of the second moment, in [0, 1].
-      eps: epsilon, added to the root of the second moment, above 0.
+      beta1: decay of the first moment, in [0, 1).
+      beta2: decay of the second moment, in [0, 1).
+      eps: epsilon, added to the root of the second moment, at least 1e-18: the squares of smaller
+        gradients are 0 in float32.
       weight_decay: decoupled decay of matrices and embeddings, at least 0; norms and biases are
         left alone.
       clip_norm: largest global gradient norm, at least 0; 0 turns clipping off.
@@ -71,14 +76,16 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require_choice("schedule", self.schedule, LEARNING_RATE_SCHEDULES)
-        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value} must not be negative")
-        for name in ("beta1", "beta2", "final_fraction", "decay_fraction"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name}={value} must be in [0, 1]")
-        require(self.eps > 0, f"eps={self.eps} must be positive")
+        require_count("warmup_steps", self.warmup_steps, 0)
+        for name, interval in {
+            "learning_rate": "(0, inf)", "final_fraction": "[0, 1]", "decay_fraction": "[0, 1]",
+            "beta1": "[0, 1)", "beta2": "[0, 1)", "eps": "[1e-18, inf)",
+            "weight_decay": "[0, inf)", "clip_norm": "[0, inf)",
+        }.items():  # fmt: skip
+            require_range(name, getattr(self, name), interval)
+
+
+ON_DAMAGED = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +98,8 @@ class DataConfig:
       weights: shares of the rows that come from `path` and from each of `mixture`, all above 0;
         empty without a mixture.
       prefetch: batches read ahead in the background, at least 1.
-      on_damaged: what a record that cannot be read does to the run: `stop` it, or `skip` the
-        record, which then trains nothing and is logged and counted.
+      on_damaged: what a damaged record does to the run: `stop` it, or `skip` the record, which
+        then trains nothing, and in an evaluation counts nothing, and is logged and counted.
     """
 
     path: str = ""
@@ -102,10 +109,9 @@ class DataConfig:
     on_damaged: str = "stop"
 
     def __post_init__(self):
-        require(
-            not self.weights or min(self.weights) > 0, f"weights={self.weights} must be positive"
-        )
-        require_choice("on_damaged", self.on_damaged, ("stop", "skip"))
+        for number, weight in enumerate(self.weights):
+            require_range(f"weights[{number}]", weight, "(0, inf)")
+        require_choice("on_damaged", self.on_damaged, ON_DAMAGED)
         require(self.prefetch >= 1, f"prefetch={self.prefetch} must be at least 1")
 
 
@@ -150,7 +156,7 @@ class CheckpointConfig:
       keep_every_steps: checkpoints of multiples of so many steps, at least 0, are kept for good; 0
         keeps none.
       keep_every_hours: a checkpoint is kept for good where the last one kept for this reason is so
-        many hours older, at least 0; 0 keeps none.
+        many hours older, in [0, 1e6]; 0 keeps none.
       on_failure: what a save that fails does to the run: `stop` it, or `continue` with an error
         in the log (the last save stops it all the same).
     """
@@ -164,11 +170,15 @@ class CheckpointConfig:
     def __post_init__(self):
         require(self.every_steps >= 1, f"every_steps={self.every_steps} must be at least 1")
         require(self.keep >= 1, f"keep={self.keep} must be at least 1")
-        for name in ("keep_every_steps", "keep_every_hours"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        steps, hours = self.keep_every_steps, self.keep_every_hours
+        require(steps >= 0, f"keep_every_steps={steps} must not be negative")
+        require(
+            0 <= hours <= MOST_HOURS, f"keep_every_hours={hours} must be in [0, {MOST_HOURS:g}]"
+        )
         require_choice("on_failure", self.on_failure, ("stop", "continue"))
 
 
+MOST_HOURS = 1e6  # a hundred years: longer times overflow in the libraries that wait
 SPIKE_WINDOW = 50  # steps whose mean and deviation a loss is compared with
 
 
@@ -183,7 +193,7 @@ class GuardsConfig:
         the newest checkpoint from before those steps, and leaves their batches out from then on.
       spike_deviations: a loss so many standard deviations, at least 0, above the mean of the last
         50 steps is logged with its batch; 0 logs none.
-      step_timeout: seconds, at least 0, that a step, an evaluation's batch or the last save may
+      step_timeout: seconds, in [0, 3.6e9], that a step, an evaluation's batch or the last save may
         take before the process writes all stacks and ends, for the launcher to restart it; 0 waits
         for ever.
     """
@@ -194,9 +204,14 @@ class GuardsConfig:
     step_timeout: float = 0.0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value >= 0, f"{field.name}={value} must not be negative")
+        for name in ("nonfinite_limit", "roll_backs"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require_range("spike_deviations", self.spike_deviations, "[0, inf)")
+        most = MOST_HOURS * 3600
+        require(
+            0 <= self.step_timeout <= most,
+            f"step_timeout={self.step_timeout} must be in [0, {most:g}]",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +220,9 @@ class TrainingConfig:
 
     Attributes:
       steps: optimizer steps, T, at least 1.
+      epochs: passes over the training windows, at least 0, that give the number of steps in place
+        of `steps`, the last step whole; of a mixture, over the windows of all its folders together.
+        0 leaves it to `steps`.
       batch_size: windows per optimizer step, over all devices and accumulation steps, at least 1.
       gradient_accumulation: microbatches a step is computed in, at least 0; 0 takes as few as
         `rows_per_device` allows.
@@ -224,6 +242,7 @@ class TrainingConfig:
     """
 
     steps: int = 1000
+    epochs: float = 0.0
     batch_size: int = 32
     gradient_accumulation: int = changeable(1, was="accumulation")
     rows_per_device: int = changeable(0)
@@ -237,9 +256,9 @@ class TrainingConfig:
     wandb: str = changeable("")
 
     def __post_init__(self):
-        for name in (
-            "steps", "batch_size", "loss_chunk", "log_every", "profile_steps"
-        ):  # fmt: skip
+        for name in ("steps", "batch_size", "loss_chunk"):
+            require_count(name, getattr(self, name), 1)
+        for name in ("log_every", "profile_steps"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         accumulation, rows = self.gradient_accumulation, self.rows_per_device
         require(accumulation >= 0, f"gradient_accumulation={accumulation} must not be negative")
@@ -250,8 +269,10 @@ class TrainingConfig:
             "either set gradient_accumulation to 0 and rows_per_device to at least 1, or leave "
             "rows_per_device 0",
         )
-        for name in ("evaluate_every", "evaluate_batches", "peak_tflops", "profile_step"):
+        for name in ("evaluate_every", "evaluate_batches", "profile_step"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("epochs", "peak_tflops"):
+            require_range(name, getattr(self, name), "[0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,14 +280,15 @@ class RunConfig:
     """Everything that defines a run; two runs with equal configs and data are equal.
 
     Attributes:
-      seed: what parameters, data order and layer dropout are drawn from; any whole number.
+      seed: what parameters, data order and layer dropout are drawn from, in
+        0..4294967295.
       init_from: where the first parameters come from: a Hugging Face folder, a GGUF file or the
         folder of another run; its shape is then the model's. Empty draws them at random.
       data: what the run reads.
       model: shape and numerics of the decoder.
       layer_dropout: when layers are skipped.
       early_exit: which exits learn, and how much.
-      optimizer: AdamW and its learning rate.
+      optimizer: which it is, and its learning rate.
       training: the length of the run and what it reports.
       checkpoint: when the run is saved.
       guards: what the run does when a step goes wrong.
@@ -287,6 +309,9 @@ class RunConfig:
     mesh: MeshConfig = changeable(MeshConfig())
     compiler: CompilerConfig = changeable(CompilerConfig())
 
+    def __post_init__(self):
+        require_count("seed", self.seed, 0, LARGEST_UINT32)
+
     def to_dict(self) -> dict:
         """Returns nested plain values, as `from_dict` and JSON take them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -298,8 +323,23 @@ class RunConfig:
 
     @classmethod
     def of_run(cls, values) -> "RunConfig":
-        """Builds the config of a run's folder, whose settings may bear names they had before."""
+        """Builds the config of a run's folder, whose settings may bear names they had before.
+
+        Raises:
+          ConfigError: it is none, or of a later version.
+        """
+        if not is_run_config(values):
+            names = ", ".join(list(values)[:3]) if isinstance(values, Mapping) else repr(values)
+            raise ConfigError(
+                f"the folder's config.json is another program's (it has {names}), so it holds no "
+                "run; a model from elsewhere becomes one with `layerskip import --source=FOLDER`"
+            )
         return build(cls, values, old_names=True)
+
+
+def is_run_config(values: Any) -> bool:
+    """Whether what is in a config.json is a run's config, and not that of a Hugging Face folder."""
+    return isinstance(values, Mapping) and {"model", "training"} <= values.keys()
 
 
 def default_config() -> ConfigDict:

@@ -29,7 +29,14 @@ from layerskip_jax.ops.linear_cross_entropy import (
     Layout,
     linear_cross_entropy,
 )
-from layerskip_jax.schema import renamed, require, require_choice
+from layerskip_jax.schema import (
+    SMALLEST_FLOAT32,
+    renamed,
+    require,
+    require_choice,
+    require_count,
+    require_range,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,30 +70,21 @@ class EarlyExitConfig:
 
     def __post_init__(self):
         require_choice("curriculum", self.curriculum, CURRICULA)
-        require(
-            self.rotation_interval >= 1,
-            f"rotation_interval={self.rotation_interval} must be at least 1",
-        )
-        require(
-            0 < self.gradual_fraction <= 1,
-            f"gradual_fraction={self.gradual_fraction} must be in (0, 1]",
-        )
-        require(self.e_scale >= 0, f"e_scale={self.e_scale} must not be negative")
+        require_count("rotation_interval", self.rotation_interval, 1)
+        for name in ("gradual_fraction", "exit_token_fraction"):
+            require_range(name, getattr(self, name), "(0, 1]")
+        for name in ("e_scale", "z_loss"):
+            require_range(name, getattr(self, name), "[0, inf)")
         for layer in self.layers:
             require(layer >= 0, f"layers={self.layers} must hold layer indices from 0 on")
         require_choice("depth_weight", self.depth_weight, DEPTH_WEIGHTS)
-        require(
-            0 < self.exit_token_fraction <= 1,
-            f"exit_token_fraction={self.exit_token_fraction} must be in (0, 1]",
-        )
-        require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
 
 
 class DepthWeight(NamedTuple):
     """How e(l) depends on the depth.
 
     Attributes:
-      e: `e(num_layers, scale)` returns e(l) of every layer, not yet normalised.
+      e: `e(num_layers, scale)` returns e(l) of every layer, not yet normalised, in float64.
       caption: what the report says of it.
     """
 
@@ -97,7 +95,7 @@ class DepthWeight(NamedTuple):
 def _quadratic(num_layers: int, scale: float) -> Float[np.ndarray, "L"]:
     """LayerSkip, eq. 6."""
     last = num_layers - 1
-    l = np.arange(num_layers, dtype=np.float32)
+    l = np.arange(num_layers, dtype=np.float64)
     weights = scale * l * (l + 1) / 2
     weights[last] = last + scale * (last - 1) * last / 2
     if num_layers == 1:
@@ -109,9 +107,9 @@ def _of_depth(function: Callable) -> Callable[[int, float], Float[np.ndarray, "L
     """Returns e(l) as a function of l + 1, times the scale below the last layer."""
 
     def e(num_layers, scale):
-        weights = function(np.arange(1, num_layers + 1, dtype=np.float32))
+        weights = function(np.arange(1, num_layers + 1, dtype=np.float64))
         weights[: num_layers - 1] *= scale
-        return weights.astype(np.float32)
+        return weights
 
     return e
 
@@ -220,8 +218,18 @@ class ActiveExits(NamedTuple):
 
 
 def depth_weights(num_layers: int, scale: float, name: str = "quadratic") -> Float[np.ndarray, "L"]:
-    """Returns e(l), not yet normalised (see `DEPTH_WEIGHTS`)."""
+    """Returns e(l), not yet normalised, in float64 (see `DEPTH_WEIGHTS`)."""
     return DEPTH_WEIGHTS[name].e(num_layers, scale)
+
+
+def _relative_weights(config: EarlyExitConfig, num_layers: int) -> Float32[np.ndarray, "L"]:
+    """Returns e(l) over a power of two, so that any e_scale leaves sums and shares in float32."""
+    weights = depth_weights(num_layers, config.e_scale, config.depth_weight)
+    weights = np.ldexp(weights, -np.frexp(weights.max())[1])
+    weights[weights < SMALLEST_FLOAT32] = 0.0
+    # The last layer is always on, and at some steps alone.
+    weights[-1] = max(weights[-1], SMALLEST_FLOAT32)
+    return weights.astype(np.float32)
 
 
 def active_exits(
@@ -256,8 +264,7 @@ def check_exits(config: EarlyExitConfig, num_layers: int) -> None:
 
 def max_active_exits(config: EarlyExitConfig, num_layers: int) -> int:
     """Returns A, the most exits that are on and have a weight at any step."""
-    weights = depth_weights(num_layers, config.e_scale, config.depth_weight)
-    has_weight = (weights > 0) & may_learn(config, num_layers)
+    has_weight = (_relative_weights(config, num_layers) > 0) & may_learn(config, num_layers)
     sets = CURRICULA[config.curriculum].sets(config, num_layers)
     return int((sets & has_weight)[:, :-1].sum(axis=1).max()) + 1
 
@@ -267,7 +274,7 @@ def exit_weights(
 ) -> Float[Array, "L"]:
     """Returns w(t, l), which sums to 1 over the layers (LayerSkip, eq. 5)."""
     active = active_exits(config, num_layers, step, total_steps)
-    weights = jnp.where(active, depth_weights(num_layers, config.e_scale, config.depth_weight), 0.0)
+    weights = jnp.where(active, _relative_weights(config, num_layers), 0.0)
     return weights / weights.sum()
 
 

@@ -39,7 +39,13 @@ from layerskip_jax.ops.capacity_switch import (
     take_rows,
 )
 from layerskip_jax.ops.remat import rematerialised, run_block
-from layerskip_jax.schema import renamed, require, require_choice
+from layerskip_jax.schema import (
+    renamed,
+    require,
+    require_choice,
+    require_count,
+    require_range,
+)
 
 # D(l) as a function of the layer index l and the depth L; L = 1 gives 1 (see `depth_schedule`).
 DEPTH_SCHEDULES: dict[str, Callable] = {
@@ -70,8 +76,8 @@ class LayerDropoutConfig:
     """When layers are skipped.
 
     Attributes:
-      p_max: the largest drop probability, reached by the last layer, in [0, 1); 0 turns dropout
-        off.
+      p_max: what the schedules are multiplied by, the largest drop probability there can be, in
+        [0, 1); 0 turns dropout off.
       depth_schedule: D(l) over the layers: `exp` (LayerSkip), `linear`, `uniform`, `alternating`
         (every second layer), `log`, `sin` or `sigmoid`.
       time_schedule: S(t) over the steps: `constant`, `exp` (LayerSkip from scratch), `increasing`
@@ -94,14 +100,14 @@ class LayerDropoutConfig:
     row_groups: int = renamed("groups", 1)
 
     def __post_init__(self):
-        require(0 <= self.p_max < 1, f"p_max={self.p_max} must be in [0, 1)")
+        require_range("p_max", self.p_max, "[0, 1)")
         require_choice("depth_schedule", self.depth_schedule, DEPTH_SCHEDULES)
         require_choice("time_schedule", self.time_schedule, TIME_SCHEDULES)
         require_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
         require_choice("execution", self.execution, EXECUTIONS)
         for layer in self.layers:
             require(layer >= 0, f"layers={self.layers} must hold layer indices from 0 on")
-        require(self.row_groups >= 1, f"row_groups={self.row_groups} must be at least 1")
+        require_count("row_groups", self.row_groups, 1)
 
     def menu(self, group_size: int) -> tuple[int, ...]:
         """Returns the numbers of rows that a group of `group_size` may keep, ascending."""

@@ -7,13 +7,21 @@ dataclass refuses all become a `ConfigError` that names the full key and the rem
 
 import dataclasses
 import difflib
+import math
+import numbers
 import os
+import struct
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+LARGEST_INT32 = 2**31 - 1
+LARGEST_UINT32 = 2**32 - 1
+# Below the smallest, devices read 0.
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 class ConfigError(ValueError):
@@ -51,6 +59,82 @@ def require(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number of Python or numpy; a bool, a str and 4.0 are none."""
+    return is_whole_type(type(value))
+
+
+def is_whole_type(kind: type) -> bool:
+    """Whether the values of a type are whole numbers, see `is_whole`."""
+    return issubclass(kind, numbers.Integral) and not issubclass(kind, bool)
+
+
+def require_whole(name: str, value: Any) -> None:
+    """Raises `ConfigError` unless `value` is a whole number, see `is_whole`."""
+    if not is_whole(value):
+        near = isinstance(value, numbers.Real) and float(value).is_integer()
+        hint = f", such as {int(value)}" if near and not isinstance(value, bool) else ""
+        raise ConfigError(
+            f"{name}={value!r} has type {type(value).__name__}; it must be a whole number{hint}"
+        )
+
+
+def require_number(name: str, value: Any) -> None:
+    """Raises `ConfigError` unless `value` is a number of Python or numpy."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} has type {type(value).__name__}; it must be a number")
+
+
+def as_float32(number: float) -> float:
+    """Returns what a device makes of a number: rounded, `inf` if too large, 0 if too small."""
+    try:
+        [rounded] = struct.unpack("f", struct.pack("f", number))
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+    return 0.0 if abs(rounded) < SMALLEST_FLOAT32 else rounded
+
+
+def require_range(name: str, value: float, interval: str, reason: str = "") -> None:
+    """Raises `ConfigError` unless a number, and the float32 that it becomes, is in an interval.
+
+    Neither may the float32 be 0 where the number is not: such a setting would be off unsaid.
+
+    Args:
+      name: what it is called.
+      value: the number.
+      interval: such as `[0, 1)`; `inf` for an open end, where the number must be finite still.
+      reason: added to the message, after a colon.
+    """
+    require_number(name, value)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if high < math.inf:
+        wanted = f"in {interval}"
+    else:
+        wanted = f"{'above' if interval[0] == '(' else 'at least'} {low:g}"
+
+    def inside(number: float) -> bool:
+        above = number > low or (number == low and interval[0] == "[")
+        return above and (number < high or (number == high and interval[-1] == "]"))
+
+    reason = reason and f": {reason}"
+    require(math.isfinite(value), f"{name}={value} must be a number, finite and {wanted}{reason}")
+    require(inside(value), f"{name}={value} must be {wanted}{reason}")
+    there = as_float32(value)
+    require(
+        math.isfinite(there) and inside(there) and (there == 0) == (value == 0),
+        f"{name}={value} must be {wanted} in float32 too, where it is {there:g}; the numbers "
+        f"there go from {SMALLEST_FLOAT32:.3g} to {LARGEST_FLOAT32:.3g}, with "
+        f"seven digits{reason}",
+    )
+
+
+def require_count(name: str, value: int, least: int, most: int = LARGEST_INT32) -> None:
+    """Raises `ConfigError` unless a whole number is in `least..most`, by default up to int32's."""
+    require_whole(name, value)
+    require(value >= least, f"{name}={value} must be at least {least}")
+    require(value <= most, f"{name}={value} must be at most {most}, the largest there is for it")
 
 
 def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -165,7 +249,10 @@ def _convert(hint: Any, value: Any, path: str, old_names: bool = False) -> Any:
         inner = typing.get_args(hint)[0]
         return tuple(_convert(inner, item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{path}={value} is larger than any number may be") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(
             f"{path}={value!r} has type {type(value).__name__}; it must be {hint.__name__}"

@@ -1,10 +1,13 @@
+import ast
 import dataclasses
 import json
+import math
 import re
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from layerskip_jax.cli import VERBS, main
@@ -20,16 +23,78 @@ from layerskip_jax.config import (
     load_config,
     recipe_names,
 )
-from layerskip_jax.early_exit_loss import EarlyExitConfig
-from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights
+from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.run_folder.claim import check_workdir
 from layerskip_jax.run_folder.paths import RunFolder, open_run
-from layerskip_jax.schema import new_names
+from layerskip_jax.schema import SMALLEST_FLOAT32, new_names
 
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 # Old names of settings, and their new ones.
 RENAMED = new_names(RunConfig)
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [CONFIGS / f"{name}.py" for name in recipe_names()]
+
+
+# What recipes say of their settings, and what the settings say of it.
+FIGURES = {
+    r"p_max (\.\d+)": lambda c: c.layer_dropout.p_max,
+    r"mean probability is (\.\d+)": lambda c: np.mean(
+        [drop_probabilities(c.layer_dropout, c.model.num_layers, t, 99) for t in range(99)]
+    ),
+    r"e_scale (\.\d+|\d)": lambda c: c.early_exit.e_scale,
+    r"R = (\d+)": lambda c: c.early_exit.rotation_interval,
+    r"every (fifth) layer": lambda c: {5: "fifth"}[c.early_exit.rotation_interval],
+    r"(two) neighbours that move up": lambda c: {2: "two"}[_early_exits(c).max()],
+    r"(\d\.\d) early exits a step": lambda c: _early_exits(c).mean(),
+    r"([\d.]+)k steps": lambda c: c.training.steps / 1000,
+    r"run of (\d+) steps": lambda c: c.training.steps,
+    r"(\d+ GPUs with \d+) (?:sequences|samples) each": lambda c: c.training.batch_size,
+    r"([\d.]+)B tokens": lambda c: _tokens(c) / 1e9,
+    r"(?:at|(?<!back )to|and) (\de-\d)": lambda c: c.optimizer.learning_rate,
+    r"(\d+) layers of width": lambda c: c.model.num_layers,
+    r"layers of width (\d+)": lambda c: c.model.model_dim,
+    r"on a (quarter) of the tokens": lambda c: {0.25: "quarter"}[c.early_exit.exit_token_fraction],
+}
+
+
+def _early_exits(config):
+    """Returns how many exits below the last layer have a weight, at each step of a rotation."""
+    layers = config.model.num_layers
+    weights = [exit_weights(config.early_exit, layers, t, 10**6) for t in range(layers)]
+    return (np.array(weights)[:, :-1] > 0).sum(axis=1)
+
+
+def _tokens(config):
+    return config.training.steps * config.training.batch_size * config.model.max_sequence_length
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if path.stem != "ablation"],  # which tells of five variants
+    ids=lambda path: path.name,
+)
+def test_a_recipe_says_of_itself_what_is_so(path):
+    text = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+    config = load_config([f"--config={path}"])
+    assert "one early exit a step" not in text
+    for pattern, figure in FIGURES.items():
+        for said in re.findall(pattern, text):
+            if " GPUs with " in said:
+                said = str(math.prod(map(int, said.split(" GPUs with "))))
+            actual = figure(config)
+            if isinstance(actual, str):
+                assert said == actual, pattern
+                continue
+            last_digit = 10.0 ** -len(said.partition("e")[0].partition(".")[2])
+            last_digit *= 10.0 ** int(said.partition("e")[2] or 0)
+            assert abs(float(said) - actual) < 0.51 * last_digit, f"{pattern}: {said}, not {actual}"
+
+
+def test_the_figures_of_recipes_are_found():
+    """Each pattern in one recipe at least, or its figure is not checked any more."""
+    texts = [" ".join(ast.get_docstring(ast.parse(path.read_text())).split()) for path in RECIPES]
+    assert not [p for p in FIGURES if not any(re.search(p, text) for text in texts)]
 
 
 @pytest.fixture
@@ -136,16 +201,88 @@ def test_every_refusal_names_the_setting(value):
     """Whatever a dataclass refuses, its message begins with the whole name of a setting."""
     names, refused = _settings(RunConfig().to_dict()), 0
     for name in names:
-        values = value
-        for key in reversed(name.split(".")):
-            values = {key: values}
         try:
-            RunConfig.from_dict(values)
+            RunConfig.from_dict(_with(name, value))
         except ConfigError as error:
             named = re.match(r"config\.([a-z0-9_.]+)", str(error))
             assert named and named[1].rstrip(".") in names, f"{name}={value!r}: {error}"
             refused += 1
     assert refused >= 5
+
+
+def _with(name, value):
+    """Returns the values of a config in which one setting has a value."""
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    return value
+
+
+def _settings_of(kind):
+    """Returns the settings with such a default; those of a tuple with one item of it."""
+    group, found = RunConfig().to_dict(), {}
+    for name in _settings(group):
+        value = group
+        for key in name.split("."):
+            value = value[key]
+        if type(value) is kind:
+            found[name] = value
+    return found
+
+
+# Numbers that Python alone computes with.
+HOST_SECONDS = {"checkpoint.keep_every_hours", "guards.step_timeout"}
+HOST_COUNTS = {
+    "data.prefetch", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
+    "guards.nonfinite_limit", "guards.roll_backs", "training.log_every", "training.evaluate_every",
+    "training.evaluate_batches", "training.profile_step", "training.profile_steps",
+    "training.gradient_accumulation", "training.rows_per_device", "model.head_dim",
+    *(f"mesh.shape.{axis}" for axis in ("data", "fsdp", "tensor", "context", "slice")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 1e-40, -1e-40, 10**400])
+def test_no_number_vanishes_or_overflows_in_float32(value):
+    """Of every setting; what passes the check is the number that devices compute with."""
+    for name in _settings_of(float):
+        if name in HOST_SECONDS and value == 1e-40:
+            continue
+        with pytest.raises(ConfigError, match=rf"^config\.{re.escape(name)}="):
+            RunConfig.from_dict(_with(name, value))
+    with pytest.raises(ConfigError, match=r"^config.data.weights\[1\]="):
+        RunConfig.from_dict(_with("data.weights", (0.5, value)))
+
+
+def test_no_whole_number_goes_beyond_int32():
+    for name in _settings_of(int).keys() - HOST_COUNTS - {"seed"}:
+        with pytest.raises(
+            ConfigError, match=rf"^config\.{re.escape(name)}={2**31} must be at most"
+        ):
+            RunConfig.from_dict(_with(name, 2**31))
+
+
+def test_seeds_are_those_that_draw_differently():
+    for seed in (0, 2**31, 2**32 - 1):
+        assert RunConfig.from_dict({"seed": seed}).seed == seed
+    for seed in (-1, 2**32):  # which draws what 0 draws
+        with pytest.raises(ConfigError, match=f"config.seed={seed} must be"):
+            RunConfig.from_dict({"seed": seed})
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("optimizer.learning_rate", (SMALLEST_FLOAT32, LARGEST)),
+        ("optimizer.final_fraction", (0.0, SMALLEST_FLOAT32, 1.0)),
+        ("early_exit.e_scale", (0.0, SMALLEST_FLOAT32, LARGEST)),
+        ("early_exit.gradual_fraction", (SMALLEST_FLOAT32, 1.0)),
+        ("layer_dropout.p_max", (0.0, SMALLEST_FLOAT32, 1 - 2**-24)),
+        ("model.rope_theta", (1 + 2**-23, LARGEST)),
+        ("guards.step_timeout", (0.0, 1e-40, 3.6e9)),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(name, values):
+    for value in values:
+        RunConfig.from_dict(_with(name, value))
 
 
 def _settings(values, prefix=""):

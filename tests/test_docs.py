@@ -22,10 +22,20 @@ from typing import NamedTuple
 import pytest
 
 from layerskip_jax import cli
-from layerskip_jax.config import RunConfig, load_config
+from layerskip_jax.config import (
+    RunConfig,
+    load_config,
+    recipe_names,
+    recipe_path,
+    recipe_targets,
+)
 from layerskip_jax.early_exit_loss import CURRICULA, DEPTH_WEIGHTS
+from layerskip_jax.hardware.chips import GIB
+from layerskip_jax.hardware.topology import parse_topology
 from layerskip_jax.layer_dropout import DEPTH_SCHEDULES, RESIDUAL_SCALES, TIME_SCHEDULES
+from layerskip_jax.planning.compile import plan_step_apart
 from tests.launch.scripts import run as run_script
+from tests.test_floor_plan import ORDER
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
@@ -215,6 +225,10 @@ def test_an_unmarked_block_has_only_commands_that_are_run(page):
             "python launch/local.py --processes=0 -- train --config=quickstart --workdir=x",
             "least 1",
         ),
+        (
+            "python launch/local.py --processes=1 --grace=nan -- train --config=quickstart",
+            "--grace=nan must be at least 0",
+        ),
         ("make tset", "tset"),
         ("torchrun generate.py", "torchrun"),
         ("python -m pytest tests/test_nothing.py", "test_nothing"),
@@ -386,6 +400,92 @@ def test_what_the_prose_names_exists(page):
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in targets, f"{page.name}: no target {target}"
+
+
+SOURCES = [
+    file
+    for folder in ("layerskip_jax", "configs", "benchmarks", "launch")
+    for file in sorted((REPOSITORY / folder).rglob("*"))
+    if file.suffix in (".py", ".sh")
+]
+
+
+@pytest.mark.parametrize("folder", ["layerskip_jax", "configs", "benchmarks", "launch"])
+def test_what_docstrings_and_messages_name_exists(folder):
+    """Settings that are to be set, verbs, files, and sections of the method."""
+    settings = groups_and_settings() | {"a.b"}
+    for file in SOURCES:
+        if file.relative_to(REPOSITORY).parts[0] != folder:
+            continue
+        text = file.read_text()
+        for name in re.findall(r"--config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?![\w{])", text):
+            assert name in settings, f"{file}: no setting config.{name}"
+        for verb in re.findall(r"`layerskip ([a-z][a-z-]*)", text):
+            assert verb in cli.VERBS, f"{file}: no verb {verb}"
+        folders = "tests|layerskip_jax|configs|launch|benchmarks|docs"
+        for path in re.findall(rf"(?<![\w/.])((?:{folders})/[\w./-]*\w)", text):
+            assert (REPOSITORY / path).exists() or "NAME" in path, f"{file}: no file {path}"
+        for page, section in re.findall(r"docs/(\w+\.md), section (\d)", text):
+            assert f"## {section}. " in (REPOSITORY / "docs" / page).read_text(), f"{file}: {page}"
+
+
+def _tables(page: str) -> list[list[str]]:
+    """Returns the cells of every row of a page's tables."""
+    lines = (REPOSITORY / "docs" / page).read_text().splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+
+
+def test_the_pages_have_every_target_of_every_recipe():
+    """With the devices that it names; a claim counts those of TPUs."""
+    targets = {
+        (name, target): settings["mesh.topology"]
+        for name in recipe_names()
+        for target, settings in recipe_targets(recipe_path(name)).items()
+    }
+    tpus = {f"`{n}:{t}`": place for (n, t), place in targets.items() if t != "h100"}
+    gpus = {f"`{n}`": place for (n, t), place in targets.items() if t == "h100"}
+    rows = {row[0]: row for row in _tables("scaling.md")}
+    assert {name: rows[name][1].rpartition(" ")[2] for name in tpus} == tpus
+    assert {name: f"h100:{rows[name][1]}" for name in gpus} == gpus
+    claims = (REPOSITORY / "docs" / "claims.md").read_text()
+    assert f"each of its {len(tpus)} TPU topologies" in claims
+
+
+def test_what_is_calculated_of_gpus_is_what_the_table_says():
+    (row,) = (row for row in _tables("scaling.md") if row[0] == "`topv2_1_5b_finetune`")
+    config = load_config(["--config=topv2_1_5b_finetune:h100"])
+    plan = plan_step_apart(config, parse_topology(config.mesh.topology, 1))
+    said = [f"{plan.memory.total / GIB:.2f}", f"{plan.step_seconds:.2f} s", f"{plan.mfu:.0%}"]
+    assert row[2:] == said
+
+
+def test_a_claim_counts_what_its_test_tries():
+    from tests.training.test_recovery import DAMAGES
+    from tests.training.test_step import MESHES
+
+    claims = (REPOSITORY / "docs" / "claims.md").read_text()
+    words = "no one two three four five six seven eight nine ten".split()
+    assert f"on eight devices in {words[len(MESHES)]} meshes" in claims
+    assert f"in {words[len(DAMAGES)]} ways of damage" in claims
+    rules = len(RunConfig().to_dict()["mesh"]["rules"])
+    text = (REPOSITORY / "docs" / "scaling.md").read_text()
+    assert rules == 14 and "a table of\nfourteen names" in text
+
+
+def test_the_page_for_who_works_on_it_has_the_order_and_the_rooms_there_are():
+    text = (REPOSITORY / "docs" / "contributing.md").read_text()
+    order = re.search(r"```text\n(schema <.*?)```", text, re.DOTALL)[1]
+    assert tuple(re.split(r"\s*<\s*", order.strip())) == ORDER
+    tree = re.search(r"```text\n(layerskip_jax/.*?)```", text, re.DOTALL)[1]
+    named = re.findall(r"^  ([a-z]\S*(?: \w+\.py)*)", tree, re.MULTILINE)
+    paths = {path.rstrip("/") for names in named for path in names.split()}
+    package = REPOSITORY / "layerskip_jax"
+    there = {
+        path.name
+        for path in package.iterdir()
+        if not path.name.startswith("_") and path.name != "configs"
+    }
+    assert paths == there
 
 
 # And the commands are run.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_jax import early_exit_loss as ee
-from layerskip_jax.schema import ConfigError
+from layerskip_jax.schema import SMALLEST_FLOAT32, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,21 @@ def test_a_share_of_the_tokens_gives_the_loss_and_gradient_on_average():
     assert len({float(part[0][0]) for part in parts}) == 6
     for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ee.DEPTH_WEIGHTS)
+@pytest.mark.parametrize("scale", [0.0, SMALLEST_FLOAT32, 1e-20, 1.0, 1e20, 3.4e38])
+def test_exits_share_the_loss_at_every_scale(name, scale):
+    """Against eq. 5 in float64, also at steps that have the last layer on alone."""
+    config = ee.EarlyExitConfig("rotational", 5, e_scale=scale, depth_weight=name, layers=(0, 2))
+    e = ee.depth_weights(5, scale, name)
+    for step in range(5):
+        on = np.asarray(ee.active_exits(config, 5, step, 10))
+        exact = np.where(on, e, 0) / e[on].sum()
+        weights = np.asarray(ee.exit_weights(config, 5, step, 10), np.float64)
+        np.testing.assert_allclose(weights, exact, rtol=1e-6, atol=1e-30)
+        slots = ee.select_exits(config, 5, step, 10)
+        np.testing.assert_allclose(np.sum(slots.weights), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_jax import layer_dropout as ld
-from layerskip_jax.schema import ConfigError
+from layerskip_jax.schema import SMALLEST_FLOAT32, ConfigError
 
 
 def test_exp_depth_schedule_has_the_published_values():
@@ -237,10 +237,26 @@ def test_the_plan_of_a_microbatch_is_its_part_of_the_plan():
     np.testing.assert_array_equal(plan.rows(4, 4).keep, plan.keep[:, 4:])
 
 
+@pytest.mark.parametrize("p_max", [SMALLEST_FLOAT32, 1e-9, 1 - 2**-24])
+def test_a_plan_can_be_drawn_at_the_ends_of_p_max(p_max):
+    """No schedule takes p above it, and 1 / (1 - p) is finite."""
+    for depth in ld.DEPTH_SCHEDULES:
+        config = ld.LayerDropoutConfig(p_max, depth, residual_scale="inverse_keep")
+        p = ld.drop_probabilities(config, 7, 3, 4)
+        assert 0 <= p.min() and p.max() <= np.float32(p_max)
+        assert np.isfinite(ld.residual_scales(config, p)).all()
+    menu = config.menu(8)
+    assert menu[0] <= 8 * (1 - p_max) <= menu[-1] == 8
+    plan = ld.draw_keep_plan(jax.random.key(0), p, batch_size=16, groups=2, menu=menu)
+    counts = np.asarray(plan.keep.reshape(7, 2, 8).sum(axis=-1))
+    assert (counts == np.asarray(menu)[plan.capacity_index][:, None]).all()
+
+
 @pytest.mark.parametrize(
     "settings_, message",
     [
         ({"p_max": 1.0}, r"p_max=1.0 must be in \[0, 1\)"),
+        ({"p_max": 0.999999999}, r"p_max=0.999999999 must be in \[0, 1\) in float32 too"),
         ({"p_max": -0.1}, "p_max=-0.1"),
         ({"depth_schedule": "expo"}, "depth_schedule='expo' is not one of .* Did you mean 'exp'"),
         ({"time_schedule": "warp"}, "time_schedule='warp' is not one of"),

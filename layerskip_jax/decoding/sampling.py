@@ -2,7 +2,8 @@
 
 The processed distribution is softmax(logits / temperature), cut to the `top_k` likeliest
 tokens, cut to the fewest likeliest ones that hold `top_p` of what is left, and normalised
-again; always in float32. Noise belongs to a row and a position, not to a step of a loop: the
+again; in float32, whatever the temperature. Noise belongs to a row and a position, not to a
+step of a loop: the
 token at position n is argmax(log p + gumbel(row, n)), whoever chooses it. So drafts and the
 whole model draw alike, and sampled tokens do not depend on the exit, on the draft length or
 on the other rows (drafter-invariant sampling).
@@ -38,19 +39,21 @@ class Sampling(NamedTuple):
 
 
 def likeliest(scores: Float[Array, "... V"]) -> Int[Array, "..."]:
-    """Returns the index of the highest score, of equals the lowest.
+    """Returns the index of the highest score, of equals the lowest; V where it is not finite.
 
-    As two plain reductions, which a compiler splits over a split vocabulary; it would gather
+    No token has the id V: whoever finds it among tokens knows that scores were not finite. As two
+    plain reductions, which a compiler splits over a split vocabulary; it would gather
     the scores for an argmax.
     """
-    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    vocab = scores.shape[-1]
     best = jnp.max(scores, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(scores == best, index, scores.shape[-1] - 1), axis=-1)
+    is_best = (scores == best) & jnp.isfinite(best)
+    return jnp.min(jnp.where(is_best, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
 
 
 def _ordered_bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """Maps float32 to integers of the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    """Maps float32 to integers of the same order, both zeros to one."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
@@ -69,10 +72,16 @@ def _highest_threshold(bits: UInt32[Array, "... V"], weight, enough) -> UInt32[A
 def processed(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
     """Returns float32 log-probabilities of the processed distribution; -inf is cut off.
 
-    Tokens as likely as the last one that is kept are kept too.
+    Tokens as likely as the last one that is kept are kept too: those of the same logit, since a
+    high temperature makes others as likely in float32 only.
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / sampling.temperature)
-    bits = _ordered_bits(log_p)
+    logits = logits.astype(jnp.float32)
+    bits = _ordered_bits(logits)
+    # Of 0 and what is below it, the quotient is 0 or -inf at worst, however low the temperature.
+    # A very high one has no reciprocal in float32, so what is cut off already must stay so.
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = jnp.where(jnp.isneginf(below), below, below / sampling.temperature)
+    log_p = jax.nn.log_softmax(scaled)
     vocab = logits.shape[-1]
 
     def keep_top_k(log_p):
@@ -83,6 +92,7 @@ def processed(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array,
         # By the sum itself, since rounding may leave it a little short of 1.
         p = jnp.exp(log_p)
         enough = jnp.minimum(sampling.top_p, 1) * p.sum(axis=-1, keepdims=True)
+        enough = jnp.maximum(enough, jnp.finfo(jnp.float32).tiny)  # 0 would be enough of nothing
         kept = bits >= _highest_threshold(bits, p, enough)
         return jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf))
 

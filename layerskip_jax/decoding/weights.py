@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from layerskip_jax.model.layers import RMSNorm
 from layerskip_jax.model.rope import apply_rope
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.ops.elementwise import swiglu
-from layerskip_jax.schema import require
+from layerskip_jax.schema import UserError, require
 
 # Outputs in a panel, the largest matrix that lies in panels, and the most rows that are multiplied
 # by panels as they lie; for more rows the matrix is put together again.
@@ -186,16 +187,52 @@ class DecoderWeights(NamedTuple):
         return Matrix(self.embedding) if self.head is None else self.head
 
 
-@functools.partial(jax.jit, static_argnames="panels")
 def decoder_weights(model: Transformer, *, panels: bool = False) -> DecoderWeights:
     """Takes a model's stacked layers apart, joins their matrices and casts to its dtype.
 
     Args:
-      model: any parameters.
+      model: its parameters.
       panels: whether matrices of up to `MOST_PANEL_BYTES` lie in panels (see `pays_for_panels`). A
         head that does is kept beside the embedding even where it is the embedding, which lies by
         tokens.
+
+    Raises:
+      UserError: a parameter holds a number that is not finite in the model's dtype.
     """
+    weights, finite = _laid_out(model, panels=panels)
+    for name, of_layers in jax.device_get(finite).items():
+        if not of_layers.all():
+            which = f" of layer {int(np.argmin(of_layers))}" if of_layers.ndim else ""
+            raise UserError(
+                f"the parameter {name}{which} holds a number that is not finite in "
+                f"{model.config.dtype}, so no token or loss of this model means anything; take "
+                "another checkpoint (--step), or weights that are whole"
+            )
+    return weights
+
+
+def _finite(model: Transformer) -> dict[str, Bool[Array, "..."]]:
+    """Returns by parameter whether all its numbers are finite in the model's dtype.
+
+    One answer for each layer of a stacked parameter.
+    """
+
+    def of(leaf, stacked):
+        finite = jnp.isfinite(leaf.astype(model.config.compute_dtype))
+        return finite.all(axis=tuple(range(1, leaf.ndim))) if stacked else finite.all()
+
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        found[name] = of(leaf, stacked=name.startswith("layers."))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="panels")
+def _laid_out(
+    model: Transformer, *, panels: bool
+) -> tuple[DecoderWeights, dict[str, Bool[Array, "..."]]]:
+    """Returns the weights, and what `_finite` says of the parameters."""
     config = model.config
     dtype = config.compute_dtype
     queries = config.num_heads // config.num_kv_heads
@@ -229,12 +266,13 @@ def decoder_weights(model: Transformer, *, panels: bool = False) -> DecoderWeigh
 
     head = matrix(model.head_weight[:, : config.vocab_size], config.model_dim)
     shared = config.tie_embeddings and head.outputs is None
-    return DecoderWeights(
+    weights = DecoderWeights(
         embedding=model.embedding[: config.vocab_size].astype(dtype),
         layers=tuple(map(layer, range(config.num_layers))),
         final_norm=model.final_norm,
         head=None if shared else head,
     )
+    return weights, _finite(model)
 
 
 def reduced_head(weights: DecoderWeights, tokens: Int[Array, "N"]) -> DraftHead:

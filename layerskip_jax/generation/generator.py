@@ -37,7 +37,7 @@ from layerskip_jax.generation.loop import (
 from layerskip_jax.generation.options import Drafting, Generation, Request
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.schema import require
+from layerskip_jax.schema import UserError, require, require_whole
 from layerskip_jax.self_speculation import SpeculationCounts
 
 SMALLEST_BUCKET = 16
@@ -149,6 +149,8 @@ class Generator:
         panels = mesh is None and pays_for_panels(jax.devices()[0].platform)
         weights = decoder_weights(model, panels=panels)
         if draft_tokens is not None:
+            for token in draft_tokens:
+                require_whole("draft_tokens", token)
             tokens = sorted(set(map(int, draft_tokens)))
             require(
                 bool(tokens) and 0 <= tokens[0] and tokens[-1] < self.config.vocab_size,
@@ -180,6 +182,7 @@ class Generator:
 
         Raises:
           ConfigError: before anything is compiled, naming the value and the remedy.
+          UserError: the logits were not finite.
         """
         request = Request(prompts, max_new_tokens, **options)
         job, programs, costs, evidence = self._ready(request)
@@ -204,7 +207,7 @@ class Generator:
         self._evidence[job.arms] = evidence
         real = len(prompts)
         tokens = [
-            row[:n].tolist()
+            self._checked(row[:n].tolist())
             for row, n in zip(sequences.tokens[:real], sequences.count[:real], strict=True)
         ]
         drafting = None
@@ -216,9 +219,23 @@ class Generator:
         )
         return Generation(tokens, seconds, first, read, drafting)
 
-    @staticmethod
+    def _checked(self, tokens: list[int]) -> list[int]:
+        """Returns new tokens, none of which stands for logits that are not finite.
+
+        Raises:
+          UserError: one does (see `likeliest`).
+        """
+        for index, token in enumerate(tokens):
+            if token >= self.config.vocab_size:
+                raise UserError(
+                    f"the logits of new token {index + 1} are not finite, so there is no token: "
+                    f"in {self.config.dtype} the computation overflows, although every weight is "
+                    "finite; compute in float32 (--dtype=float32), or take other weights"
+                )
+        return tokens
+
     def _after_asking(
-        state: Generating, job: _Job, ended: Callable[[int, list[int]], bool], real: int
+        self, state: Generating, job: _Job, ended: Callable[[int, list[int]], bool], real: int
     ) -> np.ndarray | None:
         """Returns the most new tokens of each row, now that `ended` was asked; None if all end."""
         tokens, counts, done = jax.device_get(
@@ -228,7 +245,7 @@ class Generator:
         for row in range(real):
             if done[row]:
                 continue
-            if ended(row, tokens[row, : counts[row]].tolist()):
+            if ended(row, self._checked(tokens[row, : counts[row]].tolist())):
                 most[row] = counts[row]
             else:
                 going_on = True
@@ -260,7 +277,7 @@ class Generator:
                 count, done, tokens = jax.device_get(
                     (state.sequences.count[0], state.sequences.done[0], state.sequences.tokens[0])
                 )
-                yield StreamEvent(False, tokens[shown:count].tolist())
+                yield StreamEvent(False, self._checked(tokens[shown:count].tolist()))
                 shown = count
                 if done:
                     self._evidence[job.arms] = jax.device_get(state.evidence)
@@ -311,7 +328,7 @@ class Generator:
             row[: len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in request.prompts] + [1] * (batch - real))
         # Rows of padding have no room for a token, and are done before they begin.
-        most = np.array([request.max_new_tokens] * real + [0] * (batch - real))
+        most = np.array([int(request.max_new_tokens)] * real + [0] * (batch - real))
         stop = [list(sequence) for sequence in request.stop]
         if request.end_token is not None:
             stop.append([request.end_token])
@@ -344,7 +361,7 @@ class Generator:
             Limits(most.astype(np.int32), table),
             sampling,
             tuple(Arm(*arm) for arm in arms),
-            bucket(request.max_new_tokens, context),
+            bucket(int(request.max_new_tokens), context),
             request.acceptance,
         )
 

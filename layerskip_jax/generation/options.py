@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from layerskip_jax.hardware.bandwidth import read_bandwidth
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.schema import ConfigError, require, require_choice
+from layerskip_jax.schema import (
+    LARGEST_UINT32,
+    ConfigError,
+    is_whole,
+    is_whole_type,
+    require,
+    require_choice,
+    require_count,
+    require_range,
+    require_whole,
+)
 from layerskip_jax.self_speculation import ACCEPTANCES
 
 MODES = ("plain", "early_exit", "self_speculative", "auto")
@@ -28,10 +38,11 @@ class Request:
         spread over the layers.
       end_token: id that ends a row.
       stop: sequences of ids that end a row; they are its last tokens.
-      temperature: 0 decodes greedily.
+      temperature: 0 decodes greedily; else any positive float32.
       top_k: draw from so many likeliest tokens only; None draws from all.
-      top_p: draw from the fewest likeliest tokens that have this share of the probability.
-      seed: the seed of the noise; row i draws with seed + i.
+      top_p: draw from the fewest likeliest tokens that have this share of the probability, in
+        (0, 1].
+      seed: the seed of the noise, in 0..2**32 - 1; row i draws with seed + i, modulo 2**32.
       acceptance: how drawn tokens are accepted, `same_noise` (the very tokens of `plain`) or
         `rejection` (the same distribution).
     """
@@ -54,6 +65,7 @@ class Request:
         """Raises ConfigError where this cannot be asked of such a model."""
         require_choice("mode", self.mode, MODES)
         require_choice("acceptance", self.acceptance, ACCEPTANCES)
+        self._check_types()
         self._check_prompts(config)
         self._check_drafting(config)
         vocab = config.vocab_size
@@ -67,21 +79,36 @@ class Request:
                 0 <= min(sequence) and max(sequence) < vocab,
                 f"stop sequence {list(sequence)} holds a token outside 0..{vocab - 1}",
             )
-        require(
-            0 <= self.temperature < math.inf,
-            f"temperature={self.temperature} must be 0 (greedy) or above",
-        )
+        require_range("temperature", self.temperature, "[0, inf)", "0 is greedy")
         require(
             self.top_k is None or self.top_k >= 1,
             f"top_k={self.top_k} must be at least 1, or None for all tokens",
         )
-        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1")
-        require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0..{2**32 - 1}")
+        require_range("top_p", self.top_p, "(0, 1]")
+        require_count("seed", self.seed, 0, LARGEST_UINT32)
         if self.temperature == 0:
             require(
                 self.top_k is None and self.top_p == 1,
                 "top_k and top_p have no meaning for temperature=0, which takes the likeliest "
                 "token; set a temperature above 0",
+            )
+
+    def _check_types(self) -> None:
+        """Refuses what the compiled programs would cut to a whole number, or fail at."""
+        require_whole("max_new_tokens", self.max_new_tokens)
+        for name in ("exit_layer", "draft_length", "end_token", "top_k"):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name))
+        named = [(f"prompt {index}", prompt) for index, prompt in enumerate(self.prompts)]
+        named += [("a stop sequence", sequence) for sequence in self.stop]
+        named += [("a pair", pair) for pair in self.pairs or ()]
+        for name, ids in named:
+            if all(is_whole_type(kind) for kind in set(map(type, ids))):
+                continue
+            wrong = next(number for number in ids if not is_whole(number))
+            raise ConfigError(
+                f"{name} holds {wrong!r}, which is no whole number; a text is turned into token "
+                "ids by the model's own tokenizer"
             )
 
     def _check_prompts(self, config: ModelConfig) -> None:
@@ -91,7 +118,7 @@ class Request:
         )
         for index, prompt in enumerate(self.prompts):
             require(len(prompt) > 0, f"prompt {index} is empty; begin it with at least one token")
-            total = len(prompt) + self.max_new_tokens
+            total = len(prompt) + int(self.max_new_tokens)
             require(
                 total <= config.max_sequence_length,
                 f"prompt {index} of {len(prompt)} tokens and max_new_tokens="

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.generation.options import Drafting, Generation
-from layerskip_jax.schema import require
+from layerskip_jax.schema import require, require_whole
 
 TIMED_PROMPTS = 4  # that a cycle's cost is measured on
 TIMED_ROUNDS = 5
@@ -97,6 +97,12 @@ def sweep(
         len(exits) > 0 and len(draft_lengths) > 0,
         "name at least one exit and one draft length to measure",
     )
+    for name, values in (
+        ("new_tokens", [new_tokens]), ("exits", exits), ("draft_lengths", draft_lengths),
+        ("repeats", [repeats]),
+    ):  # fmt: skip
+        for value in values:
+            require_whole(name, value)
     require(new_tokens >= 2, f"new_tokens={new_tokens} must be at least 2 to measure a cycle")
     lengths = sorted(set(draft_lengths))
     timing = _Timing(generator, prompts, new_tokens, options)

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 
 from layerskip_jax.ops.attention import KERNELS
 from layerskip_jax.ops.remat import REMAT_POLICIES
-from layerskip_jax.schema import changeable, renamed, require, require_choice
+from layerskip_jax.schema import (
+    as_float32,
+    changeable,
+    renamed,
+    require,
+    require_choice,
+    require_count,
+    require_range,
+)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ROPE_SCALINGS = ("none", "linear", "llama3")
@@ -35,19 +43,15 @@ class RopeScaling:
 
     def __post_init__(self):
         require_choice("kind", self.kind, ROPE_SCALINGS)
+        require_range("factor", self.factor, "[1, inf)", "it stretches the rotary frequencies")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        for name in ("low_freq_factor", "high_freq_factor"):
+            require_range(name, getattr(self, name), "(0, inf)")
         require(
-            self.factor >= 1,
-            f"factor={self.factor} must be at least 1: it stretches the rotary frequencies",
+            as_float32(low) < as_float32(high) and as_float32(high - low) > 0,
+            f"low_freq_factor={low} must be above 0 and below high_freq_factor={high}",
         )
-        require(
-            0 < self.low_freq_factor < self.high_freq_factor,
-            f"low_freq_factor={self.low_freq_factor} must be above 0 and below "
-            f"high_freq_factor={self.high_freq_factor}",
-        )
-        require(
-            self.original_length >= 1,
-            f"original_length={self.original_length} must be at least 1",
-        )
+        require_count("original_length", self.original_length, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +111,8 @@ class ModelConfig:
             "max_sequence_length"
         ).split()
         for name in sizes:
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must not be negative")
+            require_count(name, getattr(self, name), 1)
+        require_count("vocab_size", self.vocab_size, 0)
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}",
@@ -124,8 +128,8 @@ class ModelConfig:
             self.head_dim > 0 and self.head_dim % 2 == 0,
             f"head_dim={self.head_dim} must be positive and even, since RoPE rotates pairs",
         )
-        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be greater than 1")
-        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        require_range("rope_theta", self.rope_theta, "(1, inf)")
+        require_range("norm_eps", self.norm_eps, "(0, inf)")
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("remat", self.remat, REMAT_POLICIES)
         require_choice("attention", self.attention, KERNELS)

@@ -18,7 +18,7 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, "h2"]:
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     # Turns within the original context: few are divided, many are left alone.
-    turns = scaling.original_length * frequencies / (2 * math.pi)
+    turns = float(scaling.original_length) * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor

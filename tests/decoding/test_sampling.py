@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from layerskip_jax.decoding.sampling import Sampling, draw, likeliest, processed, reject
+from layerskip_jax.decoding.sampling import (
+    Sampling,
+    choose,
+    draw,
+    likeliest,
+    processed,
+    reject,
+)
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.schema import ConfigError
+from layerskip_jax.schema import SMALLEST_FLOAT32, ConfigError, UserError
 from tests.helpers import small_model
 
+LARGEST = float(np.finfo(np.float32).max)
+BELOW_ONE, ABOVE_ONE = (float(np.nextafter(np.float32(1), np.float32(n))) for n in (0, 2))
 SETTINGS = [(1.0, None, 1.0), (0.7, 3, 1.0), (1.5, None, 0.8), (1.6, 4, 0.95)]
 
 
@@ -63,8 +72,64 @@ def test_the_processed_distribution_is_that_of_sorting(temperature, top_k, top_p
     np.testing.assert_allclose(np.exp(log_p), expected, atol=1e-6)
 
 
+def _exact_processed(logits, temperature, top_k, top_p):
+    """The definition, in float64: tokens of equal logits stay or go together."""
+    below = logits.astype(np.float64) - float(logits.max())
+    p = np.exp(below / np.float64(np.float32(temperature)))
+    p = np.where(logits >= np.sort(logits)[-top_k], p, 0)
+    p /= p.sum()
+    likelier = np.array([p[logits > logit].sum() for logit in logits])
+    p = np.where((likelier < np.float64(np.float32(top_p))) | (top_p == 1), p, 0)
+    return p / p.sum()
+
+
+def _some_logits():
+    random = np.random.default_rng(3)
+    spread = random.normal(0, 3, 32)
+    ties = np.round(random.normal(0, 2, 32))
+    ties[ties == 0] *= random.choice([1, -1], (ties == 0).sum())  # zeros of both signs
+    wide = np.concatenate([[1e30, -1e30, 90.0, -90.0], random.normal(0, 1, 28)])
+    masked = np.where(np.arange(32) % 3 == 1, spread, -np.inf)  # as a smaller head's to draft from
+    return np.stack([spread, 1e-3 * spread, ties, wide, masked]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [SMALLEST_FLOAT32, 1e-30, 1e-3, BELOW_ONE, 1.0, ABOVE_ONE, 1e3, 1e9, 1e30, LARGEST],
+)
+def test_the_distribution_is_exact_at_every_end_of_every_range(temperature):
+    logits, exact_at = _some_logits(), jax.jit(processed)
+    for top_k, top_p in itertools.product(
+        (1, 2, 31, 32), (SMALLEST_FLOAT32, 1e-9, 0.37, BELOW_ONE, 1.0)
+    ):
+        log_p = exact_at(logits, _sampling(temperature, top_k, top_p))
+        exact = [_exact_processed(row, temperature, top_k, top_p) for row in logits]
+        message = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        np.testing.assert_allclose(np.exp(log_p), exact, rtol=2e-5, atol=2e-7, err_msg=message)
+
+
 def test_the_likeliest_is_the_first_of_equals():
     assert likeliest(jnp.array([[1.0, 3.0, 3.0], [-jnp.inf, -2.0, -3.0]])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 1, 2], [np.inf, 1, 2], [-np.inf] * 3])
+def test_logits_that_are_not_finite_give_no_token(bad):
+    logits = jnp.array([[bad, [3, 1, 2]]], jnp.float32)
+    positions = jnp.array([[4, 5]])
+    assert choose(logits, positions, None).tolist() == [[3, 0]]
+    sampling = _sampling(SMALLEST_FLOAT32, vocab=3)
+    assert choose(logits, positions, sampling).tolist() == [[3, 0]]
+
+
+def test_a_generation_whose_logits_overflow_is_refused():
+    model = Transformer(small_model(), jax.random.key(1))
+    model.head[...] = model.head[...] * 1e38 * 8
+    generator = Generator(model)
+    message = "the logits of new token 1 are not finite.* in float32 the computation overflows"
+    with pytest.raises(UserError, match=message):
+        generator.generate([[1]], 8)
+    with pytest.raises(UserError, match=message):
+        next(generator.stream([1], 8))
 
 
 def test_noise_belongs_to_row_and_position():
@@ -213,7 +278,15 @@ def test_a_row_draws_alike_alone():
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),
         ({"top_k": 5}, "no meaning for temperature=0"),
+        ({"temperature": 1e-40}, "temperature=1e-40 must be at least 0 in float32 too"),
+        ({"temperature": 1e39}, "temperature=1e.39 must be at least 0 in float32 .* it is inf"),
+        ({"temperature": np.inf}, "temperature=inf must be a number, finite"),
+        ({"temperature": np.nan}, "temperature=nan must be a number, finite"),
+        ({"temperature": 1.0, "top_p": 1e-46}, r"top_p=1e-46 must be in \(0, 1\] in float32 too"),
+        ({"temperature": 1.0, "top_p": 1.00000001}, r"top_p=1.00000001 must be in \(0, 1\]"),
+        ({"temperature": 1.0, "top_p": np.nan}, "top_p=nan must be a number"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296 must be at most 4294967295"),
         ({"acceptance": "rejectoin"}, "Did you mean 'rejection'"),
         ({"stop": [[]]}, "a stop sequence is empty"),
         ({"stop": [[64]]}, r"stop sequence \[64\] holds a token outside 0..63"),

@@ -3,11 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.model.rope import apply_rope, rope_tables
+from layerskip_jax.model.config import ModelConfig, RopeScaling
+from layerskip_jax.model.layers import RMSNorm
+from layerskip_jax.model.rope import apply_rope, rope_frequencies, rope_tables
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.schema import ConfigError
+from layerskip_jax.schema import SMALLEST_FLOAT32, ConfigError
 from tests.helpers import small_model
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def _whole(length, rows=1):
@@ -140,6 +143,34 @@ def test_first_losses_are_near_ln_v():
 def test_bad_shapes_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         small_model(**changes)
+
+
+@pytest.mark.parametrize(
+    "theta, scaling",
+    [
+        (LARGEST, RopeScaling()),
+        (1 + 2**-23, RopeScaling()),
+        (1e4, RopeScaling("linear", LARGEST)),
+        (1e4, RopeScaling("llama3", LARGEST, 2 * SMALLEST_FLOAT32, LARGEST, 2**31 - 1)),
+        (1e4, RopeScaling("llama3", 8.0, 1.0, 1 + 2**-23, 1)),
+    ],
+)
+def test_rotary_frequencies_at_the_ends_of_their_ranges(theta, scaling):
+    """Against the formula in float64; 2**31 times less than 1e-25 is no angle."""
+    config = small_model(head_dim=8, rope_theta=theta, rope_scaling=scaling)
+    exact = theta ** -(np.arange(0, 8, 2) / 8)
+    if scaling.kind == "linear":
+        exact = exact / scaling.factor
+    elif scaling.kind == "llama3":
+        turns = scaling.original_length * exact / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        exact = kept * exact + (1 - kept) * exact / scaling.factor
+    np.testing.assert_allclose(rope_frequencies(config), exact, rtol=2e-5, atol=1e-25)
+
+
+def test_the_smallest_epsilon_norms_a_state_of_zeros():
+    assert (RMSNorm(4, SMALLEST_FLOAT32)(jnp.zeros((1, 4))) == 0).all()
 
 
 def test_head_dim_follows_from_the_width():
