@@ -1,17 +1,20 @@
 """The command line: a table from verb to the module in `commands/` that runs it."""
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 from typing import NoReturn
 
 from layerskip_jax.distributed.cpu_threads import spare_threads_for_waiting
 from layerskip_jax.hardware.tpu_presence import leave_absent_tpu_alone
+from layerskip_jax.interrupts import interrupted, interrupts_remembered, raise_if_interrupted
 from layerskip_jax.schema import ConfigError, UserError, as_bytes, is_text, nearest
 
 VERBS = {
@@ -58,6 +61,25 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("layerskip_jax").setLevel(logging.INFO)
     # Orbax warns through absl of each option that the other options imply.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error does by itself: a terminal that lacks a character gets its number.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    end = functools.partial(_end_at_once, verb)
+    with interrupts_remembered(end) if of_process else contextlib.nullcontext():
+        try:
+            return _run(verb, arguments)
+        except BaseException as error:
+            # A library may have made another error of it.
+            if not isinstance(error, KeyboardInterrupt) and not interrupted():
+                raise
+            if of_process:
+                end()
+            print(f"layerskip {verb}: interrupted", file=sys.stderr)
+            return INTERRUPTED
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    """Runs a verb; returns its exit code, having said what a user has to mend."""
     # Imported only now: one verb need not wait for the libraries of the others.
     # `import` is a keyword, and a module's name has no hyphen.
     module = {"import": "import_model"}.get(verb, verb.replace("-", "_"))
@@ -67,31 +89,42 @@ def main(argv: list[str] | None = None) -> int:
         spare_threads_for_waiting()
         code = command.main(arguments)
         sys.stdout.flush()
+        raise_if_interrupted()
         return code
     except (ConfigError, UserError) as error:
+        raise_if_interrupted()
         print(f"layerskip {verb}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"layerskip {verb}: interrupted", file=sys.stderr)
-        if of_process:
-            _end_at_once()
-        return INTERRUPTED
     except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # of another pipe
         # Whoever read has seen enough. What is still to be written would fail again at exit.
         with open(os.devnull, "w") as nowhere, contextlib.suppress(io.UnsupportedOperation):
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 1  # as rich ends a program whose tables nobody reads on
 
 
-def _end_at_once() -> NoReturn:
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what this process prints any more."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _end_at_once(verb: str) -> NoReturn:
     """Ends the process where it is: threads that still compute or save would crash its shutdown.
 
-    What a verb tidies up, it has tidied up by now.
+    What a verb tidies up, it has tidied up by now, unless Ctrl-C was pressed twice.
     """
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print(f"layerskip {verb}: interrupted", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(INTERRUPTED)
 
 

@@ -86,7 +86,10 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.end_token = end_token
         self.best_pair = best_pair
-        self.more_end_tokens = tuple(i for i in more_end_tokens if i != end_token)
+        # One without a row is never drawn.
+        self.more_end_tokens = tuple(
+            i for i in more_end_tokens if i != end_token and i < generator.config.vocab_size
+        )
 
     def generate(
         self,
@@ -312,7 +315,7 @@ def load(
             ModelDefinition(model).model(run.parameters), mesh=mesh, draft_tokens=draft_tokens
         ),
         tokenizer,
-        json.loads(run.folder.data_file.read_text())["end_token_id"],
+        run.folder.data()["end_token_id"],
         best,
         end_token_ids(files, run.folder.published),
         chat_template(files, run.folder.published, tokenizer),

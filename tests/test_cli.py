@@ -224,17 +224,20 @@ def set_alone(name, value):
 def test_the_range_of_a_number_is_stated_and_true(setting):
     """What is just outside of it is refused, by name."""
     kind = type(setting.default)
-    step = 1 if kind is int else 1e-3
-    if "any whole number" in setting.meaning:
-        assert set_alone(setting.name, -1)
-        return
+
+    def beyond(end, way):
+        end = kind(end)
+        return end + way * (1 if kind is int else 1e-3 * (abs(end) or 1))
+
     outside = []
-    if found := re.search(r"in ([\[(])(\d), (\d)([\])])", setting.meaning):
+    if found := re.search(r"in ([\[(])(\S+), (\S+)([\])])", setting.meaning):
         opens, low, high, closes = found.groups()
-        outside += [kind(low) - (step if opens == "[" else 0)]
-        outside += [kind(high) + (step if closes == "]" else 0)]
-    elif found := re.search(r"at least (\d)", setting.meaning):
-        outside += [kind(found[1]) - step]
+        outside += [beyond(low, -1) if opens == "[" else kind(low)]
+        outside += [beyond(high, 1) if closes == "]" else kind(high)]
+    elif found := re.search(r"in (\d+)\.\.(\d+)", setting.meaning):
+        outside += [beyond(found[1], -1), beyond(found[2], 1)]
+    elif found := re.search(r"at least (\d\S*?)[,.:; ]", f"{setting.meaning} "):
+        outside += [beyond(found[1], -1)]
         outside += [-2] if "-1 or at least" in setting.meaning else []
     elif found := re.search(r"above (\S+?)[,.; ]", f"{setting.meaning} "):
         limits = {s.name: s.default for s in SETTINGS}
@@ -244,6 +247,21 @@ def test_the_range_of_a_number_is_stated_and_true(setting):
     for value in outside:
         with pytest.raises(ConfigError, match=re.escape(setting.name.rsplit(".", 1)[-1])):
             set_alone(setting.name, value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("sweep --workdir=nowhere --prompts=0", "--prompts=0 must be at least 1"),
+        ("sweep --workdir=nowhere --new-tokens=1", "--new-tokens=1 must be at least 2"),
+        ("sweep --workdir=nowhere --drafts=2,0", "--drafts=0 must be at least 1"),
+        ("verify nowhere --tolerance=nan", "--tolerance=nan must be a number, finite"),
+        ("verify nowhere --tokens=-1", "--tokens=-1 must be at least 1"),
+    ],
+)
+def test_a_number_that_no_verb_can_use_is_refused_first(arguments, message, capsys):
+    assert main(arguments.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import layerskip_jax
 PACKAGE = Path(layerskip_jax.__file__).parent
 # From the ground up: a room may import itself and those before it.
 ORDER = (
-    "schema", "hardware", "distributed", "ops", "layer_dropout", "early_exit_loss", "model",
-    "config", "settings", "decoding", "self_speculation", "run_folder", "data", "generation",
-    "interop", "training", "planning", "language_model", "evaluation", "report", "commands", "cli",
+    "schema", "interrupts", "hardware", "distributed", "ops", "layer_dropout", "early_exit_loss",
+    "model", "config", "settings", "decoding", "self_speculation", "run_folder", "data",
+    "generation", "interop", "training", "planning", "language_model", "evaluation", "report",
+    "commands", "cli",
 )  # fmt: skip
 # The package itself: its version, which every room may read, and `load`, imported on first use.
 FACE = "layerskip_jax"

@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import textwrap
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from layerskip_jax.config import recipe_names
-from layerskip_jax.run_folder.object_store import require_local
+from layerskip_jax.config import ON_DAMAGED, recipe_names
+from layerskip_jax.data.manifest import MANIFEST_FILE
+from layerskip_jax.run_folder.atomic import named_writes, write_json
+from layerskip_jax.run_folder.object_store import is_remote, require_local
+from layerskip_jax.schema import UserError
 from layerskip_jax.settings import read_docstring, setting_groups
 
 
@@ -29,6 +32,30 @@ def local_path(text: str) -> Path:
     """
     require_local(text, "what is written there")
     return Path(text)
+
+
+def figures_file(text: str) -> Path:
+    """Returns the path given by `--json`, before what is to be written there is computed.
+
+    Raises:
+      UserError: no file can be there.
+    """
+    path = local_path(text)
+    if path.is_dir():
+        raise UserError(f"--json={path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--json={path}: there is no folder {path.parent}; make it first")
+    return path
+
+
+def write_figures(path: Path, figures: Any) -> None:
+    """Writes a verb's figures to its `--json`.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with named_writes(path):
+        write_json(path, figures)
 
 
 def add_fields(parser: argparse.ArgumentParser, cls: type, leave_out: str = "") -> None:
@@ -77,8 +104,43 @@ def make_run_parser(verb: str, description: str) -> argparse.ArgumentParser:
     parser = make_parser(verb, description)
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
-    parser.add_argument("--json", type=local_path, help="also write the figures to this file")
+    parser.add_argument("--json", type=figures_file, help="also write the figures to this file")
     return parser
+
+
+def prepared_data(workdir: str | PurePath, trained_on: str, given: str | None) -> str:
+    """Returns the prepared data that a verb reads: what `--data` names, or what a run trained on.
+
+    Args:
+      workdir: the run's folder.
+      trained_on: its `config.data.path`.
+      given: `--data`, None where it was left out.
+
+    Raises:
+      UserError: there is none in either; it says what was asked for.
+    """
+    if given is None and not trained_on:
+        raise UserError(f"{workdir} was trained on no data here; name prepared data with --data")
+    path = given if given is not None else trained_on
+    if not (Path(path) / MANIFEST_FILE).is_file() and not is_remote(path):
+        raise UserError(
+            f"the data that {workdir} was trained on is not in {path} any more; name where it is "
+            "now with --data"
+            if given is None
+            else f"--data={path} holds no prepared data ({MANIFEST_FILE} is missing); name a "
+            "folder that `layerskip prepare` made"
+        )
+    return path
+
+
+def add_on_damaged(parser: argparse.ArgumentParser) -> None:
+    """Adds `--on-damaged`, for verbs that read prepared data of a run."""
+    parser.add_argument(
+        "--on-damaged",
+        choices=ON_DAMAGED,
+        help="what a damaged record of the data does: stop, or skip it (default: as the run's "
+        "config.data.on_damaged)",
+    )
 
 
 def split_config_arguments(

@@ -1,28 +1,40 @@
 """layerskip evaluate: loss and perplexity at every exit, on the validation set."""
 
 import dataclasses
-import json
 from pathlib import PurePath
 
 import jax
-from rich.console import Console
 
-from layerskip_jax.commands.arguments import make_run_parser
-from layerskip_jax.commands.tables import make_table
+from layerskip_jax.commands.arguments import (
+    add_on_damaged,
+    make_run_parser,
+    prepared_data,
+    write_figures,
+)
+from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.config import MeshConfig
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.layer_dropout import LayerDropoutConfig
-from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.paths import open_run
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, require, require_whole
 from layerskip_jax.training.checkpoint import Checkpoints
-from layerskip_jax.training.evaluation import evaluate_exits, make_exit_scorer, validation_batches
+from layerskip_jax.training.evaluation import (
+    ValidationSet,
+    evaluate_exits,
+    make_exit_scorer,
+    not_finite,
+)
 from layerskip_jax.training.setup import make_setup
 
 
 def evaluate(
-    workdir: str | PurePath, *, step: int | None = None, data: str | None = None, limit: int = 0
+    workdir: str | PurePath,
+    *,
+    step: int | None = None,
+    data: str | None = None,
+    limit: int = 0,
+    on_damaged: str | None = None,
 ) -> dict:
     """Scores every exit of a run, on all devices, sharded as one `fsdp` axis.
 
@@ -31,18 +43,22 @@ def evaluate(
       step: the checkpoint; None takes the newest.
       data: prepared data with the run's tokenizer; None takes the run's own.
       limit: batches to score; 0 takes the whole validation set.
+      on_damaged: as `config.data.on_damaged`; None takes the run's own.
 
     Returns:
-      `{"step": ..., "exits": [{"layers": E, "loss": ..., "perplexity": ...}, ...]}`.
+      `{"step": ..., "left_out": ..., "exits": [{"layers": E, "loss": ..., "perplexity": ...},
+      ...]}`, where `left_out` counts the damaged records.
 
     Raises:
-      UserError: no such run or checkpoint, or data of another tokenizer.
+      ConfigError: `limit` is below 0 or no whole number.
+      UserError: no such run or checkpoint, data of another tokenizer, or a loss that is not
+        finite.
     """
+    require_whole("limit", limit)
+    require(limit >= 0, f"--batches={limit} must be at least 0, which takes all")
     folder, config = open_run(workdir)
-    trained_on = json.loads(folder.data_file.read_text())
-    path = data or config.data.path
-    if not path:
-        raise UserError(f"{workdir} was trained on no data here; name prepared data with --data")
+    trained_on = folder.data()
+    path = prepared_data(workdir, config.data.path, data)
     manifest = read_manifest(path)
     if manifest.tokenizer_sha256 != trained_on["tokenizer_sha256"]:
         raise UserError(
@@ -50,6 +66,7 @@ def evaluate(
             f"the run's ({trained_on['tokenizer_sha256'][:12]}); prepare it with "
             f"--tokenizer={folder.shown(folder.tokenizer_file)}"
         )
+    manifest.check_tokens(config.model.vocab_size, path)
     devices, training = jax.device_count(), config.training
     if training.gradient_accumulation:
         rows = -(-training.batch_size // training.gradient_accumulation // devices) * devices
@@ -57,13 +74,16 @@ def evaluate(
         rows = training.rows_per_device * devices
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, path=path),
+        data=dataclasses.replace(
+            config.data, path=path, on_damaged=on_damaged or config.data.on_damaged
+        ),
         mesh=MeshConfig(MeshShape(data=1, fsdp=-1), config.mesh.rules),
         training=dataclasses.replace(
             training, batch_size=rows, gradient_accumulation=1, rows_per_device=0
         ),
         layer_dropout=LayerDropoutConfig(),
     )
+    validation = ValidationSet(config)
     setup = make_setup(config)
     with jax.set_mesh(setup.mesh):
         checkpoints = Checkpoints(folder.checkpoints)
@@ -73,8 +93,14 @@ def evaluate(
         scorer = make_exit_scorer(
             setup.definition, chunk=config.training.loss_chunk, layout=setup.layout
         )
-        exits = evaluate_exits(scorer, parameters, validation_batches(config, setup, limit))
-    return {"step": step, "exits": exits}
+        exits = evaluate_exits(scorer, parameters, validation.batches(setup.placement, limit))
+    if wrong := not_finite(exits):
+        raise UserError(
+            f"step {step}: the loss of the exits {', '.join(map(str, wrong))} (in layers) is not "
+            f"finite in {config.model.dtype}: their weights or what is computed of them are not; "
+            "take another checkpoint with --step"
+        )
+    return {"step": step, "left_out": validation.left_out, "exits": exits}
 
 
 def main(argv: list[str]) -> int:
@@ -82,8 +108,15 @@ def main(argv: list[str]) -> int:
     parser = make_run_parser("evaluate", __doc__)
     parser.add_argument("--data", help="prepared data (default: what the run trained on)")
     parser.add_argument("--batches", type=int, default=0, help="batches to score (default: all)")
+    add_on_damaged(parser)
     options = parser.parse_args(argv)
-    result = evaluate(options.workdir, step=options.step, data=options.data, limit=options.batches)
+    result = evaluate(
+        options.workdir,
+        step=options.step,
+        data=options.data,
+        limit=options.batches,
+        on_damaged=options.on_damaged,
+    )
     table = make_table(
         f"Validation loss by exit, step {result['step']}",
         ("layers", "loss (nats/token)", "perplexity"),
@@ -92,7 +125,9 @@ def main(argv: list[str]) -> int:
             for e in result["exits"]
         ],
     )
-    Console().print(table)
+    make_console().print(table)
+    if result["left_out"]:
+        print(f"{result['left_out']} damaged records were left out.")
     if options.json:
-        write_json(options.json, result)
+        write_figures(options.json, result)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from layerskip_jax import __version__
-from layerskip_jax.commands.arguments import make_run_parser
+from layerskip_jax.commands.arguments import make_run_parser, write_figures
 from layerskip_jax.config import RunConfig
 from layerskip_jax.interop.folder import (
     DEFAULT_SHARD_BYTES,
@@ -20,10 +20,9 @@ from layerskip_jax.interop.huggingface import STORED_DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
-from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.run_folder.paths import RunFolder, open_run, read_json_lines
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, require_whole
 from layerskip_jax.training.checkpoint import Checkpoints
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -60,14 +59,14 @@ def export(
     require_local(output, "--output")
     output = Path(output)
     folder, config = open_run(workdir)
-    if not folder.data_file.is_file():
-        file = folder.shown(folder.data_file)
-        raise UserError(f"{file} is missing; without it the end token is unknown")
+    manifest = folder.data()
     layers = config.model.num_layers
+    require_whole("max_shard_bytes", max_shard_bytes)
+    if exit_layer is not None:
+        require_whole("exit_layer", exit_layer)
     if exit_layer is not None and not 1 <= exit_layer <= layers:
         raise UserError(f"--exit={exit_layer} must be in 1..{layers}, the model's layers")
     model = dataclasses.replace(config.model, num_layers=exit_layer or layers)
-    manifest = json.loads(folder.data_file.read_text())
     end_token, end_token_id = manifest["end_token"], manifest["end_token_id"]
     # Before the parameters are read, which takes minutes for a large model.
     check_output(output, overwrite=overwrite)
@@ -183,5 +182,5 @@ def main(argv: list[str]) -> int:
         f"{result['dtype']}, {files} of tensors"
     )
     if options.json:
-        write_json(options.json, result)
+        write_figures(options.json, result)
     return 0

@@ -11,15 +11,14 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from layerskip_jax.commands.arguments import make_run_parser
+from layerskip_jax.commands.arguments import make_run_parser, write_figures
+from layerskip_jax.commands.tables import make_console
 from layerskip_jax.generation.options import Generation
 from layerskip_jax.language_model import PLAIN, Draft, Piece, load
 from layerskip_jax.model.config import DTYPES
-from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.paths import read_prompt
 from layerskip_jax.schema import UserError
 from layerskip_jax.self_speculation import ACCEPTANCES
@@ -91,7 +90,7 @@ def main(argv: list[str]) -> int:
         line += ", decoded plainly, which the sweep found fastest"
     print(f"[{line}; reading the prompt included, compilation not]")
     if options.json:
-        write_json(
+        write_figures(
             options.json,
             {**figures, "texts": completions.texts, "tokens": completions.generation.tokens},
         )
@@ -137,7 +136,7 @@ def _number(value: float) -> float | None:
 
 def _stream(prompt: str, pieces: Iterable[Piece]) -> None:
     """Prints text as it comes; on a terminal drafts stand dim until they are replaced."""
-    console = Console(highlight=False)
+    console = make_console()
     show = functools.partial(console.print, soft_wrap=True)
     if not console.is_terminal:
         show(Text(prompt), end="")

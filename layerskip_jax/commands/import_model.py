@@ -16,6 +16,7 @@ from layerskip_jax.data.tokenizer import file_sha256
 from layerskip_jax.distributed.mesh import MeshShape, make_mesh
 from layerskip_jax.distributed.sharding import ShardingRules, parameter_shardings
 from layerskip_jax.interop.pretrained import open_pretrained
+from layerskip_jax.interrupts import raise_if_interrupted
 from layerskip_jax.model.config import DTYPES
 from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.run_folder.atomic import staged_folder, write_json, write_text
@@ -82,6 +83,7 @@ def _new_run(workdir: str | PurePath) -> Iterator[RunFolder]:
         folder = run_folder(workdir)
         check(folder.home)
         yield folder
+        raise_if_interrupted()
         folder.upload()
         return
     with staged_folder(Path(workdir), check) as stage:

@@ -14,10 +14,13 @@ def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     try:
         from lm_eval.__main__ import cli_evaluate
-    except ImportError as error:
-        raise UserError(f"lm-eval needs its package ({error}); `pip install lm_eval`") from error
-    from layerskip_jax.evaluation import lm_eval as _registers  # noqa: F401
 
+        from layerskip_jax.evaluation import lm_eval as _registers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"lm-eval needs its package, of a recent version ({error}); "
+            "`pip install --upgrade lm_eval`"
+        ) from error
     before = sys.argv
     sys.argv = ["lm_eval", *argv]
     try:

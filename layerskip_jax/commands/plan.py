@@ -13,16 +13,14 @@ The exit code is 0 where the step fits, 1 where it does not.
 
 import argparse
 import dataclasses
-import json
 import logging
-import sys
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from layerskip_jax.commands.arguments import split_config_arguments
-from layerskip_jax.commands.tables import make_table
+from layerskip_jax.commands.arguments import figures_file, split_config_arguments, write_figures
+from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.config import RunConfig, load_config, recipe_folder, recipe_targets
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.hardware.chips import GIB
@@ -50,7 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="every target of every recipe")
     parser.add_argument("--only", default="", help="with --all: targets whose name has this in it")
     parser.add_argument("--configs", type=Path, default=recipe_folder(), help="with --all: where")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=figures_file, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     # Nothing runs here, and on a TPU machine the TPU is left to whoever uses it.
     jax.config.update("jax_platforms", "cpu")
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> int:
             print(f"Nearest that {fits_text(other)}, with\n    {' '.join(changes)}")
             result["nearest"] = {"changes": list(changes), **_figures(other)}
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_figures(options.json, result)
     return 0 if plan.fits else 1
 
 
@@ -118,7 +116,7 @@ def _plan_all(options: argparse.Namespace) -> int:
             results.append({"recipe": file.stem, "variant": variant, **_figures(plan)})
             logger.info("%s:%s on %s: %s", file.stem, variant, topology, fits_text(plan))
             if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
+                write_figures(options.json, results)
         rows.append((file.stem, *plans))
     _print_all(rows)
     return 0 if all(plan.fits for _, *plans in rows for plan in plans) else 1
@@ -150,14 +148,9 @@ def _figures(plan: Plan) -> dict:
     }
 
 
-def _console() -> Console:
-    """Returns a console that is wide enough for the tables, in a file as well."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
-
-
 def _print(plan: Plan) -> None:
     """Prints what a person wants to know of one plan."""
-    console, config, topology = _console(), plan.config, plan.topology
+    console, config, topology = make_console(), plan.config, plan.topology
     sizes = zip(AXES, config.mesh.shape.resolve(topology.num_devices), strict=True)
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1) or "one device"
     how = "compiled" if plan.compiled else "by arithmetic only"
@@ -225,7 +218,7 @@ def _print_time(console: Console, plan: Plan) -> None:
         f"{chip.memory_bandwidth:.4g} byte/s\n"
         f"step     at least {plan.step_seconds * 1e3:,.1f} ms = max(compute, traffic) + update; "
         f"MFU at most {plan.mfu:.1%} = {plan.flops_needed:.4g} FLOPs needed / (step x peak)",
-        highlight=False, soft_wrap=True,
+        soft_wrap=True,
     )  # fmt: skip
 
 
@@ -242,7 +235,7 @@ def _print_layouts(found: list) -> None:
         ],
         left=("changes",),
     )  # fmt: skip
-    _console().print(table)
+    make_console().print(table)
 
 
 def _print_all(rows: list) -> None:
@@ -262,4 +255,4 @@ def _print_all(rows: list) -> None:
         cells,
         left=("recipe", "devices"),
     )
-    _console().print(table)
+    make_console().print(table)

@@ -8,20 +8,24 @@ appears when it is complete; prepared already, it is left as it is.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
-from rich.console import Console
 from tokenizers import Tokenizer
 
-from layerskip_jax.commands.arguments import add_fields, given_fields, local_path, make_parser
-from layerskip_jax.commands.tables import make_table
+from layerskip_jax.commands.arguments import (
+    add_fields,
+    figures_file,
+    given_fields,
+    local_path,
+    make_parser,
+    write_figures,
+)
+from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.data.corpus import FORMATS
 from layerskip_jax.data.manifest import Manifest, PrepareOptions
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
 from layerskip_jax.interop.pretrained import end_token_ids
-from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.object_store import is_remote
 from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run
 
@@ -38,7 +42,7 @@ def main(argv: list[str]) -> int:
         help="existing tokenizer to use instead: a tokenizer.json, or a model's or run's folder",
     )
     add("--overwrite", action="store_true", help="replace prepared data in --output")
-    add("--json", type=local_path, help="also write the figures to this file")
+    add("--json", type=figures_file, help="also write the figures to this file")
     options = parser.parse_args(argv)
     existing = {}  # what an existing tokenizer decides
     if options.tokenizer is not None:
@@ -58,14 +62,14 @@ def main(argv: list[str]) -> int:
     )
     _print(manifest, options.output)
     if options.json:
-        write_json(options.json, figures(manifest))
+        write_figures(options.json, figures(manifest))
     return 0
 
 
 def _end_token_of_model(folder: Path, tokenizer: Tokenizer) -> str:
     """Returns the end token that a model's folder names beside its tokenizer, or ""."""
     if is_run(folder):
-        return json.loads(RunFolder(folder).data_file.read_text())["end_token"]
+        return RunFolder(folder).data()["end_token"]
     if not (folder / "config.json").is_file():
         return ""
     files = {"config.json": (folder / "config.json").read_bytes()}
@@ -97,12 +101,11 @@ def _print(manifest: Manifest, output: Path) -> None:
         ("", *headings),
         [(name, *(f"{getattr(split, h):,}" for h in headings)) for name, split in splits.items()],
     )
-    console = Console()
+    console = make_console()
     console.print(table)
     skipped = f"; {manifest.skipped_files} skipped" if manifest.skipped_files else ""
     console.print(
         f"vocabulary {manifest.vocab_size:,}, windows of {manifest.sequence_length} tokens, "
         f"{manifest.train.bytes_per_token:.2f} bytes a token, "
         f"validation unigram entropy {manifest.unigram_entropy_nats:.3f} nats a token{skipped}",
-        highlight=False,
     )

@@ -14,11 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from layerskip_jax.commands import evaluate, export, generate, prepare, report, sweep, train
 from layerskip_jax.commands.arguments import local_path
-from layerskip_jax.commands.tables import make_table
+from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.run_folder.atomic import write_json
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.schema import UserError
@@ -107,7 +105,7 @@ def _middle_over_last(evaluation: dict) -> float:
 
 
 def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
-    console = Console()
+    console = make_console()
     ours = json.loads((folder.path / "evaluation.json").read_text())
     twin = json.loads((folder.path / "plain.json").read_text())
     entropy = json.loads(folder.data_file.read_text())["unigram_entropy_nats"]
@@ -126,7 +124,6 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
         f"last exit: {last:.3f} nats/token; unigram entropy of the corpus: {entropy:.3f}\n"
         f"middle exit over last exit: LayerSkip {_middle_over_last(ours):.2f}, plain "
         f"{_middle_over_last(twin):.2f} so far, and rising as it trains\n{PAPER}\n",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -157,7 +154,6 @@ def _print_summary(folder: RunFolder, exported: Path, seconds: float) -> None:
         f"{slower if best['speedup'] < 1 else ''}\n"
         f"report:   {folder.report_file}\nexported: {exported} (a Hugging Face folder)\n"
         f"{seconds:.0f} s in all",
-        highlight=False,
         soft_wrap=True,
     )
 

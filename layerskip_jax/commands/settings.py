@@ -9,15 +9,15 @@ meanings. A recipe sets them, and so does the command line: --config.layer_dropo
 import dataclasses
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from layerskip_jax.commands.arguments import make_parser
+from layerskip_jax.commands.tables import FigureTable, make_console, make_table
 from layerskip_jax.schema import UserError, nearest
 from layerskip_jax.settings import Group, setting_groups
 
 MARKDOWN_COMMAND = "layerskip settings --markdown > docs/settings.md"
+HEADINGS = ("setting", "default", "meaning")
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if options.markdown:
         print(markdown(groups))
         return 0
-    console = Console()
+    console = make_console()
     for group in groups:
         console.print(_table(group))
     return 0
@@ -72,20 +72,15 @@ def _title(group: Group) -> str:
     return f"config.{group.name}" if group.name else "config"
 
 
-def _table(group: Group) -> Table:
-    title = Text.assemble((_title(group), "bold"), f"  {group.summary}")
-    table = Table(
-        title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False,
-        caption=Text(group.details), caption_justify="left", expand=True,
-    )  # fmt: skip
-    table.add_column("setting", no_wrap=True)
-    table.add_column("default", max_width=13, overflow="fold")
-    table.add_column("meaning", ratio=1)
-    for setting in group.settings:
-        table.add_row(
-            setting.name.rsplit(".", 1)[-1], Text(setting.shown_default), Text(setting.meaning)
-        )
-    return table
+def _table(group: Group) -> FigureTable:
+    return make_table(
+        Text.assemble((_title(group), "bold"), f"  {group.summary}"),
+        HEADINGS,
+        [(s.name.rsplit(".", 1)[-1], s.shown_default, s.meaning) for s in group.settings],
+        left=HEADINGS,
+        caption=group.details,
+        box=SIMPLE_HEAD,
+    )
 
 
 def markdown(groups: list[Group]) -> str:

@@ -14,10 +14,14 @@ import io
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
-from layerskip_jax.commands.arguments import make_run_parser
-from layerskip_jax.commands.tables import make_table
+from layerskip_jax.commands.arguments import (
+    add_on_damaged,
+    make_run_parser,
+    prepared_data,
+    write_figures,
+)
+from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.text import encode_prompt
 from layerskip_jax.data.tokenizer import load_tokenizer
@@ -26,9 +30,9 @@ from layerskip_jax.generation.sweep import sweep
 from layerskip_jax.report.drawing import svg_text
 from layerskip_jax.report.run_record import RunRecord
 from layerskip_jax.report.speed_figures import speculation_speed
-from layerskip_jax.run_folder.atomic import write_json, write_text
+from layerskip_jax.run_folder.atomic import named_writes, write_json, write_text
 from layerskip_jax.run_folder.paths import read_prompt
-from layerskip_jax.schema import ConfigError, UserError, require
+from layerskip_jax.schema import ConfigError, require, require_count
 from layerskip_jax.training.restore import load_run
 
 # Enough to know the most frequent tokens by.
@@ -55,25 +59,34 @@ def main(argv: list[str]) -> int:
         "--draft-vocabulary", type=int, metavar="N",
         help="draft only the N most frequent tokens of the training data",
     )  # fmt: skip
+    add_on_damaged(parser)
     options = parser.parse_args(argv)
+    for name, least in (("prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2)):
+        require_count(f"--{name.replace('_', '-')}", getattr(options, name), least)
+    for length in options.drafts:
+        require_count("--drafts", length, 1)
 
     run = load_run(options.workdir, options.step)
     config = run.config
     layers = config.model.num_layers
-    data = options.data or config.data.path
-    if not data and (options.draft_vocabulary is not None or not options.prompt_file):
-        raise UserError(
-            f"{options.workdir} was trained on no data here; name prepared data with --data"
-        )
+    for exit_layer in options.exits or ():
+        require(1 <= exit_layer < layers, f"--exits={exit_layer} must be in 1..{layers - 1}")
+    on_damaged, data = options.on_damaged or config.data.on_damaged, ""
+    if options.draft_vocabulary is not None or not options.prompt_file:
+        data = prepared_data(options.workdir, config.data.path, options.data)
     exits = options.exits or sorted({max(1, layers // n) for n in (8, 4, 2)} - {layers})
     if options.prompt_file:
         tokenizer = load_tokenizer(run.folder.tokenizer_file)
         prompts = [encode_prompt(tokenizer, read_prompt(path)) for path in options.prompt_file]
     else:
-        prompts = validation_prompts(data, options.prompts, options.prompt_tokens)
+        prompts = validation_prompts(
+            data, options.prompts, options.prompt_tokens, on_damaged=on_damaged
+        )
     draft_tokens = None
     if options.draft_vocabulary is not None:
-        draft_tokens = frequent_tokens(data, options.draft_vocabulary, config.model.vocab_size)
+        draft_tokens = frequent_tokens(
+            data, options.draft_vocabulary, config.model.vocab_size, on_damaged=on_damaged
+        )
     result = sweep(
         Generator(run.model, draft_tokens=draft_tokens),
         prompts,
@@ -93,28 +106,33 @@ def main(argv: list[str]) -> int:
         **result,
     }
     _print(result)
-    write_json(run.folder.speculation_file, result)
-    write_text(run.folder.speculation_file.with_suffix(".csv"), _csv(result))
     figure = speculation_speed(RunRecord(run.folder, config, speculation=result)).figure
-    write_text(run.folder.speculation_file.with_suffix(".svg"), svg_text(figure))
+    file = run.folder.speculation_file
+    with named_writes(file):
+        write_json(file, result)
+        write_text(file.with_suffix(".csv"), _csv(result))
+        write_text(file.with_suffix(".svg"), svg_text(figure))
     run.folder.upload()
     if options.json:
-        write_json(options.json, result)
+        write_figures(options.json, result)
     return 0
 
 
-def validation_prompts(data: str, count: int, length: int) -> list[list[int]]:
+def validation_prompts(
+    data: str, count: int, length: int, *, on_damaged: str = "stop"
+) -> list[list[int]]:
     """Cuts prompts from the validation set, spread over it.
 
     Args:
       data: prepared data.
       count: number of prompts.
       length: tokens in each, all of one document.
+      on_damaged: as `config.data.on_damaged`.
 
     Raises:
       ConfigError: the validation set has fewer windows that begin with so long a document.
     """
-    source = BatchSource(data, "validation", batch_size=1, seed=0, shuffle=False)
+    source = _windows(data, "validation", on_damaged)
     prompts = []
     # A fixed shuffle spreads the prompts over the documents.
     for window in np.random.default_rng(0).permutation(source.num_windows).tolist():
@@ -130,13 +148,16 @@ def validation_prompts(data: str, count: int, length: int) -> list[list[int]]:
     )
 
 
-def frequent_tokens(data: str, count: int, vocab_size: int) -> list[int]:
+def frequent_tokens(
+    data: str, count: int, vocab_size: int, *, on_damaged: str = "stop"
+) -> list[int]:
     """Returns the most frequent tokens of the training data, from a sample of its windows.
 
     Args:
       data: prepared data.
       count: how many.
       vocab_size: V.
+      on_damaged: as `config.data.on_damaged`.
 
     Raises:
       ConfigError: the vocabulary has fewer.
@@ -145,13 +166,18 @@ def frequent_tokens(data: str, count: int, vocab_size: int) -> list[int]:
         1 <= count <= vocab_size,
         f"--draft-vocabulary={count} must be in 1..{vocab_size}, the model's vocabulary",
     )
-    source = BatchSource(data, "train", batch_size=1, seed=0, shuffle=False)
+    source = _windows(data, "train", on_damaged)
     windows = np.random.default_rng(0).permutation(source.num_windows)[:MOST_WINDOWS]
     histogram = np.zeros(vocab_size, np.int64)
     for window in windows.tolist():
         batch = source.batch(window)
         histogram += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
     return sorted(np.argsort(-histogram, kind="stable")[:count].tolist())
+
+
+def _windows(data: str, split: str, on_damaged: str) -> BatchSource:
+    skip = on_damaged == "skip"
+    return BatchSource(data, split, batch_size=1, seed=0, shuffle=False, skip_damaged=skip)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -193,6 +219,6 @@ def _print(result: dict) -> None:
         caption="E: layers that draft; G: drafts a cycle. Predicted from the acceptance of each "
         "exit and the cost of a cycle; the last line is measured.",
     )
-    Console().print(table)
+    make_console().print(table)
     if result["best"]["speedup"] < 1:
         print("Plain decoding is the fastest here, and --draft=best decodes plainly.")

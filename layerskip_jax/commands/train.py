@@ -14,6 +14,7 @@ from layerskip_jax.commands.arguments import split_config_arguments
 from layerskip_jax.config import load_config
 from layerskip_jax.distributed.processes import start_processes
 from layerskip_jax.hardware.chips import GPU_MEMORY
+from layerskip_jax.run_folder.paths import require_own_folder
 from layerskip_jax.training.initialize import open_initial
 from layerskip_jax.training.train import train
 
@@ -27,5 +28,6 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
     start_processes()
     config = load_config(config_arguments)
+    require_own_folder(options.workdir)
     initial = open_initial(config.init_from, options.workdir) if config.init_from else None
     return train(config, options.workdir, initial)

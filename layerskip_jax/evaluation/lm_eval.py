@@ -9,12 +9,16 @@ Importing this module registers the model `layerskip`; `layerskip lm-eval` does 
     dtype       to compute in, float32 or bfloat16
     max_length  context to use, in tokens; the model's otherwise
     seed        of what is drawn where a task samples, 0 otherwise; repeats draw independently
+
+`--apply_chat_template` writes the questions as chats, by the model's own template.
 """
 
 import collections
 import functools
 import hashlib
 import logging
+import math
+import re
 from typing import Any
 
 import jax
@@ -31,9 +35,10 @@ from layerskip_jax.data.text import begin_tokens, encode_prompt
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.generation.generator import bucket
+from layerskip_jax.interop.chat import ChatTemplate
 from layerskip_jax.language_model import Draft, load
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.schema import ConfigError, require
+from layerskip_jax.schema import ConfigError, UserError, is_whole, require
 
 # Options of others that say nothing at these values, which tasks write for completeness.
 WITHOUT_EFFECT = {
@@ -54,6 +59,19 @@ def parse_draft(text: str | None) -> Draft:
     except ValueError:
         raise ConfigError(f"draft={text!r} is not best, auto or E:G") from None
     return exit_layer, draft_length
+
+
+def _whole(name: str, value: Any) -> int | None:
+    """Returns a model argument as a number; the harness leaves some of them text.
+
+    Raises:
+      ConfigError: it is no whole number.
+    """
+    if value is None or is_whole(value):
+        return value
+    if not re.fullmatch(r"-?\d+", str(value)):
+        raise ConfigError(f"{name}={value} must be a whole number")
+    return int(value)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_layers"))
@@ -107,7 +125,9 @@ class LayerSkipLM(TemplateLM):
         max_length: int | None = None,
         seed: int = 0,
         batch_size: int | str = 1,
-        **_: Any,
+        max_batch_size: int | str | None = None,
+        device: str | None = None,
+        **others: Any,
     ):
         """Loads the model; see the module for the arguments.
 
@@ -115,24 +135,37 @@ class LayerSkipLM(TemplateLM):
           ConfigError, UserError: naming the argument.
         """
         super().__init__()
+        require(
+            not others,
+            f"model argument {next(iter(others), '')} is none of this model's; they are path, "
+            "exit, draft, dtype, max_length and seed",
+        )
+        require(device is None, f"device={device}: jax chooses it; set JAX_PLATFORMS, as to cpu")
+        require(
+            max_batch_size is None,
+            f"max_batch_size={max_batch_size} has no meaning without batch_size=auto; leave it out",
+        )
+        exit, max_length = _whole("exit", exit), _whole("max_length", max_length)
+        self._seed, self._told = _whole("seed", seed), False
         self._model = load(path, dtype=dtype)
         config = self._model.generator.config
         layers = config.num_layers
-        require(exit is None or 1 <= int(exit) <= layers, f"exit={exit} must be in 1..{layers}")
+        require(exit is None or 1 <= exit <= layers, f"exit={exit} must be in 1..{layers}")
         # The last exit is the whole model, which may draft.
-        self._exit = None if exit is None or int(exit) == layers else int(exit)
+        self._exit = None if exit is None or exit == layers else exit
         self._draft = parse_draft(draft)
         require(
             self._exit is None or self._draft is None,
             f"exit={exit} decodes with those layers alone; leave it or draft={draft} out",
         )
         context = config.max_sequence_length
-        self.max_length = min(int(max_length or context), context)
+        require(max_length is None or max_length >= 1, f"max_length={max_length} must be above 0")
+        self.max_length = min(max_length or context, context)
         require(
             str(batch_size).isdigit() and int(batch_size) >= 1,
             f"batch_size={batch_size} must be a number of rows",
         )
-        self._batch_size, self._seed = int(batch_size), int(seed)
+        self._batch_size = int(batch_size)
         # Special tokens in a text are read as such, as chat templates need it.
         self.tokenizer = self._model.reading_special_tokens
         self._begin = begin_tokens(self.tokenizer)
@@ -147,10 +180,65 @@ class LayerSkipLM(TemplateLM):
         """What stands for an empty context: what a document begins with, or what ended the last."""
         return self._begin[-1] if self._begin else self.eot_token_id
 
-    @property
+    @functools.cached_property
     def tokenizer_name(self) -> str:
-        """A name under which the harness keeps prepared requests."""
-        return f"layerskip-{self._model.generator.config.vocab_size}"
+        """A name of tokenizer and chat template; the harness keeps prepared requests by it."""
+        chat = self._model.chat
+        about = f"{self.tokenizer.to_str()}{'' if chat is None else chat.text}"
+        return f"layerskip-{hashlib.blake2b(about.encode(), digest_size=8).hexdigest()}"
+
+    def chat_template(self, chat_template: bool | str | None = False) -> str | None:
+        """Returns the chat template's text, for the harness's record; None for False or None.
+
+        Raises:
+          ConfigError: the model has none, or none of that name.
+        """
+        if not chat_template:
+            return None
+        require(
+            chat_template in (True, "default"),
+            f"--apply_chat_template={chat_template}: a model's default chat template is the only "
+            "one that is read here; leave the name out",
+        )
+        return self._chat.text
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Returns a chat as the text of a prompt.
+
+        Turns of the system, that a template refuses, are left out with a warning, as the harness's
+        own model does.
+
+        Args:
+          chat_history: turns with `role` and `content`.
+          add_generation_prompt: whether the model's turn begins after them; otherwise the last one
+            is its beginning.
+
+        Raises:
+          ConfigError: the model has no chat template, or it refuses the chat.
+        """
+        chat, continues = self._chat, not add_generation_prompt
+        try:
+            return chat.render(chat_history, continue_last=continues)
+        except ConfigError as error:
+            others = [turn for turn in chat_history if turn.get("role") != "system"]
+            if len(others) in (0, len(chat_history)):
+                raise
+            text = chat.render(others, continue_last=continues)
+            if not self._told:
+                _log.warning("%s; the system's turns are left out", error)
+            self._told = True
+            return text
+
+    @property
+    def _chat(self) -> ChatTemplate:
+        if self._model.chat is None:
+            raise ConfigError(
+                "the model has no chat template, so it was not trained on chats; leave "
+                "--apply_chat_template out"
+            )
+        return self._model.chat
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Returns the tokens of a text, begun as the tokenizer begins one unless told otherwise."""
@@ -162,7 +250,12 @@ class LayerSkipLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        """Returns log-probability, and whether it is the greedy choice, of each continuation."""
+        """Returns log-probability, and whether it is the greedy choice, of each continuation.
+
+        A context that leaves no room loses its beginning; a continuation that has none itself is
+        impossible for this model, of log-probability -inf. Both are said.
+        """
+        self._say_too_long([(len(context), len(answer)) for _, context, answer in requests])
         weights, config = self._model.generator.weights, self._model.generator.config
         layers = self._exit or config.num_layers
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
@@ -179,12 +272,34 @@ class LayerSkipLM(TemplateLM):
             for i, ids, chosen, likeliest in zip(batch, rows, *found, strict=False):
                 # Of the continuation only; the score of token n stands at n - 1.
                 part = slice(max(len(ids) - 1 - len(requests[i][2]), 0), len(ids) - 1)
+                if not np.isfinite(chosen[part]).all():
+                    raise UserError(
+                        f"a log-probability is not finite in {config.dtype}, although every weight "
+                        "is; compute in float32 (--model_args dtype=float32)"
+                    )
                 answer = float(chosen[part].sum()), bool((chosen[part] == likeliest[part]).all())
+                if len(requests[i][2]) > self.max_length:
+                    answer = -math.inf, False
                 results[i] = answer
                 key = requests[i][0]
                 if key is not None:
                     self.cache_hook.add_partial("loglikelihood", key, answer)
         return results
+
+    def _say_too_long(self, lengths: list[tuple[int, int]]) -> None:
+        """Warns of contexts and continuations, of so many tokens, that do not fit."""
+        cut = sum(sum(pair) > self.max_length + 1 for pair in lengths)
+        lost = sum(answer > self.max_length for _, answer in lengths)
+        if cut - lost:
+            _log.warning(
+                "%d of %d log-likelihoods are of more than %d tokens; their contexts are cut at "
+                "the beginning", cut - lost, len(lengths), self.max_length,
+            )  # fmt: skip
+        if lost:
+            _log.warning(
+                "%d of %d continuations alone are longer than the context of %d tokens; their "
+                "log-likelihood is -inf", lost, len(lengths), self.max_length,
+            )  # fmt: skip
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Returns the log-probability of whole texts, in windows of the context."""
@@ -250,11 +365,12 @@ class LayerSkipLM(TemplateLM):
         # As `transformers` has it, where nothing is said.
         temperature = settings.pop("temperature", 1.0)
         temperature = temperature if "temperature" in given else 1.0
+        temperature = float(temperature)
         sampling = {
-            "temperature": float(temperature),
-            "top_k": int(settings.pop("top_k", None) or 0),
+            "temperature": temperature,
+            "top_k": _whole("top_k", settings.pop("top_k", None)) or 0,
             "top_p": float(settings.pop("top_p", 1.0)),
-            "seed": int(settings.pop("seed", self._seed)),
+            "seed": _whole("seed", settings.pop("seed", self._seed)),
         }
         if sampling["top_k"] <= 0:  # all tokens, as others write it
             sampling["top_k"] = None
@@ -264,4 +380,4 @@ class LayerSkipLM(TemplateLM):
                 f"generation option {name}={value!r} is none of this model's; leave it out of the "
                 "task or --gen_kwargs",
             )
-        return count, until, sampling if draws and temperature > 0 else {}
+        return count, until, sampling if draws and temperature != 0 else {}

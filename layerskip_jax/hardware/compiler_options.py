@@ -132,8 +132,11 @@ def _value(text: str) -> Value:
 def keep_compiled(cache: str, folder: str, platform: str) -> str:
     """Has jax keep compiled programs, and returns where; an empty string for nowhere.
 
+    In a folder on an object store jax keeps them itself. What XLA would put beside them for GPUs,
+    the tuning of single fusions, stays out: XLA reads and writes disks alone.
+
     Args:
-      cache: `auto`, a folder, or empty (see `CompilerConfig`).
+      cache: `auto`, a folder, or empty (see `CompilerConfig`), which leaves jax's own setting.
       folder: what `auto` takes on accelerators. A CPU's programs are quick to compile and fit that
         CPU only.
       platform: the devices' platform.
@@ -142,4 +145,6 @@ def keep_compiled(cache: str, folder: str, platform: str) -> str:
         cache = "" if platform == "cpu" else folder
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
+    if "://" in (jax.config.jax_compilation_cache_dir or ""):
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     return cache

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import multiprocessing
 import re
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -59,13 +60,18 @@ def plan_step_apart(config: RunConfig, topology: Topology, sequence_length: int 
             return pool.submit(plan_step, config, topology, sequence_length).result()
         except BrokenProcessPool:
             pass
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()  # or leaving the pool would wait for the compiler
+            raise
     estimate = calculate_step(config, topology, sequence_length or config.model.max_sequence_length)
     memory = dataclasses.replace(estimate.memory, total=None, message=DEFECT)
     return dataclasses.replace(estimate, compiled=True, memory=memory, traffic=())
 
 
 def _leave_devices_alone() -> None:
-    """Keeps the process from taking the accelerators of its machine."""
+    """Keeps the process from taking the accelerators of its machine, and Ctrl-C to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     jax.config.update("jax_platforms", "cpu")
 
 

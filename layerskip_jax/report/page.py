@@ -18,7 +18,7 @@ from layerskip_jax.report.drawing import inline_svg, svg_text
 from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, perplexities, read_run
 from layerskip_jax.report.summary import headline, sentence
 from layerskip_jax.report.words import amount, percent, times
-from layerskip_jax.run_folder.atomic import write_bytes
+from layerskip_jax.run_folder.atomic import named_writes, write_bytes
 from layerskip_jax.run_folder.object_store import AnyPath, is_remote, require_local
 from layerskip_jax.schema import UserError, nearest
 
@@ -101,10 +101,8 @@ def save_figure(workdir: str | PurePath, name: str, path: str | Path) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with named_writes(path):
         write_bytes(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def build_page(run: RunRecord) -> str:

@@ -218,7 +218,7 @@ def _read_object(path: Path) -> dict:
         return {}
     try:
         value = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON or UTF-8
         raise UserError(f"{path} is not JSON ({error}); make it again or remove it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; make it again or remove it")

@@ -1,6 +1,7 @@
 """The lm-evaluation-harness with our model, on tasks of local files, against its own `hf` model."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from layerskip_jax.cli import main
 from layerskip_jax.commands.export import export
-from layerskip_jax.schema import ConfigError
+from layerskip_jax.schema import ConfigError, UserError
 from tests.interop.helpers import END
 
 pytest.importorskip("lm_eval", reason="the test requirements install it")
@@ -19,7 +20,7 @@ from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from layerskip_jax.evaluation.lm_eval import LayerSkipLM, parse_draft  # noqa: E402
+from layerskip_jax.evaluation.lm_eval import CHUNK, LayerSkipLM, parse_draft  # noqa: E402
 
 PAIRS = [
     ("the quick brown", " fox jumps over"),
@@ -148,6 +149,39 @@ def test_a_text_begins_as_the_harness_own_model_begins_it(exported, tmp_path):
     )
 
 
+def test_chats_are_those_of_the_harness_own_model(run, exported, tmp_path, caplog):
+    from lm_eval.models.huggingface import HFLM
+
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}[{{ m.role }}] {{ m.content }} {{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    folder = shutil.copytree(exported, tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"chat_template": template, "eos_token": END}
+    file.write_text(json.dumps(settings))
+    ours = LayerSkipLM(str(folder), dtype="float32")
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", max_length=64)
+    system, asks = ({"role": "system", "content": "sit"}, {"role": "user", "content": "the cat"})
+    says = {"role": "assistant", "content": " on"}
+    for turns, begins in (([asks], True), ([asks, says], False), ([system, asks], True)):
+        text = ours.apply_chat_template(turns, add_generation_prompt=begins)
+        assert text == theirs.apply_chat_template(turns, add_generation_prompt=begins)
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+    assert ours.apply_chat_template([asks]) == f"[user] the cat {END}[assistant] "
+    assert "no system; the system's turns are left out" in caplog.text
+    assert ours.chat_template(True) == theirs.chat_template(True) == template
+    assert ours.chat_template(False) is None
+    with pytest.raises(ConfigError, match="--apply_chat_template=tools: a model's default"):
+        ours.chat_template("tools")
+    without = LayerSkipLM(str(run[0].path))
+    assert without.tokenizer_name != ours.tokenizer_name
+    for chats in (lambda: without.chat_template(True), lambda: without.apply_chat_template([asks])):
+        with pytest.raises(ConfigError, match="has no chat template, .* leave --apply_chat"):
+            chats()
+
+
 def test_generation_is_the_same_drafted_and_not_and_stops(run):
     requests = _requests(
         "generate_until",
@@ -194,6 +228,19 @@ def test_options_of_the_harness_are_honoured_or_refused(run):
     for name, value in (("num_beams", 4), ("repetition_penalty", 1.2), ("min_tokens", 3)):
         with pytest.raises(ConfigError, match=f"generation option {name}={value} is none of"):
             text(**{name: value})
+    for temperature in (-1.0, float("nan")):  # which would be greedy, unsaid
+        with pytest.raises(ConfigError, match=f"temperature={temperature} must be"):
+            text(do_sample=True, temperature=temperature)
+
+
+def test_a_log_probability_that_is_not_finite_is_refused(run, monkeypatch):
+    model = LayerSkipLM(str(run[0].path))
+    nothing = np.full((1, CHUNK), np.nan, np.float32)
+    monkeypatch.setattr(
+        "layerskip_jax.evaluation.lm_eval.score", lambda *_, **__: (nothing, nothing)
+    )
+    with pytest.raises(UserError, match="a log-probability is not finite in float32"):
+        model.loglikelihood(_requests("loglikelihood", [("the cat", " sat")]), disable_tqdm=True)
 
 
 def test_a_request_without_room_costs_itself_alone(run, caplog):
@@ -208,6 +255,13 @@ def test_a_request_without_room_costs_itself_alone(run, caplog):
     found = model.generate_until(requests, disable_tqdm=True)
     assert found == [alone[0], "", alone[1]]
     assert "its documents" in caplog.text and "max_gen_toks leaves no room" in caplog.text
+    pairs = [("the quick", " brown fox"), ("the", " cat sat" * 200), ("the " * 90, "cat sat")]
+    scored = model.loglikelihood(_requests("loglikelihood", pairs), disable_tqdm=True)
+    alone = model.loglikelihood(_requests("loglikelihood", pairs[:1]), disable_tqdm=True)
+    assert scored[0] == pytest.approx(alone[0], rel=1e-5) and scored[1] == (-math.inf, False)
+    assert np.isfinite(scored[2][0])
+    assert "1 of 3 continuations alone are longer than the context" in caplog.text
+    assert "1 of 3 log-likelihoods are of more than" in caplog.text
     model._model = None  # computes nothing
     bad = _requests("generate_until", [("the", {}), ("cat", {"num_beams": 2})])
     with pytest.raises(ConfigError, match="num_beams=2"):
@@ -244,6 +298,9 @@ def test_the_command_runs_local_tasks(run, exported, tasks, tmp_path, monkeypatc
         ({"exit": 1, "draft": "auto"}, "exit=1 decodes with those layers alone"),
         ({"draft": "fast"}, "draft='fast' is not best, auto or E:G"),
         ({"batch_size": "auto"}, "batch_size=auto must be a number"),
+        ({"dtyp": "float32"}, "model argument dtyp is none of this model's; they are path, exit"),
+        ({"device": "cuda:0"}, "device=cuda:0: jax chooses it"),
+        ({"max_length": 0}, "max_length=0 must be above 0"),
     ],
 )
 def test_bad_arguments_are_named(run, arguments, message):

@@ -4,6 +4,7 @@ import types
 
 import jax
 import pytest
+from jax._src.compiler import get_compile_options
 
 from layerskip_jax.hardware.chips import CHIPS, chip_of
 from layerskip_jax.hardware.compiler_options import compiler_options, compiler_table, keep_compiled
@@ -91,3 +92,29 @@ def test_programs_are_kept_beside_the_run_on_accelerators():
         assert keep_compiled("/elsewhere", "run/compiled", "cpu") == "/elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+    "cache, folder, where",
+    [
+        ("auto", "s3://bucket/run/compiled", ""),
+        ("gs://bucket/programs", "run/compiled", ""),
+        ("auto", "/run/compiled", "/run/compiled/xla_gpu_per_fusion_autotune_cache_dir"),
+        ("", "run/compiled", ""),  # jax's own setting, by JAX_COMPILATION_CACHE_DIR
+    ],
+)
+def test_xla_is_given_no_cache_on_an_object_store(cache, folder, where):
+    """XLA tunes fusions for GPUs into a folder beside jax's cache, by the paths of a disk alone."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        if not cache:
+            jax.config.update("jax_compilation_cache_dir", "gs://bucket/mine")
+        keep_compiled(cache, folder, "gpu")
+        options = get_compile_options(num_replicas=1, num_partitions=1)
+        debug = options.executable_build_options.debug_options
+        assert debug.xla_gpu_per_fusion_autotune_cache_dir == where
+        assert debug.xla_gpu_kernel_cache_file == ""
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
