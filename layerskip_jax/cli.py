@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("layerskip_jax").setLevel(logging.INFO)
     # Orbax warns through absl of each option that the other options imply.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").addFilter(_without_traceback)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As standard error does by itself: a terminal that lacks a character gets its number.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -76,6 +77,12 @@ def main(argv: list[str] | None = None) -> int:
                 end()
             print(f"layerskip {verb}: interrupted", file=sys.stderr)
             return INTERRUPTED
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Leaves the line of an error that orbax logs, which it raises too, and we name."""
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def _run(verb: str, arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from layerskip_jax.run_folder.atomic import to_json
+from layerskip_jax.run_folder.atomic import named_writes, to_json
 from layerskip_jax.run_folder.paths import RunFolder
 from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.observe import Clock
@@ -58,13 +58,14 @@ class MetricsLog:
         if not self._writes:
             return
         config = cost.config
-        self._boards = Boards(
-            folder,
-            first_step=first_step,
-            project=config.training.wandb,
-            config=config.to_dict(),
-        )
-        self._file = _open_to_append(folder.metrics_file)
+        with named_writes(folder.path):
+            self._boards = Boards(
+                folder,
+                first_step=first_step,
+                project=config.training.wandb,
+                config=config.to_dict(),
+            )
+            self._file = _open_to_append(folder.metrics_file)
         if sys.stderr.isatty():
             self._progress = progress_bar(Console(stderr=True))
             self._task = self._progress.add_task("", total=total_steps, completed=first_step)

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import jax
 
-from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.run_folder.atomic import named_writes, write_json
 from layerskip_jax.run_folder.paths import RunFolder
 
 T = TypeVar("T")
@@ -109,8 +109,9 @@ class _JsonLines(logging.Handler):
 @contextmanager
 def process_log(folder: RunFolder) -> Iterator[None]:
     """Writes what this process logs to a file of its own in `RunFolder.logs`."""
-    folder.logs.mkdir(exist_ok=True)
-    handler = _JsonLines(folder.logs / f"process-{jax.process_index()}.jsonl")
+    with named_writes(folder.logs):
+        folder.logs.mkdir(exist_ok=True)
+        handler = _JsonLines(folder.logs / f"process-{jax.process_index()}.jsonl")
     package = logging.getLogger("layerskip_jax")
     package.addHandler(handler)
     try:
