@@ -133,8 +133,9 @@ def open_pretrained(path: str | PurePath) -> Pretrained:
     begins = bool(begin_tokens(tokenizer))
     if said.get("add_bos_token", begins) not in (None, begins):
         logger.warning(
-            "%s: tokenizer_config.json says add_bos_token=%s, by which transformers goes, and "
-            "tokenizer.json %s a text with a token of its own, which counts here",
+            "%s: tokenizer_config.json says add_bos_token=%s, by which some classes of "
+            "transformers go; tokenizer.json %s a text with a token of its own, which counts "
+            "here. `layerskip verify` compares the two",
             path, said["add_bos_token"], "begins" if begins else "does not begin",
         )  # fmt: skip
     end_token_id = next(iter(end_token_ids(files, path)), None)
