@@ -93,7 +93,8 @@ class DataConfig:
     """What a run reads.
 
     Attributes:
-      path: folder made by `layerskip prepare`.
+      path: folder made by `layerskip prepare`. Its validation split is what a run is evaluated on,
+        of a mixture too.
       mixture: further such folders, prepared with the same tokenizer, to mix with it.
       weights: shares of the rows that come from `path` and from each of `mixture`, all above 0;
         empty without a mixture.
