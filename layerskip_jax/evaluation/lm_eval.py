@@ -45,6 +45,8 @@ WITHOUT_EFFECT = {
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0,
     "min_p": 0.0, "use_cache": True,
 }  # fmt: skip
+# What the harness gives every model whose command line names no device.
+UNSAID_DEVICE = "cuda:0"
 _log = logging.getLogger(__name__)
 # Positions whose logits are held at once.
 CHUNK = 64
@@ -140,7 +142,10 @@ class LayerSkipLM(TemplateLM):
             f"model argument {next(iter(others), '')} is none of this model's; they are path, "
             "exit, draft, dtype, max_length and seed",
         )
-        require(device is None, f"device={device}: jax chooses it; set JAX_PLATFORMS, as to cpu")
+        require(
+            device in (None, UNSAID_DEVICE),
+            f"device={device}: jax chooses it; leave it out and set JAX_PLATFORMS, as to cpu",
+        )
         require(
             max_batch_size is None,
             f"max_batch_size={max_batch_size} has no meaning without batch_size=auto; leave it out",

@@ -299,7 +299,7 @@ def test_the_command_runs_local_tasks(run, exported, tasks, tmp_path, monkeypatc
         ({"draft": "fast"}, "draft='fast' is not best, auto or E:G"),
         ({"batch_size": "auto"}, "batch_size=auto must be a number"),
         ({"dtyp": "float32"}, "model argument dtyp is none of this model's; they are path, exit"),
-        ({"device": "cuda:0"}, "device=cuda:0: jax chooses it"),
+        ({"device": "cuda:1"}, "device=cuda:1: jax chooses it"),
         ({"max_length": 0}, "max_length=0 must be above 0"),
     ],
 )
