@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from layerskip_jax.interrupts import raise_if_interrupted
@@ -91,9 +91,12 @@ def named_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}){remedy(error)}"
-        ) from error
+        raise UserError(unwritable(path, error)) from error
+
+
+def unwritable(path: PurePath, error: OSError) -> str:
+    """Returns what is said of a file or folder that the system does not let be written."""
+    return f"{path} cannot be written ({error.strerror or error}){remedy(error)}"
 
 
 def require_text_name(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Loss and perplexity of every exit on a fixed set of windows."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -85,7 +86,7 @@ def not_finite(exits: list[dict]) -> list[int]:
 
 
 class ValidationSet:
-    """The validation windows of a run, opened once, before anything is computed."""
+    """The validation windows of a run, opened before anything is computed."""
 
     def __init__(self, config: RunConfig):
         """Opens them.
@@ -96,23 +97,30 @@ class ValidationSet:
         Raises:
           UserError: there are none, or the index of their files is damaged.
         """
+        self._config, self._opened = config, []
+        self._whole = self._open(shuffle=False)
 
-        def source(shuffle: bool) -> BatchSource:
-            return BatchSource(
-                config.data.path,
-                "validation",
-                batch_size=config.training.batch_size,
-                seed=0,
-                shuffle=shuffle,
-                skip_damaged=config.data.on_damaged == "skip",
-            )
+    def _open(self, shuffle: bool) -> BatchSource:
+        source = BatchSource(
+            self._config.data.path,
+            "validation",
+            batch_size=self._config.training.batch_size,
+            seed=0,
+            shuffle=shuffle,
+            skip_damaged=self._config.data.on_damaged == "skip",
+        )
+        self._opened.append(source)
+        return source
 
-        self._whole, self._drawn = source(shuffle=False), source(shuffle=True)
+    @functools.cached_property
+    def _drawn(self) -> BatchSource:
+        """The same windows in an order drawn by a fixed seed, for evaluations of a part."""
+        return self._open(shuffle=True)
 
     @property
     def left_out(self) -> int:
         """Damaged records that this process has read as padding so far."""
-        return self._whole.damaged + self._drawn.damaged
+        return sum(source.damaged for source in self._opened)
 
     def batches(self, placement: BatchPlacement, limit: int = 0) -> Iterator[Batch]:
         """Yields the windows on the mesh.

@@ -25,7 +25,7 @@ from layerskip_jax.distributed.processes import (
 from layerskip_jax.early_exit_loss import max_active_exits
 from layerskip_jax.hardware.chips import chip_of, peak_flops
 from layerskip_jax.hardware.compiler_options import compiler_table, keep_compiled
-from layerskip_jax.run_folder.atomic import remedy, to_json, write_json
+from layerskip_jax.run_folder.atomic import to_json, unwritable, write_json
 from layerskip_jax.run_folder.claim import check_workdir, claim_workdir, claiming, opened_workdir
 from layerskip_jax.run_folder.lock import locked
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
@@ -324,7 +324,7 @@ def _named_writes(folder: RunFolder, on_failure: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{folder.home} cannot be written ({error.strerror or error}){remedy(error)}"
+        what = unwritable(folder.home, error)
         if on_failure == "stop":
             raise UserError(
                 f"{what}. Its checkpoints are intact, and the same command goes on from them"

@@ -15,6 +15,7 @@ import pytest
 from layerskip_jax.distributed.processes import RESTART_EXIT_CODE, VARIABLES
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.training.restore import load_run
+from tests.helpers import go_back
 from tests.training.test_train import REPOSITORY
 
 slow = pytest.mark.slow
@@ -119,8 +120,7 @@ def test_saved_by_two_processes_and_gone_on_with_elsewhere(
     """Begun by 2x2, gone on with from its step 5: equal state when restored, equal batches."""
     workdir = shutil.copytree(whole, tmp_path / "run")
     folder = RunFolder(workdir)
-    for step in (10, 12):
-        shutil.rmtree(folder.checkpoints / str(step))
+    go_back(workdir)
     lines = folder.metrics_file.read_text().splitlines()
     folder.metrics_file.write_text("\n".join(lines[:5]) + "\n")
     done = run(launch(processes, devices, [*train, *mesh, f"--workdir={workdir}"]))

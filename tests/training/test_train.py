@@ -28,6 +28,7 @@ from layerskip_jax.schema import UserError
 from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.restore import load_run
 from layerskip_jax.training.setup import TrainSetup
+from tests.helpers import go_back
 
 REPOSITORY = Path(__file__).parents[2]
 # Not the function of that name, which the package has.
@@ -419,8 +420,7 @@ def test_with_a_full_disk_a_run_goes_on_where_that_is_asked_for(arguments, tmp_p
 def test_a_folder_that_has_become_read_only_is_said_so(finished, arguments, tmp_path, on_failure):
     workdir = shutil.copytree(finished, tmp_path / "run")
     saved = RunFolder(workdir).checkpoints
-    for step in (10, 12):
-        shutil.rmtree(saved / str(step))
+    go_back(workdir)
     command = _command(workdir, arguments, f"--config.checkpoint.on_failure={on_failure}")
     RunFolder(workdir).metrics_file.unlink()
     # Root writes to read-only folders too, unless it gives that up.
@@ -450,8 +450,7 @@ def test_a_disk_too_full_for_metrics_is_said_so(
     """The metrics, the log, then the curves too lie where nothing can be written."""
     workdir = shutil.copytree(finished, tmp_path / "run")
     folder = RunFolder(workdir)
-    for step in (10, 12):
-        shutil.rmtree(folder.checkpoints / str(step))
+    go_back(workdir)
     for file in (folder.metrics_file, folder.logs / "process-0.jsonl"):
         file.unlink()
         file.symlink_to("/dev/full")
@@ -485,8 +484,7 @@ def test_the_curves_go_to_weights_and_biases_too(finished, arguments, tmp_path):
     command = _command(workdir, arguments, "--config.training.wandb=trial")
     environment = {**os.environ, "WANDB_MODE": "offline"}
     for _ in range(2):
-        for step in (10, 12):
-            shutil.rmtree(RunFolder(workdir).checkpoints / str(step))
+        go_back(workdir)
         RunFolder(workdir).evaluations_file.unlink()
         done = subprocess.run(
             command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env=environment
