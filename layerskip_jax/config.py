@@ -238,6 +238,8 @@ class TrainingConfig:
       profile_step: the step, at least 0, from which on a trace of the devices is written; 0 writes
         one only when the process receives SIGUSR1.
       profile_steps: steps that a trace holds, at least 1.
+      trainable: `all` trains the model; `exits` trains what `config.model.exits` adds to it and
+        leaves the model itself bit for bit as it is, with no backward pass through its layers.
       wandb: project of Weights & Biases that the metrics go to beside TensorBoard; its package has
         to be installed. Empty sends none.
     """
@@ -254,11 +256,13 @@ class TrainingConfig:
     peak_tflops: float = changeable(0.0)
     profile_step: int = changeable(0)
     profile_steps: int = changeable(3)
+    trainable: str = "all"
     wandb: str = changeable("")
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "loss_chunk"):
             require_count(name, getattr(self, name), 1)
+        require_choice("trainable", self.trainable, ("all", "exits"))
         for name in ("log_every", "profile_steps"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         accumulation, rows = self.gradient_accumulation, self.rows_per_device
@@ -312,6 +316,23 @@ class RunConfig:
 
     def __post_init__(self):
         require_count("seed", self.seed, 0, LARGEST_UINT32)
+        exits, only_exits = self.model.exits, self.training.trainable == "exits"
+        require(
+            bool(exits) == only_exits,
+            f"training.trainable={self.training.trainable!r} does not go with "
+            f"model.exits.adapters={exits.adapters} and model.exits.learned={exits.learned}: exits "
+            "are trained by training.trainable='exits', which needs adapters or learned",
+        )
+        require(
+            not only_exits or self.layer_dropout.p_max == 0,
+            f"layer_dropout.p_max={self.layer_dropout.p_max} drops layers of a model that "
+            "training.trainable='exits' leaves as it is; set it to 0",
+        )
+        require(
+            not only_exits or self.init_from != "",
+            "training.trainable='exits' leaves the model as it is, and init_from is empty, which "
+            "draws it at random; name a run, a Hugging Face folder or a GGUF file",
+        )
 
     def to_dict(self) -> dict:
         """Returns nested plain values, as `from_dict` and JSON take them."""

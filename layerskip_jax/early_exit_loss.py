@@ -46,7 +46,8 @@ class EarlyExitConfig:
     Attributes:
       curriculum: `last` (ordinary training), `all`, `rotational` (every `rotation_interval`-th
         exit, each step the next layer's) or `gradual` (one exit after the other, from the last
-        layer's to the first's, over the first `gradual_fraction` of the steps).
+        layer's to the first's, over the first `gradual_fraction` of the steps) or `alternating`
+        (the last layer alone at even steps, all exits at odd ones, as BERxiT fine-tunes).
       rotation_interval: R of the rotational curriculum, in layers, at least 1.
       gradual_fraction: f of the gradual curriculum, in (0, 1].
       e_scale: the weight of the early exits against the last layer, at least 0.
@@ -192,6 +193,12 @@ CURRICULA = {
     ),
     "rotational": Curriculum(
         _rotational, _every_turn, "period", "The exits move up by one layer a step."
+    ),
+    "alternating": Curriculum(
+        lambda config, num_layers, step, total_steps: jnp.full(num_layers, step % 2 == 1),
+        _every_exit,
+        "words",
+        "The last layer learns alone at even steps, and every exit that may learn at odd ones.",
     ),
     "gradual": Curriculum(
         _gradual,

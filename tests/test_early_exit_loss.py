@@ -229,3 +229,14 @@ def test_exits_share_the_loss_at_every_scale(name, scale):
 def test_bad_settings_are_refused(settings_, message):
     with pytest.raises(ConfigError, match=message):
         ee.EarlyExitConfig(**settings_)
+
+
+def test_alternating_curriculum_turns_all_exits_on_at_odd_steps():
+    config = ee.EarlyExitConfig("alternating")
+    on = [ee.active_exits(config, 3, step, 10).tolist() for step in range(3)]
+    assert on == [[False, False, True], [True, True, True], [False, False, True]]
+    # e(l) = 1 of equal weights: a third each where all are on, and the last alone where not.
+    even = ee.EarlyExitConfig("alternating", e_scale=1.0, depth_weight="uniform")
+    np.testing.assert_allclose(ee.exit_weights(even, 3, 0, 10), [0, 0, 1])
+    np.testing.assert_allclose(ee.exit_weights(even, 3, 1, 10), [1 / 3] * 3, rtol=1e-6)
+    assert ee.max_active_exits(even, 3) == 3

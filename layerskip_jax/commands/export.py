@@ -10,6 +10,7 @@ from typing import Any
 from layerskip_jax import __version__
 from layerskip_jax.commands.arguments import make_run_parser, write_figures
 from layerskip_jax.config import RunConfig
+from layerskip_jax.interop.exits_file import exits_bytes
 from layerskip_jax.interop.folder import (
     DEFAULT_SHARD_BYTES,
     check_output,
@@ -20,6 +21,7 @@ from layerskip_jax.interop.huggingface import STORED_DTYPES, to_hugging_face
 from layerskip_jax.interop.model_card import write_model_card
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.model.exits import ExitsConfig
 from layerskip_jax.run_folder.object_store import require_local
 from layerskip_jax.run_folder.paths import RunFolder, open_run, read_json_lines
 from layerskip_jax.schema import UserError, require_whole
@@ -45,7 +47,7 @@ def export(
       output: the folder to write.
       step: the checkpoint; None takes the newest.
       exit_layer: E, to export the first E layers with the shared head, a model of its own; None
-        exports all.
+        exports all. Its own exits, which were trained for the last layer, are then left out.
       dtype: the stored tensors' dtype, one of `huggingface.STORED_DTYPES`.
       max_shard_bytes: tensor bytes in a file.
       overwrite: whether an earlier export in `output` may be replaced.
@@ -67,6 +69,8 @@ def export(
     if exit_layer is not None and not 1 <= exit_layer <= layers:
         raise UserError(f"--exit={exit_layer} must be in 1..{layers}, the model's layers")
     model = dataclasses.replace(config.model, num_layers=exit_layer or layers)
+    if model.num_layers < layers:
+        model = dataclasses.replace(model, exits=ExitsConfig())
     end_token, end_token_id = manifest["end_token"], manifest["end_token_id"]
     # Before the parameters are read, which takes minutes for a large model.
     check_output(output, overwrite=overwrite)
@@ -84,13 +88,16 @@ def export(
         end_token=end_token,
         end_token_id=end_token_id,
         model_card=_model_card(folder, config, model, step, dtype, manifest),
-        provenance=_provenance(config, step),
+        provenance=_provenance(config, model, step),
         published=folder.published_files(),
+        exits=exits_bytes(parameters["exits"], model.exits) if model.exits else b"",
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
     exported = {"output": str(output), "step": step, "layers": model.num_layers, "dtype": dtype}
+    if model.exits:
+        exported["exits"] = dataclasses.asdict(model.exits)
     return {**exported, **counts}
 
 
@@ -120,7 +127,7 @@ def _model_card(
     )
 
 
-def _provenance(config: RunConfig, step: int) -> dict[str, Any]:
+def _provenance(config: RunConfig, model: ModelConfig, step: int) -> dict[str, Any]:
     """Returns what the export's config.json says of where it comes from."""
     provenance = {
         "version": __version__,
@@ -133,6 +140,8 @@ def _provenance(config: RunConfig, step: int) -> dict[str, Any]:
             "layer_dropout": dataclasses.asdict(config.layer_dropout),
             "early_exit": dataclasses.asdict(config.early_exit),
         }
+    if model.exits:
+        provenance["exits"] = dataclasses.asdict(model.exits)
     return provenance
 
 

@@ -44,7 +44,10 @@ def import_model(
     """
     pretrained = open_pretrained(source)
     model = dataclasses.replace(pretrained.config, dtype=dtype)
-    config = dataclasses.replace(RunConfig(), model=model, init_from=str(source))
+    training = RunConfig().training
+    if model.exits:  # which are what such a run trains
+        training = dataclasses.replace(training, trainable="exits")
+    config = dataclasses.replace(RunConfig(), model=model, init_from=str(source), training=training)
 
     with _new_run(workdir) as folder:
         write_text(folder.tokenizer_file, pretrained.tokenizer_json)

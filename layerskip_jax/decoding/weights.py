@@ -139,6 +139,16 @@ class DecoderLayer(NamedTuple):
         q = rotated[..., :-1, :].transpose(0, 2, 3, 1, 4)
         return q, rotated[..., -1, :].swapaxes(1, 2), y[..., -1, :].swapaxes(1, 2)
 
+    def without_queries(self, kv_heads: int, head_dim: int) -> "DecoderLayer":
+        """Returns a layer that projects keys and values only, given K and h."""
+        outputs = np.arange(self.qkv.outputs or self.qkv.values.shape[0])
+        keys_and_values = outputs.reshape(kv_heads, -1, head_dim)[:, -2:].reshape(-1)
+        bias = self.qkv_bias
+        return self._replace(
+            qkv=self.qkv.of_outputs(jnp.asarray(keys_and_values)),
+            qkv_bias=None if bias is None else bias[keys_and_values],
+        )
+
     def finish(
         self, x: Float[Array, "B S D"], attended: Float[Array, "B K G S h"]
     ) -> Float[Array, "B S D"]:
@@ -161,6 +171,41 @@ class DraftHead(NamedTuple):
     matrix: Matrix
 
 
+class ExitAdapter(NamedTuple):
+    """What one exit puts before the shared head; z = norm(x), then z + (z A) B.
+
+    Attributes:
+      norm: its own, in place of the final norm.
+      down: A, `[r, D]` as it multiplies rows.
+      up: B, `[D, r]`.
+    """
+
+    norm: RMSNorm
+    down: Matrix
+    up: Matrix
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns what the head reads."""
+        z = self.norm(x)
+        return z + self.up(self.down(z))
+
+
+class ExitClassifier(NamedTuple):
+    """Whether an exit's token is right: sigmoid(w z + b), one w and b for all exits (BERxiT).
+
+    Attributes:
+      weight: w, in float32.
+      bias: b, in float32.
+    """
+
+    weight: Float[Array, "D"]
+    bias: Float[Array, ""]
+
+    def __call__(self, z: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """Returns the probability that the exit is right, of states as the head reads them."""
+        return jax.nn.sigmoid(z.astype(jnp.float32) @ self.weight + self.bias)
+
+
 class DecoderWeights(NamedTuple):
     """What decoding reads; matrices in the compute dtype, scales of norms in float32.
 
@@ -172,6 +217,8 @@ class DecoderWeights(NamedTuple):
       draft_head: None drafts with the whole head.
       padding: added to the logits, -inf for the rows that `place_weights` padded the vocabulary
         with; None where there are none.
+      adapters: by E, of the exits that have one.
+      classifier: None where none was trained.
     """
 
     embedding: Float[Array, "V D"]
@@ -180,11 +227,18 @@ class DecoderWeights(NamedTuple):
     head: Matrix | None
     draft_head: DraftHead | None = None
     padding: Float[Array, "V"] | None = None
+    adapters: dict[int, ExitAdapter] | None = None
+    classifier: ExitClassifier | None = None
 
     @property
     def any_head(self) -> Matrix:
         """The head, whichever array it is."""
         return Matrix(self.embedding) if self.head is None else self.head
+
+    def before_head(self, x: Float[Array, "B S D"], exit_layer: int) -> Float[Array, "B S D"]:
+        """Returns what the head reads of states after the first E layers."""
+        adapter = (self.adapters or {}).get(exit_layer)
+        return self.final_norm(x) if adapter is None else adapter(x)
 
 
 def decoder_weights(model: Transformer, *, panels: bool = False) -> DecoderWeights:
@@ -271,8 +325,26 @@ def _laid_out(
         layers=tuple(map(layer, range(config.num_layers))),
         final_norm=model.final_norm,
         head=None if shared else head,
+        adapters=_adapters(model, matrix),
+        classifier=ExitClassifier(model.exits.weight[...], model.exits.score_bias[0])
+        if config.exits.learned
+        else None,
     )
     return weights, _finite(model)
+
+
+def _adapters(model: Transformer, matrix) -> dict[int, ExitAdapter] | None:
+    """Returns the exit adapters by E, `matrix` laying theirs out as it does the layers'."""
+    config = model.config.exits
+    if not config.adapters:
+        return None
+
+    def one(index: int) -> ExitAdapter:
+        norm = jax.tree.map(lambda _: model.exits.scale[index], model.final_norm)
+        down = matrix(model.exits.down[index], model.config.model_dim)
+        return ExitAdapter(norm, down, matrix(model.exits.up[index], config.rank))
+
+    return {exit_layer: one(index) for index, exit_layer in enumerate(config.adapters)}
 
 
 def reduced_head(weights: DecoderWeights, tokens: Int[Array, "N"]) -> DraftHead:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from layerskip_jax.interop.exits_file import EXITS_FILE
 from layerskip_jax.interop.huggingface import (
     default_token_id,
     tensor_shapes,
@@ -30,7 +31,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _OUR_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|README\.md"
-    r"|tokenizer\.json|" + "|".join(map(re.escape, FILES))
+    r"|tokenizer\.json|exits\.safetensors|" + "|".join(map(re.escape, FILES))
 )
 
 
@@ -104,6 +105,7 @@ def write_folder(
     model_card: str,
     provenance: dict[str, Any],
     published: dict[str, bytes] | None = None,
+    exits: bytes = b"",
     dtype: str = "float32",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -123,6 +125,7 @@ def write_folder(
       provenance: where the model comes from; kept in `config.json` under `PROVENANCE`.
       published: files by name of the published model that the run began from: what they say of
         tokenizer, chat and generation stays as it was.
+      exits: content of `EXITS_FILE`; empty where the model has no exits of its own.
       dtype: what the tensors are cast to, one of `huggingface.STORED_DTYPES`.
       max_shard_bytes: tensor bytes in a file; only a tensor larger than that exceeds it.
       overwrite: whether an earlier export may be replaced.
@@ -146,7 +149,9 @@ def write_folder(
         check_output(path, overwrite=overwrite)
 
     with staged_folder(folder, check) as stage:
-        counts = _write_weights(stage, tensors, config, dtype, max_shard_bytes)
+        counts = _write_weights(stage, tensors, config, dtype, max_shard_bytes, indexed=bool(exits))
+        if exits:
+            (stage / EXITS_FILE).write_bytes(exits)
         shutil.copyfile(tokenizer_file, stage / "tokenizer.json")
         if "tokenizer_config.json" not in published:
             described = _tokenizer_settings(config, end_token, begin_token)
@@ -207,8 +212,12 @@ def _write_weights(
     config: ModelConfig,
     dtype: str,
     max_shard_bytes: int,
+    indexed: bool,
 ) -> dict[str, int]:
-    """Writes the shards and, if there are several, their index."""
+    """Writes the shards and, if there are several or `indexed` asks for it, their index.
+
+    Some clients read every safetensors file of a folder unless an index names those of the model.
+    """
     shapes = tensor_shapes(config)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     itemsize = jnp.dtype(dtype).itemsize
@@ -221,12 +230,13 @@ def _write_weights(
     tensors = iter(tensors)
     file_of = {}
     for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        path = stage / (file if len(shards) > 1 else _WEIGHTS)
+        several = len(shards) > 1
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if several else _WEIGHTS
+        path = stage / file
         of_shard = {name: shapes[name] for name in names}
         _write_shard(path, tensors, of_shard, dtype)
         file_of.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
+    if len(shards) > 1 or indexed:
         metadata = {"total_size": counts["bytes"], "total_parameters": counts["parameters"]}
         _write_json(stage / _INDEX, {"metadata": metadata, "weight_map": file_of})
     return counts

@@ -104,7 +104,8 @@ def write_model_card(
             for row in rows:
                 row.append(f"{start[row[0]]['perplexity']:.2f}" if row[0] in start else "")
         parts += [
-            f"## Perplexity by exit\n\nOn the validation set, at step {evaluation['step']}.\n",
+            f"## Perplexity by exit\n\nOn the validation set, at step {evaluation['step']}.\n"
+            + _own_exits(model),
             _table(heading, rows),
         ]
     if model.num_layers > 1:
@@ -208,6 +209,17 @@ def _drafting(model: ModelConfig, speculation: dict[str, Any] | None) -> str:
         draft=best["exit_layer"],
         draft_length=best["draft_length"],
         new_tokens=min(64, model.max_sequence_length // 2),
+    )
+
+
+def _own_exits(model: ModelConfig) -> str:
+    """Returns what the card says of exits that are trained by themselves."""
+    if not model.exits.adapters:
+        return ""
+    which = ", ".join(map(str, model.exits.adapters))
+    return (
+        f"\nThe exits after {which} layers have adapters (exits.safetensors), which layerskip_jax\n"
+        "reads them through, and so did this table; transformers has no use for that file.\n"
     )
 
 

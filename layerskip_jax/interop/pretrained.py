@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from layerskip_jax.data.text import begin_tokens
 from layerskip_jax.data.tokenizer import END_TOKENS, load_tokenizer, vocabulary_size
+from layerskip_jax.interop.exits_file import EXITS_FILE, open_exits, read_exits
 from layerskip_jax.interop.gguf import GGUF
 from layerskip_jax.interop.huggingface import (
     check_tensors,
@@ -56,6 +57,7 @@ class Pretrained:
       files: by name, those of `FILES` that the folder has, or what a GGUF file says of the same.
       tokenizer_json: the tokenizer's file, or what would be in it.
       read: reads a part of a tensor by its Hugging Face name.
+      exits_file: with the exits that `config` has; None where there are none.
     """
 
     source: Path
@@ -66,6 +68,7 @@ class Pretrained:
     files: dict[str, bytes]
     tokenizer_json: str
     read: Callable[[str, tuple[slice, ...]], np.ndarray]
+    exits_file: Path | None = None
 
     def parameters(
         self, shardings: Any = None, config: ModelConfig | None = None
@@ -74,11 +77,17 @@ class Pretrained:
 
         Args:
           shardings: nested like the parameters; None puts all on the first device.
-          config: the model's, but for the padding of the vocabulary; None takes none.
+          config: the model's, but for the padding of the vocabulary, and with its exits or
+            without; None takes none of the padding, and the exits.
         """
         if shardings is None:
             shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return from_hugging_face(self.read, config or self.config, shardings)
+        config = config or self.config
+        parameters = from_hugging_face(self.read, config, shardings)
+        if self.exits_file is None or not config.exits:
+            return parameters
+        of_exits = shardings["exits"] if isinstance(shardings, dict) else shardings
+        return {**parameters, "exits": read_exits(self.exits_file, config.exits, of_exits)}
 
 
 def open_pretrained(path: str | PurePath) -> Pretrained:
@@ -140,7 +149,16 @@ def open_pretrained(path: str | PurePath) -> Pretrained:
         )  # fmt: skip
     end_token_id = next(iter(end_token_ids(files, path)), None)
     text = (path / "tokenizer.json").read_text(encoding="utf-8")
-    return _checked(path, config, tokenizer, end_token_id, text, read, files)
+    model = _checked(path, config, tokenizer, end_token_id, text, read, files)
+    return _with_exits(model, path / EXITS_FILE)
+
+
+def _with_exits(model: Pretrained, file: Path) -> Pretrained:
+    """Returns the model with the exits that are in a file beside it, if there is one."""
+    if not file.is_file():
+        return model
+    config = dataclasses.replace(model.config, exits=open_exits(file, model.config))
+    return dataclasses.replace(model, config=config, exits_file=file)
 
 
 def _with_head(config, tensors, shapes, read, path) -> ModelConfig:
@@ -164,7 +182,8 @@ def _open_gguf(path: Path) -> Pretrained:
     check_tensors(file.shapes, file.config, str(path))
     tokenizer = file.tokenizer()
     text = tokenizer.to_str(pretty=True)
-    return _checked(path, file.config, tokenizer, file.end_token_id, text, file.read, file.files())
+    model = _checked(path, file.config, tokenizer, file.end_token_id, text, file.read, file.files())
+    return _with_exits(model, path.with_suffix(f".{EXITS_FILE}"))
 
 
 def end_token_ids(files: dict[str, bytes], source: Path) -> list[int]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from layerskip_jax.model.exits import ExitsConfig
 from layerskip_jax.ops.attention import KERNELS
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.schema import (
@@ -84,6 +85,7 @@ class ModelConfig:
         `auto` takes the fastest that can do what is asked, and says which.
       packing_mask: keeps documents that share a window apart; False lets a token see the earlier
         ones too, which `cudnn` needs.
+      exits: exit adapters and the learned exit.
     """
 
     vocab_size: int = 0
@@ -104,6 +106,7 @@ class ModelConfig:
     remat: str = changeable("dots")
     attention: str = changeable("auto")
     packing_mask: bool = True
+    exits: ExitsConfig = ExitsConfig()
 
     def __post_init__(self):
         sizes = (

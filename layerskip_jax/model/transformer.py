@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from layerskip_jax.layer_dropout import Execution, KeepPlan
+from layerskip_jax.model.adapters import Exits
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.layers import Block, RMSNorm, matrix, no_constraint
 from layerskip_jax.model.rope import rope_tables
@@ -66,6 +67,9 @@ class Transformer(nnx.Module):
             self.head = matrix(
                 head_key, shape[::-1], ("embed", "vocab"), config.model_dim, padding=padding[::-1]
             )
+        if config.exits:
+            exits_key = jax.random.fold_in(key, 3)
+            self.exits = Exits(config.exits, config.model_dim, config.norm_eps, exits_key)
 
     @property
     def head_weight(self) -> Float[Array, "D V"]:

@@ -3,10 +3,13 @@
 import dataclasses
 import math
 
+import jax
+
 from layerskip_jax.config import RunConfig
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.distributed.sharding import least_accumulation
 from layerskip_jax.hardware.topology import Topology
+from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.ops.attention import choose_kernel
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.planning.step_plan import Memory, Plan, Traffic, timed
@@ -22,7 +25,8 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     buffer; a chunk of logits with its gradient. Traffic: a layer's weights gathered forward and
     backward and their gradients scattered, over fsdp; replicas of gradients reduced over data and
     slice; under `tensor` four gathers or scatters of the residual stream a layer, forward and
-    backward each.
+    backward each. Where exits alone are trained, there is no backward pass, and gradients and
+    optimizer state are theirs.
     """
     shape = dict(zip(AXES, config.mesh.shape.resolve(topology.num_devices), strict=True))
     training, chip = config.training, topology.chip
@@ -49,22 +53,28 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     gathered = 2 * layer * width / shape["tensor"]
     kept = REMAT_POLICIES[model.remat].kept(model.model_dim, model.ffn_dim)
     per_value = tokens * model.num_layers * width / shape["tensor"]
-    activations = float(per_value * kept)
+    activations = 0.0 if training.trainable == "exits" else float(per_value * kept)
     cost = CostModel(config, length)
     _, early = cost.schedule
-    exits = float(early.max()) * tokens * model.model_dim * width / shape["tensor"]
+    frozen = training.trainable == "exits"
+    count = len(model.exits.trained(model.num_layers)) if frozen else float(early.max())
+    exits = count * tokens * model.model_dim * width / shape["tensor"]
     logits = 2 * 4 * rows * training.loss_chunk * model.vocab_rows / shape["tensor"]
     working = tokens * (4 * model.model_dim + 3 * model.ffn_dim) * width / shape["tensor"]
-    temporaries = parameters + gathered + exits + logits + working
-    optimizer = parameters * state_share(config.optimizer, model)
+    changed = parameters
+    if frozen:
+        of_exits = ModelDefinition(model).shapes["exits"]
+        changed = 4.0 * sum(leaf.size for leaf in jax.tree.leaves(of_exits))
+    temporaries = changed + gathered + exits + logits + working
+    optimizer = changed * state_share(config.optimizer, model)
     memory = Memory(
         parameters, optimizer, activations, temporaries,
         parameters + optimizer + activations + temporaries, chip.memory,
-        host=float(per_value * model.model_dim) if model.remat == "offload" else 0.0,
+        host=float(per_value * model.model_dim) if model.remat == "offload" and not frozen else 0.0,
     )  # fmt: skip
 
     layer_bytes = float(layer * width)
-    traffic = _traffic(config, topology, shape, accumulation, layer_bytes, tokens, parameters)
+    traffic = _traffic(config, topology, shape, accumulation, layer_bytes, tokens, changed)
     planned = cost.planned(0, training.steps)
     return timed(config, topology, False, memory, traffic, planned, 0.0)
 
@@ -76,9 +86,12 @@ def _traffic(
     accumulation: int,
     layer_bytes: float,
     tokens: float,
-    parameters: float,
+    changed: float,
 ) -> tuple[Traffic, ...]:
-    """Returns the collectives of a step, given the bytes of a layer in the compute dtype."""
+    """Returns the collectives of a step, given the bytes of a layer in the compute dtype.
+
+    And those of the parameters that it changes, in float32.
+    """
     model, chip = config.model, topology.chip
     width = 2 if model.dtype == "bfloat16" else 4
 
@@ -92,17 +105,19 @@ def _traffic(
 
     traffic = []
     turns = float(model.num_layers * accumulation)
+    passes = 1 if config.training.trainable == "exits" else 2
     if shape["fsdp"] > 1:
         size = layer_bytes / shape["tensor"]
-        traffic += [line("all-gather", "fsdp", size, 2 * turns)]
-        traffic += [line("reduce-scatter", "fsdp", size, turns)]
+        traffic += [line("all-gather", "fsdp", size, passes * turns)]
+        if passes == 2:
+            traffic += [line("reduce-scatter", "fsdp", size, turns)]
     for axis in ("data", "slice"):
         if shape[axis] > 1:
-            traffic += [line("all-reduce", axis, parameters * width / 4, float(accumulation))]
+            traffic += [line("all-reduce", axis, changed * width / 4, float(accumulation))]
     if shape["tensor"] > 1:
         size = tokens * model.model_dim * width
-        traffic += [line("all-gather", "tensor", size, 4 * turns)]
-        traffic += [line("reduce-scatter", "tensor", size, 4 * turns)]
+        traffic += [line("all-gather", "tensor", size, 2 * passes * turns)]
+        traffic += [line("reduce-scatter", "tensor", size, 2 * passes * turns)]
     return tuple(traffic)
 
 

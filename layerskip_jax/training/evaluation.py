@@ -12,8 +12,11 @@ from jaxtyping import Array, Float, Int
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.distributed.processes import BatchPlacement
+from layerskip_jax.model.adapters import adapted
 from layerskip_jax.model.definition import ModelDefinition, Parameters
+from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.ops.linear_cross_entropy import (
+    NO_NORM,
     ONE_DEVICE,
     HeadInputs,
     Layout,
@@ -38,17 +41,20 @@ def make_exit_scorer(
         head, one = model.head_weight, jnp.ones(1)
 
         def microbatch(total, batch):
-            def read(carry, _, x):
+            def read(carry, adapter, x):
+                norm = model.final_norm
+                if adapter is not None:
+                    x, norm = adapted(x, *adapter, model.config.norm_eps), NO_NORM
                 inputs = HeadInputs(x[None], batch.targets, batch.valid, one)
                 nll, _ = linear_cross_entropy(
-                    (inputs,), head, norm=model.final_norm, chunk=chunk,
+                    (inputs,), head, norm=norm, chunk=chunk,
                     vocab_size=model.config.vocab_size, layout=layout,
                 )  # fmt: skip
                 return carry, nll
 
             x = model.embed(batch.tokens)
             rows = model.row_inputs(batch.positions, batch.segment_ids)
-            _, nll = model.scan_layers(x, rows, read, None)
+            _, nll = model.scan_layers(x, rows, read, None, _adapters(model))
             return total + nll, None
 
         zeros = jnp.zeros(definition.config.num_layers)
@@ -56,6 +62,20 @@ def make_exit_scorer(
         return nll, batch.valid.sum()
 
     return score
+
+
+def _adapters(model: Transformer) -> tuple[Array, Array, Array] | None:
+    """Returns scales, A and B of all layers, the final norm and 0 where an exit has no adapter."""
+    config = model.config
+    if not config.exits.adapters:
+        return None
+    at = jnp.asarray(config.exits.adapters) - 1
+    scales = jnp.tile(model.final_norm.scale[...], (config.num_layers, 1))
+    down, up = (
+        jnp.zeros((config.num_layers, *part.shape[1:])).at[at].set(part)
+        for part in (model.exits.down[...], model.exits.up[...])
+    )
+    return scales.at[at].set(model.exits.scale[...]), down, up
 
 
 def evaluate_exits(score: Callable, parameters: Parameters, batches: Iterable) -> list[dict]:

@@ -9,6 +9,13 @@ Only matrix products count, two operations a multiply-add. For one row of S toke
 
 The backward pass costs twice the forward one. Rows that a layer drops, and exits that are off,
 count nothing.
+
+Exits before a model that is left as it is (`training.trainable=exits`) take a forward pass of the
+layers; at each exit the head forward and, for its adapter, backward to the states; the adapter
+
+    2 M (2 D r)                      three times, forward and backward
+
+the learned exit 2 M D, twice; and the last layer's head forward, where it is the target.
 """
 
 import dataclasses
@@ -102,6 +109,8 @@ class CostModel:
         masked = run * 3 * square
         if self.config.layer_dropout.execution == "mask":
             masked += (all_layers - run) * (3 * (matrices + attention + square) + again)
+        if self.config.training.trainable == "exits":
+            return self._exits_step(rows, matrices, attention, square)
         positions = scored_positions(self.config.early_exit, length)
         tokens = rows * (length + early_exits * positions)
         return StepFlops(
@@ -110,6 +119,27 @@ class CostModel:
             exits=6.0 * tokens * model.model_dim * model.vocab_rows,
             recomputed=run * again,
             masked=masked,
+        )
+
+    def _exits_step(
+        self, rows: float, matrices: float, attention: float, square: float
+    ) -> StepFlops:
+        """Returns the cost of a step that trains exits alone, given a layer's for one row."""
+        model, exits = self.config.model, self.config.model.exits
+        count = len(exits.trained(model.num_layers))
+        tokens = rows * self.sequence_length
+        head = 2.0 * tokens * model.model_dim * model.vocab_rows
+        adapters = 3 * 4.0 * tokens * model.model_dim * exits.rank * len(exits.adapters)
+        of_last = head if exits.target == "last" else 0.0
+        learned = 2.0 * tokens * model.model_dim * count * exits.learned
+        forward = count * head + of_last + adapters / 3 + learned
+        return StepFlops(
+            layers=rows * model.num_layers * matrices,
+            attention=rows * model.num_layers * attention,
+            # Only an adapter's gradient goes back through the head.
+            exits=forward + len(exits.adapters) * head + adapters * 2 / 3 + learned,
+            recomputed=forward,
+            masked=rows * model.num_layers * square,
         )
 
     def done(self, metrics: StepMetrics) -> StepFlops:

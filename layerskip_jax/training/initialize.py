@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path, PurePath
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.data.manifest import Manifest, read_manifest
@@ -13,10 +15,14 @@ from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.interop.pretrained import Pretrained, open_pretrained
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition, Parameters
+from layerskip_jax.model.exits import ExitsConfig
 from layerskip_jax.run_folder.object_store import AnyPath, as_path
 from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run, run_folder
 from layerskip_jax.schema import ConfigError, UserError
 from layerskip_jax.training.checkpoint import Checkpoints
+from layerskip_jax.training.setup import TrainSetup
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -90,6 +96,11 @@ class _OfRun:
                 "that run"
             )
         shapes = ModelDefinition(self.config).shapes
+        exits = shapes.keys() & {"exits"}  # restored with the rest, and not taken over
+        whole = shardings["final_norm"]["scale"]
+        shardings = shardings | {
+            name: jax.tree.map(lambda _: whole, shapes[name]) for name in exits
+        }
         template = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -98,7 +109,7 @@ class _OfRun:
         checkpoints = Checkpoints(self.folder.checkpoints)
         parameters = checkpoints.restore_parameters(None, template)
         checkpoints.close()
-        return parameters
+        return {name: part for name, part in parameters.items() if name != "exits"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +186,7 @@ def shaped_like(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     Raises:
       ConfigError: a setting of the shape was changed, to something else than the source's.
     """
-    free, default = ["dtype", "remat", "attention", "packing_mask"], ModelConfig()
+    free, default = ["dtype", "remat", "attention", "packing_mask", "exits"], ModelConfig()
     for name in ("max_sequence_length", "pad_vocab_to_multiple_of"):
         if getattr(model, name) != getattr(default, name):
             free.append(name)
@@ -187,3 +198,32 @@ def shaped_like(model: ModelConfig, source: ModelConfig) -> ModelConfig:
                 f"{theirs}; leave it out"
             )
     return dataclasses.replace(source, **{name: getattr(model, name) for name in free})
+
+
+def initial_parameters(setup: TrainSetup, initial: Initial) -> Parameters:
+    """Returns the parameters that a run starts from, on its mesh.
+
+    What the model to start from has of exits is not taken over: they begin anew, each adapter's
+    norm as the final norm.
+    """
+    config, shardings = setup.config.model, dict(setup.shardings.parameters)
+    exits = shardings.pop("exits", None)
+    if theirs := initial.config.exits:
+        logger.warning(
+            "config.init_from: the exits of %s (adapters %s, learned %s) are left out; %s",
+            setup.config.init_from, theirs.adapters, theirs.learned,
+            "config.model.exits begins anew" if exits else "the exits read through the final norm",
+        )  # fmt: skip
+    parameters = initial.parameters(dataclasses.replace(config, exits=ExitsConfig()), shardings)
+    if exits is None:
+        return parameters
+
+    def make(final_scale):
+        key = jax.random.key(setup.config.seed)
+        made = setup.definition.init(key)["exits"]
+        if config.exits.adapters:
+            made["scale"] = jnp.tile(final_scale, (len(config.exits.adapters), 1))
+        return made
+
+    made = jax.jit(make, out_shardings=exits)(parameters["final_norm"]["scale"])
+    return {**parameters, "exits": made}

@@ -50,6 +50,11 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule, Mask], Transfor
 }
 
 
+def trained(parameters: Parameters, trainable: str) -> Parameters:
+    """Returns the part of parameters, or of a nest like them, that a run trains."""
+    return {"exits": parameters["exits"]} if trainable == "exits" else parameters
+
+
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> Transformation:
     """Returns clipping followed by the optimizer; decay skips the scales of norms and the biases.
 

@@ -29,7 +29,7 @@ from layerskip_jax.ops.attention import PackedAttention, choose_kernel
 from layerskip_jax.ops.linear import contract, contract_tokens
 from layerskip_jax.ops.linear_cross_entropy import Layout
 from layerskip_jax.schema import LARGEST_INT32, require
-from layerskip_jax.training.optimizer import make_optimizer
+from layerskip_jax.training.optimizer import make_optimizer, trained
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -77,12 +77,17 @@ class TrainSetup:
         scored = scored_positions(self.config.early_exit, length)
         check_sequence(length, scored, self.mesh, self.config.mesh.rules)
 
+    def _trained(self, parameters: Parameters) -> Parameters:
+        return trained(parameters, self.config.training.trainable)
+
     def init(self) -> TrainState:
         """Draws the first state, each device making its own shard; any mesh gives the same."""
 
         def make():
             parameters = self.definition.init(jax.random.key(self.config.seed))
-            return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters))
+            return TrainState(
+                jnp.int32(0), parameters, self.optimizer.init(self._trained(parameters))
+            )
 
         return jax.jit(make, out_shardings=self.shardings)()
 
@@ -90,7 +95,7 @@ class TrainSetup:
         """Returns the state before the first step with these parameters, sharded as they are."""
         optimizer = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)
         step = jax.device_put(jnp.int32(0), self.shardings.step)
-        return TrainState(step, parameters, optimizer(parameters))
+        return TrainState(step, parameters, optimizer(self._trained(parameters)))
 
     def abstract_state(self) -> TrainState:
         """Returns shapes, dtypes and shardings of the state, as a template to restore into."""
@@ -98,7 +103,7 @@ class TrainSetup:
         state = TrainState(
             jax.ShapeDtypeStruct((), jnp.int32),
             parameters,
-            jax.eval_shape(self.optimizer.init, parameters),
+            jax.eval_shape(self.optimizer.init, self._trained(parameters)),
         )
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -129,7 +134,9 @@ class TrainSetup:
         """Returns the step as `compile_step` compiles it, before the compiler has seen it."""
 
         def pin(gradients):
-            return jax.lax.with_sharding_constraint(gradients, self.shardings.parameters)
+            return jax.lax.with_sharding_constraint(
+                gradients, self._trained(self.shardings.parameters)
+            )
 
         self.check_sequence(sequence_length)
         step = make_train_step(
@@ -162,6 +169,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     )
     layer_dropout.check_layers(config.layer_dropout, config.model.num_layers)
     check_exits(config.early_exit, config.model.num_layers)
+    config.model.exits.check_layers(config.model.num_layers)
     context = parts(mesh, rules.sequence)
     platform = mesh.devices.flat[0].platform
     kernel = choose_kernel(
@@ -184,8 +192,8 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     optimizer_state = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, definition.shapes),
-        parameters,
+        jax.eval_shape(optimizer.init, trained(definition.shapes, training.trainable)),
+        trained(parameters, training.trainable),
         transform_non_params=lambda _: everywhere,
     )
     return TrainSetup(

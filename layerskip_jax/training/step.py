@@ -19,7 +19,8 @@ from layerskip_jax.early_exit_loss import (
 from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.ops.checksum import checksum
 from layerskip_jax.ops.linear_cross_entropy import ONE_DEVICE, Layout
-from layerskip_jax.training.optimizer import learning_rate_schedule
+from layerskip_jax.training.exits import equal_exits, exits_loss
+from layerskip_jax.training.optimizer import learning_rate_schedule, trained
 
 
 class TrainState(NamedTuple):
@@ -99,6 +100,7 @@ def make_train_step(
         to measure what they cost.
     """
     num_layers, total_steps = config.model.num_layers, config.training.steps
+    trainable = config.training.trainable
     gradient = _batch_gradient(definition, config, layout)
     learning_rate = learning_rate_schedule(config.optimizer, total_steps)
 
@@ -106,7 +108,10 @@ def make_train_step(
         # Every host folds the same step into the same seed, so all draw the same.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         plan, layers_run = _draw_plan(config, key, state.step)
-        exits = select_exits(config.early_exit, num_layers, state.step, total_steps)
+        if trainable == "exits":
+            exits = equal_exits(config.model)
+        else:
+            exits = select_exits(config.early_exit, num_layers, state.step, total_steps)
         positions = sample_positions(
             jax.random.fold_in(key, 1), config.early_exit, batch.tokens.shape[2]
         )
@@ -116,7 +121,8 @@ def make_train_step(
             state.parameters, batch, plan, exits, positions, valid_tokens
         )
         gradients = pin_gradients(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        part = trained(state.parameters, trainable)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, part)
         gradient_norm = optax.tree.norm(gradients)
         # One scalar decides on every device alike; no host takes part.
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -134,7 +140,9 @@ def make_train_step(
             skipped=~finite if guarded else jnp.bool_(False),
         )
         after = TrainState(
-            state.step + 1, optax.apply_updates(state.parameters, updates), optimizer_state
+            state.step + 1,
+            {**state.parameters, **optax.apply_updates(part, updates)},
+            optimizer_state,
         )
         if guarded:
             before = state._replace(step=after.step)
@@ -221,7 +229,20 @@ def _batch_gradient(definition: ModelDefinition, config: RunConfig, layout: Layo
     """Returns the loss of a batch and its gradient, added up over its microbatches."""
     accumulation = config.training.gradient_accumulation
     rows = config.training.batch_size // accumulation
-    function = jax.value_and_grad(_microbatch_loss(definition, config, layout), has_aux=True)
+    if config.training.trainable == "exits":
+        loss = exits_loss(definition, config)
+    else:
+        loss = _microbatch_loss(definition, config, layout)
+
+    def of_trained(part, parameters, *rest):
+        return loss({**parameters, **part}, *rest)
+
+    # Of what is trained alone: nothing goes back through a model that is left as it is.
+    differentiated = jax.value_and_grad(of_trained, has_aux=True)
+
+    def function(parameters, *rest):
+        part = trained(parameters, config.training.trainable)
+        return differentiated(part, parameters, *rest)
 
     def gradient(parameters, batch, plan, *rest):
         def one(index):

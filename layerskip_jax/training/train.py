@@ -39,7 +39,7 @@ from layerskip_jax.training.evaluation import (
 )
 from layerskip_jax.training.flops import MFU_DEFINITION, CostModel
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
-from layerskip_jax.training.initialize import Initial, resolve, shaped_like
+from layerskip_jax.training.initialize import Initial, initial_parameters, resolve, shaped_like
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
 from layerskip_jax.training.setup import TrainSetup, make_setup
@@ -365,8 +365,7 @@ def _restore_or_init(
 
 
 def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
-    parameters = initial.parameters(setup.config.model, setup.shardings.parameters)
-    return setup.start_from(parameters)
+    return setup.start_from(initial_parameters(setup, initial))
 
 
 def _record_evaluation(

@@ -1,6 +1,5 @@
 """A small tokenizer, and the folder of a run with it and a random model."""
 
-import dataclasses
 import json
 
 import jax
@@ -36,10 +35,10 @@ def tokenizer_file(tmp_path_factory):
 def make_run(tmp_path_factory, tokenizer_file):
     """Returns a function that writes the folder of a run and returns it with its parameters."""
 
-    def make(config=CONFIG, manifest=None):
+    def make(config=CONFIG, manifest=None, **settings):
         folder = RunFolder(tmp_path_factory.mktemp("run"))
         definition, parameters = random_parameters(config)
-        run = dataclasses.replace(RunConfig(), model=config)
+        run = RunConfig(model=config, **settings)
         folder.config_file.write_text(json.dumps(run.to_dict()))
         manifest = manifest or {"end_token": END, "end_token_id": 0, "vocab_size": 290}
         folder.data_file.write_text(json.dumps(manifest))

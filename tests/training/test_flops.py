@@ -10,6 +10,7 @@ from layerskip_jax.config import RunConfig, TrainingConfig
 from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.hardware.chips import peak_flops
 from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.model.exits import ExitsConfig
 from layerskip_jax.ops.attention import PLAIN_ATTENTION, computed_pairs
 from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.setup import make_setup
@@ -73,6 +74,28 @@ def test_the_step_computes_what_the_model_says(exits, early, fraction):
     assert one_turn_of_each == parts * 4 * 4 * 3 * 2 * 32 * 64
     turns = 3 + early * 3 * fraction
     assert head == pytest.approx(turns * 4 * 4 * 3 * 2 * 32 * 64)
+
+
+@pytest.mark.parametrize(
+    "exits",
+    [
+        ExitsConfig((1, 3), rank=4, learned=True),
+        ExitsConfig((1, 3), rank=4, target="data"),
+        ExitsConfig(learned=True),
+    ],
+)
+def test_exits_alone_cost_a_forward_pass_and_themselves(exits):
+    training = TrainingConfig(steps=10, batch_size=4, loss_chunk=12, trainable="exits")
+    config = RunConfig(init_from="a-run", model=small_model(exits=exits), training=training)
+    setup = make_setup(config, jax.devices()[:1])
+    with jax.set_mesh(setup.mesh):
+        step = make_train_step(setup.definition, config, setup.optimizer)
+        batch = setup.abstract_batch(SEQUENCE)
+        jaxpr = jax.make_jaxpr(step)(setup.abstract_state(), batch)
+    cost, whole = CostModel(config, SEQUENCE).planned(0, 10), CostModel(_run(), SEQUENCE).plain()
+    assert _dots(jaxpr.jaxpr, 0) == cost.computed
+    assert cost.layers == whole.layers / 3
+    assert cost.attention == whole.attention / 3
 
 
 def test_long_windows_attend_in_two_halves():
