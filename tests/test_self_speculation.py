@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 
 from layerskip_jax.decoding.autoregressive import prefill
-from layerskip_jax.decoding.sampling import matching
+from layerskip_jax.decoding.cache import read_draft_head
+from layerskip_jax.decoding.sampling import Sampling, matching, reject
 from layerskip_jax.decoding.sequences import Limits, SequenceState
-from layerskip_jax.decoding.weights import DecoderLayer, decoder_weights
+from layerskip_jax.decoding.weights import DecoderLayer, ExitClassifier, decoder_weights
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.self_speculation import count_drafts, cycle
+from layerskip_jax.schema import ConfigError
+from layerskip_jax.self_speculation import (
+    StopBelow,
+    count_drafts,
+    cycle,
+    draft,
+    verification_widths,
+)
 from tests.helpers import small_model
 
 LAYERS = 4
@@ -228,3 +236,166 @@ def test_nothing_crosses_to_the_host_within_a_generation(generators):
     _speculative(generator, prompts, 16, 2, 5)
     with jax.transfer_guard_host_to_device("disallow"):
         _speculative(generator, prompts, 16, 2, 5)
+
+
+def test_counts_of_drafts_that_ended_early_by_hand():
+    """Two rows drafted three of at most four; under rejection sampling one had a single own."""
+    limits = Limits(jnp.array([10, 10]), jnp.array([[0]]))
+    one = jnp.ones(2, jnp.int32)
+    recent = jnp.zeros((2, 0), jnp.int32)
+    rows = SequenceState(one, one, jnp.zeros((2, 20), jnp.int32), recent, one, one < 1)
+    counts = count_drafts(
+        jnp.array([[5, 6, 7, 0], [5, 6, 7, 0]]),
+        jnp.array([2, 1]),
+        rows,
+        limits,
+        jnp.int32(3),
+        jnp.array([3, 1]),
+    )
+    assert counts.drafted.tolist() == [3, 1]
+    assert counts.accepted.tolist() == [2, 1]
+    assert counts.examined.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert counts.kept.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert counts.made.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "draft_length, widths",
+    [(1, (2,)), (2, (2, 3)), (3, (2, 3, 4)), (5, (2, 3, 5, 6)), (8, (2, 3, 5, 9))],
+)
+def test_widths_of_verification(draft_length, widths):
+    assert verification_widths(draft_length) == widths
+
+
+def test_drafting_ends_after_the_first_draft_below_the_threshold_by_hand(generators):
+    """The first layers alone give the probabilities; the drafts must end where these say."""
+    model = _model(0.2)
+    weights = decoder_weights(model)
+    limits = Limits(jnp.full(6, 8), jnp.array([[-2]]))
+    prompts = jnp.array([[1, 2, 3], [9, 8, 7], [4, 4, 4], [30, 1, 60], [5, 6, 7], [11, 12, 13]])
+    rows, cache = prefill(
+        weights, prompts, jnp.full(6, 3), limits, None,
+        config=model.config, num_layers=4, capacity=8, lookahead=8,
+    )  # fmt: skip
+    pair = {"exit_layer": 2, "draft_length": 5, "acceptance": "rejection"}
+    everything = draft(weights, cache, rows, None, **pair)[0]
+    logits = read_draft_head(weights, everything.exit_cache[:, :5], 2)
+    p = np.asarray(jax.nn.softmax(logits).max(axis=-1))
+    for threshold in (p.min() / 2, float(np.median(p)), float(np.quantile(p, 0.8)), 0.999):
+        own = [int(np.argmax(row < threshold)) + 1 if (row < threshold).any() else 5 for row in p]
+        some = draft(weights, cache, rows, None, StopBelow(jnp.float32(threshold)), **pair)[0]
+        made = int(some.made)
+        assert made == max(own)
+        assert some.tokens[:, :made].tolist() == everything.tokens[:, :made].tolist()
+        np.testing.assert_allclose(
+            some.exit_cache[:, : made + 1], everything.exit_cache[:, : made + 1], atol=1e-5
+        )
+        # Greedily what was drafted for others counts too, drawn by rejection only the own.
+        assert some.lengths.tolist() == [made] * 6
+        sampling = Sampling(
+            np.float32(1), np.int32(64), np.float32(1), np.arange(6, dtype=np.uint32)
+        )
+        drawn = draft(weights, cache, rows, sampling, StopBelow(jnp.float32(threshold)), **pair)[0]
+        assert int(drawn.made) == max(drawn.lengths.tolist())
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 4}])
+@pytest.mark.parametrize("exit_layer, draft_length", [(1, 1), (2, 3), (3, 6)])
+def test_drafts_that_end_early_change_no_token(generators, exit_layer, draft_length, sampled):
+    prompts, pair = _prompts(8), (exit_layer, draft_length)
+    for generator in generators.values():
+        plain = generator.generate(prompts, 20, **sampled).tokens
+        whole = _speculative(generator, prompts, 20, *pair, **sampled).drafting
+        end = collections.Counter(token for row in plain for token in row).most_common(3)[-1][0]
+        ended = [row[: row.index(end) + 1] if end in row else row for row in plain]
+        before, made = generator.compilations, []
+        for threshold in (0.05, 0.3, 0.6, 0.99):
+            options = {"stop_below": threshold, **sampled}
+            drafted = _speculative(generator, prompts, 20, *pair, **options)
+            assert drafted.tokens == plain
+            drafting = drafted.drafting
+            assert drafting.tokens == 8 * 19
+            assert 0 <= drafting.accepted + drafting.cycles - drafting.tokens <= 8
+            assert sum(drafting.kept) == drafting.accepted <= drafting.drafted
+            made.append(drafting.drafted / drafting.cycles)
+            stopped = _speculative(generator, prompts, 20, *pair, end_token=end, **options)
+            assert stopped.tokens == ended
+        assert generator.compilations == before + 1, "a threshold must not be compiled for"
+        assert made[-1] <= min(made[0], whole.drafted / whole.cycles)
+        assert made[-1] == 1 or draft_length > 1
+        for batch in (1, 3) if draft_length == 3 and not sampled else ():
+            one = _speculative(generator, prompts[:batch], 20, *pair, stop_below=0.3, **sampled)
+            assert one.tokens == plain[:batch]
+
+
+def test_by_rejection_a_row_draws_the_same_in_any_company_when_drafts_end_early(generators):
+    """What is drafted on for others must not be taken, nor leave a trace in what is drawn."""
+    generator, prompts = generators[0.2], _prompts(4)
+    options = {"temperature": 1.0, "acceptance": "rejection", "stop_below": 0.4}
+    together = _speculative(generator, prompts, 16, 2, 5, seed=3, **options)
+    alone = [
+        _speculative(generator, [prompt], 16, 2, 5, seed=3 + row, **options)
+        for row, prompt in enumerate(prompts)
+    ]
+    assert together.tokens == [generation.tokens[0] for generation in alone]
+    assert together.drafting == functools.reduce(
+        lambda a, b: a + b, (generation.drafting for generation in alone)
+    )
+
+
+def test_rejection_takes_no_draft_that_was_not_made():
+    """One draft of three was made: beyond it q is nothing, and the next token is p's own."""
+    rows = 4000
+    q, p = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.2, 0.3, 0.5])
+    sampling = Sampling(np.float32(1), np.int32(3), np.float32(1), np.arange(rows, dtype=np.uint32))
+    drafts = jnp.zeros((rows, 3), jnp.int32)
+    tokens, accepted = reject(
+        drafts,
+        jnp.broadcast_to(jnp.log(q), (rows, 3, 3)),
+        jnp.broadcast_to(jnp.log(p), (rows, 4, 3)),
+        jnp.broadcast_to(jnp.arange(4), (rows, 4)),
+        sampling,
+        jnp.ones(rows, jnp.int32),
+    )
+    assert set(accepted.tolist()) == {0, 1}
+    assert abs(float(accepted.mean()) - 0.4) < 0.03  # p / q of the draft
+    own = np.asarray(tokens[:, 1])[np.asarray(accepted) == 1]
+    shares = np.bincount(own, minlength=3) / len(own)
+    np.testing.assert_allclose(shares, p, atol=0.05)  # 1,600 draws: three deviations are 0.037
+
+
+def test_the_trained_classifier_may_say_when_drafts_end():
+    generator, prompts = Generator(_model(0.2)), _prompts(3)
+    with pytest.raises(ConfigError, match="asks a classifier, and the model has none"):
+        _speculative(generator, prompts, 16, 2, 4, stop_below="learned:0.5")
+    plain = generator.generate(prompts, 16).tokens
+    made = {}
+    for bias in (-9.0, 9.0):  # unsure of everything, and sure
+        classifier = ExitClassifier(jnp.zeros(generator.config.model_dim), jnp.float32(bias))
+        generator.weights = generator.weights._replace(classifier=classifier)
+        generator._programs.clear()
+        drafted = _speculative(generator, prompts, 16, 2, 4, stop_below="learned:0.5")
+        assert drafted.tokens == plain
+        made[bias] = drafted.drafting
+    assert made[-9.0].drafted <= made[-9.0].cycles
+    assert made[9.0] == _speculative(generator, prompts, 16, 2, 4).drafting
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, float("nan"), "much", "learned:2", "learned"])
+def test_a_threshold_that_is_none_is_refused(generators, value):
+    with pytest.raises(ConfigError, match="stop_below"):
+        _speculative(generators[1.0], [[1]], 4, 2, 2, stop_below=value)
+
+
+def test_a_threshold_goes_with_a_pair(generators):
+    with pytest.raises(ConfigError, match="no meaning for mode='plain'"):
+        generators[1.0].generate([[1]], 4, stop_below=0.5)
+
+
+def test_a_stream_shows_the_drafts_that_were_made(generators):
+    generator, prompt = generators[0.2], [3, 1, 4]
+    options = {"mode": "self_speculative", "exit_layer": 2, "draft_length": 5, "stop_below": 0.99}
+    events = list(generator.stream(prompt, 12, **options))
+    tokens = [token for event in events if not event.is_draft for token in event.tokens]
+    assert tokens == generator.generate([prompt], 12).tokens[0]
+    assert {len(event.tokens) for event in events if event.is_draft} <= {1, 2}

@@ -2,7 +2,9 @@
 
 All layers decode, unless `--exit=E` asks for the first E alone. With `--draft` the first
 layers draft and the rest verify, to the same tokens: `best` as `layerskip sweep` found fastest,
-`auto` chosen from cycle to cycle by what is accepted, or `E,G` for G drafts of E layers.
+`auto` chosen from cycle to cycle by what is accepted, or `E,G` for G drafts of E layers. With
+`--draft-model` a second, smaller model drafts in their place, `--draft=G` tokens at a time. With
+`--exit-when` each token runs until an exit is sure, to tokens that may differ.
 """
 
 import argparse
@@ -16,11 +18,12 @@ from rich.text import Text
 
 from layerskip_jax.commands.arguments import make_run_parser, write_figures
 from layerskip_jax.commands.tables import make_console
-from layerskip_jax.generation.options import Generation
+from layerskip_jax.decoding.adaptive import SKIPPED_KV
+from layerskip_jax.generation.options import DEFAULT_KV, Generation
 from layerskip_jax.language_model import PLAIN, Draft, Piece, load
 from layerskip_jax.model.config import DTYPES
 from layerskip_jax.run_folder.paths import read_prompt
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, is_whole
 from layerskip_jax.self_speculation import ACCEPTANCES
 
 
@@ -33,8 +36,37 @@ def main(argv: list[str]) -> int:
     add("--chat", action="store_true", help="each prompt is a user's turn, by the model's template")
     add("--system", help="what the system says first, for --chat")
     add("--max-new-tokens", type=int, default=128)
-    add("--draft", type=_draft, metavar="best|auto|E,G", help="draft and verify (default: do not)")
+    add(
+        "--draft",
+        type=_draft,
+        metavar="best|auto|E,G|G",
+        help="draft and verify (default: do not); G tokens with --draft-model",
+    )
+    add(
+        "--draft-model",
+        metavar="MODEL",
+        help="a second model that drafts: a run, a Hugging Face folder or a GGUF file with the "
+        "same tokens",
+    )
+    add(
+        "--stop-below",
+        metavar="P|learned:P",
+        help="with --draft=E,G, G or best: a row's drafts end after one less probable than P",
+    )
     add("--exit", type=int, metavar="E", help="decode with the first E layers only")
+    add(
+        "--exit-when",
+        metavar="POLICY[:T]",
+        help="run each token until an exit is sure: entropy:0.2, margin:0.5, saturation:0.99, "
+        "patience:3, learned:0.9; a name alone takes what `layerskip calibrate` found",
+    )
+    add("--exits", type=_exits, metavar="E,...", help="candidates (default: every L/8)")
+    add("--kv", choices=SKIPPED_KV, default=DEFAULT_KV, help="of layers that a token skipped")
+    add(
+        "--falling",
+        action="store_true",
+        help="begin with a more careful threshold, which falls along the text",
+    )
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-k", type=int, help="draw from so many likeliest tokens")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest of this probability")
@@ -59,10 +91,28 @@ def main(argv: list[str]) -> int:
     if options.stream and options.json:
         raise UserError("--stream and --json exclude each other; leave one out")
 
-    model = load(options.workdir, step=options.step, dtype=options.dtype)
+    if options.draft_model is not None and not is_whole(options.draft):
+        raise UserError(
+            "--draft-model takes the place of the model's own layers; say how many tokens it "
+            "drafts a cycle, such as --draft=5, or leave it out"
+        )
+    if options.draft_model is None and is_whole(options.draft):
+        raise UserError(
+            f"--draft={options.draft} drafts with a second model; name it with --draft-model, or "
+            "give E,G to draft with the first E layers"
+        )
+
+    model = load(
+        options.workdir, step=options.step, dtype=options.dtype, draft_model=options.draft_model
+    )
     request = {
         "draft": options.draft,
+        "stop_below": options.stop_below,
         "exit_layer": options.exit,
+        "exit_when": options.exit_when,
+        "exits": options.exits,
+        "kv": options.kv,
+        "falling": options.falling,
         "temperature": options.temperature,
         "top_k": options.top_k,
         "top_p": options.top_p,
@@ -117,16 +167,30 @@ def _summary(generation: Generation) -> tuple[dict, str]:
             figures["acceptance_by_position"] = list(map(_number, drafting.acceptance_by_position))
             line += f", {drafting.acceptance:.0%} of the drafts accepted"
         line += f", {drafting.tokens_per_cycle:.2f} tokens a cycle"
+    if (depth := generation.depth) and sum(depth.tokens):
+        figures["mean_layers"] = depth.mean_layers
+        figures["mean_layers_of_batch"] = depth.mean_layers_of_batch
+        figures["tokens_by_exit"] = dict(zip(map(str, depth.layers), depth.tokens, strict=True))
+        line += f", {depth.mean_layers:.1f} of {depth.layers[-1]} layers a token"
     return figures, line
+
+
+def _exits(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of exits such as 2,4") from None
 
 
 def _draft(text: str) -> Draft:
     if text in ("best", "auto"):
         return text
+    if text.isdecimal():
+        return int(text)
     try:
         exit_layer, draft_length = map(int, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not best, auto or E,G") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not best, auto, E,G or G") from None
     return exit_layer, draft_length
 
 

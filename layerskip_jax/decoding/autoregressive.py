@@ -39,8 +39,38 @@ def prefill(
       capacity: most new tokens the buffers are to hold.
       lookahead: tokens that may be written beyond the last new one, at most.
     """
+    last_states, cache = _read(
+        weights, prompts, lengths,
+        config=config, num_layers=num_layers, positions=prompts.shape[1] + capacity + lookahead,
+    )  # fmt: skip
+    sequences = empty_sequences(lengths, capacity + lookahead, limits.stop.shape[1])
+    first = choose(read_head(weights, last_states, num_layers), lengths[:, None], sampling)
+    return append(sequences, first, jnp.ones_like(lengths), limits), cache
+
+
+def read_for_drafts(
+    weights: DecoderWeights,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    *,
+    config: ModelConfig,
+    capacity: int,
+    lookahead: int,
+) -> Cache:
+    """Returns the cache of a draft model that has read the prompts; arguments as in `prefill`."""
+    return _read(
+        weights, prompts, lengths,
+        config=config, num_layers=config.num_layers,
+        positions=prompts.shape[1] + capacity + lookahead,
+    )[1]  # fmt: skip
+
+
+def _read(
+    weights, prompts, lengths, *, config, num_layers, positions
+) -> tuple[Float[Array, "B 1 D"], Cache]:
+    """Returns the states of the prompts' last tokens, and a cache of so many positions."""
     batch, length = prompts.shape
-    cache = empty_cache(config, num_layers, batch, length + capacity + lookahead)
+    cache = empty_cache(config, num_layers, batch, positions)
     chunk = min(length, PREFILL_CHUNK)
     if length % chunk:
         raise ValueError(f"prompts padded to {length} are no whole number of {chunk} tokens")
@@ -62,9 +92,7 @@ def prefill(
     else:
         longest = lengths.max()
         cache, last_states = jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, read, state)
-    sequences = empty_sequences(lengths, capacity + lookahead, limits.stop.shape[1])
-    first = choose(read_head(weights, last_states), lengths[:, None], sampling)
-    return append(sequences, first, jnp.ones_like(lengths), limits), cache
+    return last_states, cache
 
 
 def next_token(
@@ -80,5 +108,5 @@ def next_token(
     position = sequences.position[:, None]
     x: Float[Array, "B 1 D"] = weights.embedding[sequences.last][:, None]
     x, cache = run_layers(weights, cache, x, position, 0, num_layers)
-    chosen = choose(read_head(weights, x), position + 1, sampling)
+    chosen = choose(read_head(weights, x, num_layers), position + 1, sampling)
     return append(sequences, chosen, jnp.ones_like(sequences.count), limits), cache

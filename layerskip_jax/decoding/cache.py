@@ -7,13 +7,14 @@ is overwritten in time.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from layerskip_jax.decoding.weights import DecoderWeights
+from layerskip_jax.decoding.weights import DecoderLayer, DecoderWeights
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.rope import rope_tables
 from layerskip_jax.ops.attention import cached_attention
@@ -91,6 +92,7 @@ def run_layers(
     positions: Int[Array, "B S"],
     first: int,
     last: int,
+    going: Bool[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B S D"], Cache]:
     """Runs layers `first` to `last - 1` on new tokens, consecutive within each row.
 
@@ -101,6 +103,8 @@ def run_layers(
       positions: the tokens' positions; all must lie within the cache.
       first: first layer to run.
       last: the layer to stop before.
+      going: rows whose states change; the others keep theirs, and have its keys and values
+        written. None: all.
 
     Returns:
       States after layer `last - 1`, and the cache.
@@ -110,26 +114,76 @@ def run_layers(
     for index in range(first, last):
         layer = weights.layers[index]
         q, k, v = layer.project(x, cos, sin, layers[index].kv_heads(x.shape[0]))
-        layers[index] = LayerCache(
-            _write(layers[index].k, k, positions, transposed=not layers[index].on_mesh),
-            _write(layers[index].v, v, positions),
-        )
-        x = layer.finish(x, cached_attention(q, *layers[index], positions))
+        layers[index] = _with_new(layers[index], k, v, positions)
+        after = layer.finish(x, cached_attention(q, *layers[index], positions))
+        x = after if going is None else jnp.where(going[:, None, None], after, x)
     return x, cache._replace(layers=tuple(layers))
 
 
-def read_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-    """Returns float32 logits of states after any layer: every exit shares norm and head."""
-    logits = weights.any_head(weights.final_norm(x), jnp.float32)
+def propagate(
+    layers: Sequence[DecoderLayer],
+    cache: Cache,
+    x: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    first: int,
+    last: int,
+) -> Cache:
+    """Writes keys and values of layers `first` to `last - 1`, as if they had left x as it is.
+
+    One norm and two products a layer (CALM, section 3.2: state propagation).
+
+    Args:
+      layers: all of the model's; those that are written may lack their queries.
+      cache: written at `positions` in these layers.
+      x: the tokens' states, of the exit at which they stopped.
+      positions: the tokens' positions.
+      first: first layer to write.
+      last: the layer to stop before.
+    """
+    cos, sin = cache.cos[positions], cache.sin[positions]
+    written = list(cache.layers)
+    for index in range(first, last):
+        _, k, v = layers[index].project(x, cos, sin, written[index].kv_heads(x.shape[0]))
+        written[index] = _with_new(written[index], k, v, positions)
+    return cache._replace(layers=tuple(written))
+
+
+def _with_new(
+    layer: LayerCache,
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
+    positions: Int[Array, "B S"],
+) -> LayerCache:
+    return LayerCache(
+        _write(layer.k, k, positions, transposed=not layer.on_mesh), _write(layer.v, v, positions)
+    )
+
+
+def read_head(
+    weights: DecoderWeights, x: Float[Array, "B S D"], exit_layer: int | None = None
+) -> Float[Array, "B S V"]:
+    """Returns float32 logits of states after the first E layers, None for all L.
+
+    Every exit shares norm and head; one that has an adapter reads through it.
+    """
+    exit_layer = len(weights.layers) if exit_layer is None else exit_layer
+    return head_logits(weights, weights.before_head(x, exit_layer))
+
+
+def head_logits(weights: DecoderWeights, z: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    """Returns float32 logits of what `DecoderWeights.before_head` returned."""
+    logits = weights.any_head(z, jnp.float32)
     return logits if weights.padding is None else logits + weights.padding
 
 
-def read_draft_head(weights: DecoderWeights, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+def read_draft_head(
+    weights: DecoderWeights, x: Float[Array, "B S D"], exit_layer: int
+) -> Float[Array, "B S V"]:
     """Returns logits to draft from; a token that the draft head does not have is at -inf."""
     if weights.draft_head is None:
-        return read_head(weights, x)
+        return read_head(weights, x, exit_layer)
     tokens, matrix = weights.draft_head
-    logits = matrix(weights.final_norm(x), jnp.float32)
+    logits = matrix(weights.before_head(x, exit_layer), jnp.float32)
     nothing = jnp.full((*x.shape[:2], weights.embedding.shape[0]), -jnp.inf)
     return nothing.at[..., tokens].set(logits, indices_are_sorted=True, unique_indices=True)
 

@@ -139,6 +139,7 @@ def reject(
     log_p: Float[Array, "B G1 V"],
     positions: Int[Array, "B G1"],
     sampling: Sampling,
+    lengths: Int[Array, "B"] | None = None,
 ) -> tuple[Int[Array, "B G1"], Int[Array, "B"]]:
     """Rejection sampling (Leviathan et al. 2023, appendix A.1): the tokens of the whole model.
 
@@ -152,6 +153,7 @@ def reject(
       log_p: log p of the whole model, one position more.
       positions: where the G + 1 tokens will stand.
       sampling: for its noise.
+      lengths: how many of the drafts a row has, the first ones; None: all.
 
     Returns:
       G + 1 tokens, of which the accepted drafts and one more count, and how many drafts were
@@ -165,6 +167,9 @@ def reject(
 
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(_keys(sampling, positions[:, :length], ACCEPT))
     accepted = _leading(uniform * of_drafts(q) < of_drafts(p[:, :length]))
+    if lengths is not None:
+        accepted = jnp.minimum(accepted, lengths)
+        q = jnp.where(jnp.arange(length)[:, None] < lengths[:, None, None], q, 0)
 
     def at_end(x):
         return jnp.take_along_axis(x, accepted[:, None, None], axis=1)

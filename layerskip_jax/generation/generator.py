@@ -12,21 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK, prefill
-from layerskip_jax.decoding.cache import cache_slots
+from layerskip_jax.decoding.adaptive import Depth, DepthCounts, no_depth_counts, no_waiting
+from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK, prefill, read_for_drafts
+from layerskip_jax.decoding.cache import Cache, cache_slots
+from layerskip_jax.decoding.exit_policy import candidate_exits
 from layerskip_jax.decoding.sampling import Sampling
-from layerskip_jax.decoding.sequences import Limits, stop_table
+from layerskip_jax.decoding.sequences import Limits, SequenceState, stop_table
 from layerskip_jax.decoding.weights import (
+    DecoderWeights,
     decoder_weights,
     pays_for_panels,
     place_weights,
     reduced_head,
 )
 from layerskip_jax.generation.loop import (
+    Adapting,
     Arm,
     Evidence,
     Generating,
     advance,
+    advance_adaptive,
     best_arm,
     layers_read,
     lookahead,
@@ -34,11 +39,18 @@ from layerskip_jax.generation.loop import (
     propose,
     settle,
 )
-from layerskip_jax.generation.options import Drafting, Generation, Request
+from layerskip_jax.generation.options import (
+    PAIR_MODES,
+    DepthRun,
+    Drafting,
+    Generation,
+    Request,
+    read_stop_below,
+)
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.transformer import Transformer
-from layerskip_jax.schema import UserError, require, require_whole
-from layerskip_jax.self_speculation import SpeculationCounts
+from layerskip_jax.schema import ConfigError, UserError, require, require_whole
+from layerskip_jax.self_speculation import StopBelow
 
 SMALLEST_BUCKET = 16
 COST_CYCLES = 6
@@ -75,6 +87,7 @@ class StreamEvent(NamedTuple):
 
 class _Programs(NamedTuple):
     read: jax.stages.Compiled
+    read_for_drafts: jax.stages.Compiled | None  # by the draft model
     advance: jax.stages.Compiled
 
 
@@ -88,10 +101,18 @@ class _Job(NamedTuple):
     arms: tuple[Arm, ...]
     capacity: int
     acceptance: str
+    depth: Depth | None
+    threshold: np.ndarray
+    stop_below: StopBelow | None
+
+    @property
+    def by_draft_model(self) -> bool:
+        """Whether a second model drafts."""
+        return self.arms[0].exit_layer == 0
 
     @property
     def lookahead(self) -> int:
-        return lookahead(self.arms)
+        return lookahead(self.arms, 0 if self.depth is None else self.depth.lookahead)
 
     @property
     def slots(self) -> int:
@@ -121,6 +142,8 @@ class Generator:
     Attributes:
       config: the model's shapes.
       weights: laid out for decoding.
+      draft_config: the shapes of the model that drafts in mode `draft_model`; None without one.
+      draft_weights: its weights.
       compilations: programs compiled so far, those that read prompts and loops.
     """
 
@@ -130,6 +153,7 @@ class Generator:
         *,
         mesh: Mesh | None = None,
         draft_tokens: Sequence[int] | None = None,
+        draft_model: Transformer | None = None,
     ):
         """Lays the weights of `model` out for decoding.
 
@@ -139,15 +163,22 @@ class Generator:
             one device.
           draft_tokens: the only tokens that are drafted, such as the most frequent ones of a
             corpus; the fewer, the cheaper the drafts, and the output stays what it is.
+          draft_model: a second, smaller model of the same tokens, to draft in mode `draft_model`.
+
+        Raises:
+          ConfigError: the vocabularies differ in size, `draft_tokens` are not in it, or a model
+            cannot be split over the mesh.
+          UserError: a parameter is not finite.
         """
         self.config: ModelConfig = model.config
+        self.draft_config: ModelConfig | None = None
+        self.draft_weights: DecoderWeights | None = None
         self.compilations = 0
         self._mesh = mesh
         self._programs: dict = {}
         self._costs: dict = {}
         self._evidence: dict = {}
-        panels = mesh is None and pays_for_panels(jax.devices()[0].platform)
-        weights = decoder_weights(model, panels=panels)
+        tokens = None
         if draft_tokens is not None:
             for token in draft_tokens:
                 require_whole("draft_tokens", token)
@@ -156,12 +187,20 @@ class Generator:
                 bool(tokens) and 0 <= tokens[0] and tokens[-1] < self.config.vocab_size,
                 f"draft_tokens must be some of the tokens 0..{self.config.vocab_size - 1}",
             )
-            weights = weights._replace(
-                draft_head=reduced_head(weights, jnp.asarray(tokens, jnp.int32))
+        if draft_model is not None:
+            self.draft_config = draft_model.config
+            require(
+                self.draft_config.vocab_size == self.config.vocab_size,
+                f"the draft model has a vocabulary of {self.draft_config.vocab_size} tokens and "
+                f"the model one of {self.config.vocab_size}; what one drafts must be the other's "
+                "tokens, so take two models of one tokenizer",
             )
-        self.weights = (
-            weights if mesh is None else place_weights(weights, mesh, self.config.num_kv_heads)
-        )
+        self.weights = _lay_out(model, mesh, tokens)
+        if draft_model is not None:
+            try:
+                self.draft_weights = _lay_out(draft_model, mesh, tokens)
+            except (ConfigError, UserError) as error:
+                raise type(error)(f"the draft model: {error}") from error
 
     def generate(
         self,
@@ -187,7 +226,7 @@ class Generator:
         request = Request(prompts, max_new_tokens, **options)
         job, programs, costs, evidence = self._ready(request)
         most_cycles = ASK_CYCLES if ended else np.iinfo(np.int32).max
-        rest = self._on_device((costs, np.int32(most_cycles)))
+        rest = self._rest(job, costs, most_cycles)
         begin = time.perf_counter()
         state, limits, sampling = self._read_prompts(job, programs, job.limits, evidence)
         jax.block_until_ready(state)
@@ -201,21 +240,26 @@ class Generator:
             state = programs.advance(self.weights, state, limits, sampling, *rest)
         jax.block_until_ready(state.sequences.tokens)
         seconds = time.perf_counter() - begin
-        sequences, counts, evidence = jax.device_get(
-            (state.sequences, state.counts, state.evidence)
-        )
-        self._evidence[job.arms] = evidence
+        sequences = jax.device_get(state.sequences)
         real = len(prompts)
         tokens = [
             self._checked(row[:n].tolist())
             for row, n in zip(sequences.tokens[:real], sequences.count[:real], strict=True)
         ]
+        if job.depth is not None:
+            counts = jax.device_get(state.counts)
+            read = self._bytes_read_adaptively(job.depth, counts)
+            run = _depth_run(job.depth, counts, self.config.num_layers)
+            return Generation(tokens, seconds, first, read, depth=run)
+        counts, self._evidence[job.arms] = jax.device_get((state.counts, state.evidence))
         drafting = None
-        if request.mode in ("self_speculative", "auto"):
+        if request.mode in (*PAIR_MODES, "auto"):
             drafting = _drafting(job.arms, sum(map(len, tokens)) - real, counts)
         passes = counts.cycles.max(axis=1)  # a pass is for all rows that are not done
+        made = counts.made.max(axis=1)
         read = sum(
-            n * self._bytes_read(arm) for n, arm in zip(passes.tolist(), job.arms, strict=True)
+            self._bytes_read(*numbers)
+            for numbers in zip(job.arms, passes.tolist(), made.tolist(), strict=True)
         )
         return Generation(tokens, seconds, first, read, drafting)
 
@@ -235,7 +279,11 @@ class Generator:
         return tokens
 
     def _after_asking(
-        self, state: Generating, job: _Job, ended: Callable[[int, list[int]], bool], real: int
+        self,
+        state: Generating | Adapting,
+        job: _Job,
+        ended: Callable[[int, list[int]], bool],
+        real: int,
     ) -> np.ndarray | None:
         """Returns the most new tokens of each row, now that `ended` was asked; None if all end."""
         tokens, counts, done = jax.device_get(
@@ -271,7 +319,7 @@ class Generator:
         job, programs, costs, evidence = self._ready(request)
         with self._on_mesh():
             state, limits, sampling = self._read_prompts(job, programs, job.limits, evidence)
-            costs_there = self._on_device(costs)
+            costs_there, stop_below = self._on_device((costs, job.stop_below))
             shown, index = 0, 0
             while True:
                 count, done, tokens = jax.device_get(
@@ -280,22 +328,41 @@ class Generator:
                 yield StreamEvent(False, self._checked(tokens[shown:count].tolist()))
                 shown = count
                 if done:
-                    self._evidence[job.arms] = jax.device_get(state.evidence)
+                    if job.depth is None:
+                        self._evidence[job.arms] = jax.device_get(state.evidence)
                     return
                 if len(job.arms) > 1:
                     index = int(best_arm(job.arms, state.evidence, costs_there))
                 if job.arms[index].draft_length == 0:
-                    forced = self._on_device((_only(job.arms, index), np.int32(1)))
+                    forced = self._rest(job, _only(job.arms, index), 1)
                     state = programs.advance(self.weights, state, limits, sampling, *forced)
                     continue
                 drafting, settling = self._halves(job, index)
-                drafts, state = drafting(self.weights, state, sampling)
-                yield StreamEvent(True, jax.device_get(drafts.tokens[0]).tolist())
+                drafts, state = drafting(
+                    self.weights, state, sampling, stop_below, self._drafter(job)
+                )
+                made = drafts.tokens.shape[1] if drafts.made is None else int(drafts.made)
+                yield StreamEvent(True, jax.device_get(drafts.tokens[0]).tolist()[:made])
                 state = settling(self.weights, state, drafts, limits, sampling)
+
+    def check(self, request: Request) -> None:
+        """Raises ConfigError where this cannot be asked of this model."""
+        request.check(self.config, self.draft_config)
+        asks = {}
+        if request.mode == "adaptive":
+            asks[f"exit_when={str(request.policy)!r}"] = request.policy.name == "learned"
+        if request.stop_below is not None:
+            asks[f"stop_below={request.stop_below!r}"] = read_stop_below(request.stop_below)[1]
+        for asked, classifier in asks.items():
+            require(
+                not classifier or self.weights.classifier is not None,
+                f"{asked} asks a classifier, and the model has none (docs/training.md trains one); "
+                "take what needs none, such as exit_when='margin:0.5' or stop_below=0.5",
+            )
 
     def _ready(self, request: Request) -> tuple[_Job, _Programs, np.ndarray, Evidence]:
         """Checks a request; returns it as arrays, its programs, and what arms are chosen by."""
-        request.check(self.config)
+        self.check(request)
         job = self._job(request)
         self._check_memory(job)
         programs = self._compiled(job)
@@ -348,13 +415,27 @@ class Generator:
                 np.float32(request.top_p),
                 (request.seed + np.arange(batch)).astype(np.uint32),
             )
+        stop_below = None
+        if request.stop_below is not None:
+            threshold, learned = read_stop_below(request.stop_below)
+            stop_below = StopBelow(np.float32(threshold), learned)
         layers = self.config.num_layers
         arms = {
             "plain": lambda: [(layers, 0)],
             "early_exit": lambda: [(request.exit_layer, 0)],
             "self_speculative": lambda: [(request.exit_layer, request.draft_length)],
+            "draft_model": lambda: [(0, request.draft_length)],
             "auto": lambda: [(layers, 0), *(request.pairs or default_pairs(layers))],
+            "adaptive": lambda: [(layers, 0)],
         }[request.mode]()
+        depth, threshold = None, 0.0
+        if request.mode == "adaptive":
+            exits = None if request.exits is None else tuple(request.exits)
+            depth = Depth(
+                request.policy.name, candidate_exits(layers, exits), request.kv, request.room,
+                request.falling,
+            )  # fmt: skip
+            threshold = request.policy.threshold
         return _Job(
             prompts,
             lengths.astype(np.int32),
@@ -363,12 +444,17 @@ class Generator:
             tuple(Arm(*arm) for arm in arms),
             bucket(int(request.max_new_tokens), context),
             request.acceptance,
+            depth,
+            np.array(threshold, np.float32),
+            stop_below,
         )
 
     def _compiled(self, job: _Job) -> _Programs:
         layers = layers_read(job.arms, self.config.num_layers)
         reads = ("read", job.prompts.shape[1], layers, *job.state_key)
-        loops = ("advance", job.arms, job.acceptance, *job.state_key)
+        drafter_reads = ("read for drafts", job.prompts.shape[1], job.prompts.shape[0], job.slots)
+        early = None if job.stop_below is None else job.stop_below.learned
+        loops = ("advance", job.arms, job.acceptance, job.depth, early, *job.state_key)
         arguments = self._inputs(job, job.limits)
         with self._on_mesh():
             if reads not in self._programs:
@@ -381,29 +467,84 @@ class Generator:
                 )
                 self._programs[reads] = jax.jit(read).lower(self.weights, *arguments).compile()
                 self.compilations += 1
+            if job.by_draft_model and drafter_reads not in self._programs:
+                read = functools.partial(
+                    read_for_drafts,
+                    config=self.draft_config,
+                    capacity=job.capacity,
+                    lookahead=job.lookahead,
+                )
+                self._programs[drafter_reads] = (
+                    jax.jit(read).lower(self.draft_weights, *arguments[:2]).compile()
+                )
+                self.compilations += 1
             if loops not in self._programs:
-                nothing = self._nothing_yet(job, _no_evidence(job.arms))
                 state = jax.tree.map(
                     lambda leaf: jax.ShapeDtypeStruct(
                         leaf.shape, leaf.dtype, sharding=leaf.sharding
                     ),
-                    Generating(*self._programs[reads].out_info, *nothing),
+                    self._begin(
+                        job,
+                        *self._programs[reads].out_info,
+                        self._programs[drafter_reads].out_info if job.by_draft_model else None,
+                        _no_evidence(job.arms),
+                    ),
                 )
                 shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+                rest = self._rest(job, _no_costs(job.arms), 0)
                 go_on = functools.partial(advance, arms=job.arms, acceptance=job.acceptance)
-                rest = self._on_device((_no_costs(job.arms), np.int32(0)))
+                if job.depth is not None:
+                    go_on = functools.partial(advance_adaptive, depth=job.depth)
                 self._programs[loops] = (
                     jax.jit(go_on, donate_argnums=1, out_shardings=shardings)
                     .lower(self.weights, state, *arguments[2:], *rest)
                     .compile()
                 )
                 self.compilations += 1
-        return _Programs(self._programs[reads], self._programs[loops])
+        return _Programs(
+            self._programs[reads],
+            self._programs[drafter_reads] if job.by_draft_model else None,
+            self._programs[loops],
+        )
 
-    def _nothing_yet(self, job: _Job, evidence: Evidence) -> tuple[SpeculationCounts, Evidence]:
-        """Returns the counts of before the first cycle, and what is known of the arms, there."""
-        counts = no_counts(job.arms, job.prompts.shape[0])
-        return self._on_device(counts, None, "data"), self._on_device(evidence)
+    def _drafter(self, job: _Job) -> DecoderWeights | None:
+        """Returns the weights that a job drafts with beside the model's own, None if none."""
+        return self.draft_weights if job.by_draft_model else None
+
+    def _rest(self, job: _Job, costs: np.ndarray, most: int) -> tuple:
+        """Returns what `_Programs.advance` takes last, there: how to choose, and how far to go."""
+        if job.depth is not None:
+            return self._on_device((job.threshold, np.int32(most)))
+        return *self._on_device((costs, np.int32(most), job.stop_below)), self._drafter(job)
+
+    def _begin(
+        self,
+        job: _Job,
+        sequences: SequenceState,
+        cache: Cache,
+        draft_cache: Cache | None,
+        evidence: Evidence,
+    ) -> Generating | Adapting:
+        """Returns what has read the prompts, with counts of nothing yet, there."""
+        if job.depth is None:
+            counts = no_counts(job.arms, job.prompts.shape[0])
+            return Generating(
+                sequences,
+                cache,
+                self._on_device(counts, None, "data"),
+                self._on_device(evidence),
+                draft_cache,
+            )
+        rows, config = job.prompts.shape[0], self.config
+        waiting = no_waiting(job.depth, rows, config.model_dim, config.compute_dtype)
+        counts = no_depth_counts(job.depth, rows)
+        left = self._on_device(counts.left, "data")
+        return Adapting(
+            sequences,
+            cache,
+            None if waiting is None else self._on_device(waiting, "data"),
+            self._on_device(counts)._replace(left=left),
+        )
 
     def _inputs(self, job: _Job, limits: Limits) -> tuple:
         """Returns prompts, their lengths, limits and sampling, there."""
@@ -418,12 +559,14 @@ class Generator:
 
     def _read_prompts(
         self, job: _Job, programs: _Programs, limits: Limits, evidence: Evidence
-    ) -> tuple[Generating, Limits, Sampling | None]:
+    ) -> tuple[Generating | Adapting, Limits, Sampling | None]:
         """Returns a generation with each row's first token, and its limits and sampling there."""
         prompts, lengths, limits, sampling = self._inputs(job, limits)
         sequences, cache = programs.read(self.weights, prompts, lengths, limits, sampling)
-        state = Generating(sequences, cache, *self._nothing_yet(job, evidence))
-        return state, limits, sampling
+        draft_cache = None
+        if programs.read_for_drafts is not None:
+            draft_cache = programs.read_for_drafts(self.draft_weights, prompts, lengths)
+        return self._begin(job, sequences, cache, draft_cache, evidence), limits, sampling
 
     def _cost(self, job: _Job) -> np.ndarray:
         """Returns the seconds of a cycle of each arm, measured once where there are several."""
@@ -443,7 +586,7 @@ class Generator:
         stop = np.full_like(job.limits.stop, -2)
         most = np.full_like(job.limits.max_new_tokens, job.capacity)
         cycles = max(1, min(COST_CYCLES, (job.capacity - 1) // (job.arms[arm].draft_length + 1)))
-        rest = self._on_device((forced, np.int32(cycles)))
+        rest = self._rest(job, forced, cycles)
         state, limits, sampling = self._read_prompts(
             job, programs, Limits(most, stop), _no_evidence(job.arms)
         )
@@ -453,18 +596,38 @@ class Generator:
         jax.block_until_ready(state.sequences.count)
         return (time.perf_counter() - begin) / cycles
 
-    def _bytes_read(self, arm: Arm) -> int:
-        """Returns the weights that a cycle reads on one device."""
-
-        def size(weights):
-            return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-
-        weights, drafts = self.weights, arm.draft_length
-        head = size(weights.any_head)
-        layers = [size(layer) for layer in weights.layers]
+    def _bytes_read(self, arm: Arm, cycles: int, made: int) -> int:
+        """Returns the weights that cycles with so many drafts in all read on one device."""
+        weights, drafter = self.weights, self.weights
+        head = _nbytes(weights.any_head)
+        layers = [_nbytes(layer) for layer in weights.layers]
         early, late = sum(layers[: arm.exit_layer]), sum(layers[arm.exit_layer :])
-        draft_head = head if weights.draft_head is None else size(weights.draft_head.matrix)
-        total = early * (drafts + 1) + draft_head * drafts + (late if drafts else 0) + head
+        if arm.exit_layer == 0:
+            drafter = self.draft_weights
+            early = sum(map(_nbytes, drafter.layers))
+        reduced = drafter.draft_head
+        draft_head = _nbytes(drafter.any_head if reduced is None else reduced.matrix)
+        cycle = early + head + (late if arm.draft_length else 0)
+        total = cycle * cycles + (early + draft_head) * made
+        return total // (1 if self._mesh is None else self._mesh.shape["tensor"])
+
+    def _bytes_read_adaptively(self, depth: Depth, counts: DepthCounts) -> int:
+        """Returns the weights that one device read for what these counts say.
+
+        Of a segment that nobody ran, `propagate` reads what makes keys and values.
+        """
+        weights, config = self.weights, self.config
+        kv_share = 2 / (2 + config.num_heads / config.num_kv_heads)
+        total = 0
+        for (first, last), ran in zip(
+            depth.segments(config.num_layers), counts.ran.tolist(), strict=True
+        ):
+            for layer in weights.layers[first:last]:
+                total += ran * _nbytes(layer)
+                if depth.kv == "propagate":
+                    total += (int(counts.passes) - ran) * int(kv_share * _nbytes(layer.qkv))
+        heads = int(counts.ran.sum()) if depth.kind.reads_logits else int(counts.passes)
+        total += heads * _nbytes(weights.any_head)
         return total // (1 if self._mesh is None else self._mesh.shape["tensor"])
 
     def _on_mesh(self):
@@ -477,12 +640,12 @@ class Generator:
         return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec(*axes)))
 
     def _check_memory(self, job: _Job) -> None:
-        """Refuses a batch whose cache cannot fit beside the weights."""
-        config = self.config
+        """Refuses a batch whose cache cannot fit beside the weights, those of both models."""
         slots = job.slots
-        size = jnp.dtype(config.compute_dtype).itemsize
-        row = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * size
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
+        row = _cache_bytes(self.config, slots)
+        if job.by_draft_model:
+            row += _cache_bytes(self.draft_config, slots)
+        weights = _nbytes(self.weights) + _nbytes(self.draft_weights)
         devices = 1 if self._mesh is None else self._mesh.size
         needed = (row * job.prompts.shape[0] + weights) / devices
         limit = device_memory()
@@ -501,6 +664,35 @@ def device_memory() -> int:
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _lay_out(model: Transformer, mesh: Mesh | None, tokens: list[int] | None) -> DecoderWeights:
+    """Returns a model's weights where they decode, given the only tokens to draft."""
+    panels = mesh is None and pays_for_panels(jax.devices()[0].platform)
+    weights = decoder_weights(model, panels=panels)
+    if tokens is not None:
+        head = reduced_head(weights, jnp.asarray(tokens, jnp.int32))
+        weights = weights._replace(draft_head=head)
+    return weights if mesh is None else place_weights(weights, mesh, model.config.num_kv_heads)
+
+
+def _cache_bytes(config: ModelConfig, slots: int) -> int:
+    """Returns the bytes of one row's keys and values."""
+    size = jnp.dtype(config.compute_dtype).itemsize
+    return 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * size
+
+
+def _nbytes(weights) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+
+def _depth_run(depth: Depth, counts: DepthCounts, num_layers: int) -> DepthRun:
+    return DepthRun(
+        layers=(*depth.exits, num_layers),
+        tokens=tuple(counts.left.sum(axis=0).tolist()),
+        passes=tuple(counts.ran.tolist()),
+        steps=int(counts.passes),
+    )
 
 
 def _no_evidence(arms: tuple[Arm, ...]) -> Evidence:

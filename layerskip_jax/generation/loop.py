@@ -4,7 +4,8 @@ An arm (E, G) is one way to go on by a cycle: draft G tokens with E layers and v
 with G = 0, take one token from the first E layers. Plain decoding has one arm, (L, 0); a pair
 has one, (E, G). With several, each cycle takes the one that promises the most tokens for its
 cost, given how often the drafts of its exit have been accepted so far. Plain decoding is one of
-them, so a model whose exits are of no use is soon decoded plainly.
+them, so a model whose exits are of no use is soon decoded plainly. Where a second model drafts, the
+arm is (0, G): all layers of the first verify.
 """
 
 import functools
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from layerskip_jax.decoding import adaptive
+from layerskip_jax.decoding.adaptive import Depth, DepthCounts, Waiting
 from layerskip_jax.decoding.autoregressive import next_token
 from layerskip_jax.decoding.cache import Cache
 from layerskip_jax.decoding.sampling import Sampling
@@ -23,9 +26,11 @@ from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.self_speculation import (
     Drafts,
     SpeculationCounts,
+    StopBelow,
     accept,
     cycle,
     draft,
+    draft_by_another,
     verify,
 )
 
@@ -38,7 +43,10 @@ PRIOR_DRAFTS, PRIOR_ACCEPTANCE = 1.0, 0.8
 
 
 class Arm(NamedTuple):
-    """One way to go on: E layers, and G drafts a cycle; G = 0 takes the E layers' token."""
+    """One way to go on: E layers, and G drafts a cycle.
+
+    G = 0 takes the E layers' token; with E = 0 another model drafts.
+    """
 
     exit_layer: int
     draft_length: int
@@ -64,20 +72,39 @@ class Generating(NamedTuple):
       cache: keys and values.
       counts: what happened, by arm.
       evidence: what arms are chosen by.
+      draft_cache: keys and values of a model that drafts, None where there is none.
     """
 
     sequences: SequenceState
     cache: Cache
     counts: SpeculationCounts
     evidence: Evidence
+    draft_cache: Cache | None = None
 
 
-def lookahead(arms: tuple[Arm, ...]) -> int:
-    """Returns how far beyond the last new token a cycle may write: G + 1, in steps of eight.
+class Adapting(NamedTuple):
+    """A generation of adaptive depth on the device.
 
-    So that one program reads the prompts for pairs of any usual G, and for plain decoding.
+    Attributes:
+      sequences: what is known of each.
+      cache: keys and values.
+      waiting: tokens that have not run every layer, see `decoding.adaptive`.
+      counts: how deep tokens ran.
     """
-    longest = max(arm.draft_length for arm in arms) + 1
+
+    sequences: SequenceState
+    cache: Cache
+    waiting: Waiting | None
+    counts: DepthCounts
+
+
+def lookahead(arms: tuple[Arm, ...], least: int = 0) -> int:
+    """Returns how far beyond the last new token may be written: G + 1, in steps of eight.
+
+    So that one program reads the prompts for pairs of any usual G, for plain decoding, and for
+    adaptive depth, which needs `least`.
+    """
+    longest = max(least, *(arm.draft_length + 1 for arm in arms))
     return -(-longest // 8) * 8
 
 
@@ -92,7 +119,7 @@ def no_counts(arms: tuple[Arm, ...], rows: int) -> SpeculationCounts:
     longest = max(1, *(arm.draft_length for arm in arms))
     by_row = np.zeros((len(arms), rows), np.int32)
     by_position = np.zeros((len(arms), rows, longest), np.int32)
-    return SpeculationCounts(by_row, by_row, by_row, by_position, by_position)
+    return SpeculationCounts(by_row, by_row, by_row, by_position, by_position, by_row)
 
 
 def promised_tokens(arm: Arm, acceptance: Float[Array, ""]) -> Float[Array, ""]:
@@ -112,16 +139,25 @@ def propose(
     weights: DecoderWeights,
     state: Generating,
     sampling: Sampling | None,
+    stop_below: StopBelow | None = None,
+    draft_weights: DecoderWeights | None = None,
     *,
     arm: Arm,
     acceptance: str,
 ) -> tuple[Drafts, Generating]:
     """Drafts, without verifying: a stream shows them before it goes on with `settle`."""
+    if draft_weights is not None:
+        drafts, draft_cache = draft_by_another(
+            draft_weights, state.draft_cache, weights, state.sequences, sampling, stop_below,
+            draft_length=arm.draft_length, acceptance=acceptance,
+        )  # fmt: skip
+        return drafts, state._replace(draft_cache=draft_cache)
     drafts, cache = draft(
         weights,
         state.cache,
         state.sequences,
         sampling,
+        stop_below,
         exit_layer=arm.exit_layer,
         draft_length=arm.draft_length,
         acceptance=acceptance,
@@ -153,6 +189,8 @@ def run_arm(
     state: Generating,
     limits: Limits,
     sampling: Sampling | None,
+    stop_below: StopBelow | None = None,
+    draft_weights: DecoderWeights | None = None,
     *,
     arms: tuple[Arm, ...],
     index: int,
@@ -160,6 +198,11 @@ def run_arm(
 ) -> Generating:
     """Goes on by one cycle of arm `index`."""
     arm = arms[index]
+    if draft_weights is not None:
+        drafts, state = propose(
+            weights, state, sampling, stop_below, draft_weights, arm=arm, acceptance=acceptance
+        )
+        return settle(weights, state, drafts, limits, sampling, arms=arms, index=index)
     if arm.draft_length:
         sequences, cache, new = cycle(
             weights,
@@ -167,6 +210,7 @@ def run_arm(
             state.sequences,
             limits,
             sampling,
+            stop_below,
             exit_layer=arm.exit_layer,
             draft_length=arm.draft_length,
             acceptance=acceptance,
@@ -178,7 +222,12 @@ def run_arm(
     )
     cycles = state.counts.cycles.at[index].add(unfinished)
     counts = state.counts._replace(cycles=cycles)
-    return Generating(sequences, cache, counts, _learn(arms, index, state.evidence, None))
+    return state._replace(
+        sequences=sequences,
+        cache=cache,
+        counts=counts,
+        evidence=_learn(arms, index, state.evidence, None),
+    )
 
 
 def advance(
@@ -188,6 +237,8 @@ def advance(
     sampling: Sampling | None,
     costs: Float[Array, "A"],
     most_cycles: Int[Array, ""],
+    stop_below: StopBelow | None = None,
+    draft_weights: DecoderWeights | None = None,
     *,
     arms: tuple[Arm, ...],
     acceptance: str,
@@ -201,6 +252,8 @@ def advance(
       sampling: None decodes greedily.
       costs: time of a cycle of each arm, in any unit.
       most_cycles: as far as to go at most.
+      stop_below: when drafting ends early; None drafts G tokens always.
+      draft_weights: those of a second model that drafts, for the one arm (0, G).
       arms: the ways to go on.
       acceptance: for sampling, `same_noise` or `rejection`, as in `draft`.
     """
@@ -210,8 +263,9 @@ def advance(
 
     def run(index, state):
         return run_arm(
-            weights, state, limits, sampling, arms=arms, index=index, acceptance=acceptance
-        )
+            weights, state, limits, sampling, stop_below, draft_weights,
+            arms=arms, index=index, acceptance=acceptance,
+        )  # fmt: skip
 
     if len(arms) == 1:
 
@@ -245,6 +299,45 @@ def advance(
     return jax.lax.while_loop(lambda carry: may_go_on(*carry[:2]), through_all, carry)[0]
 
 
+def advance_adaptive(
+    weights: DecoderWeights,
+    state: Adapting,
+    limits: Limits,
+    sampling: Sampling | None,
+    threshold: Float[Array, ""],
+    most_tokens: Int[Array, ""],
+    *,
+    depth: Depth,
+) -> Adapting:
+    """Goes on until every row is done, or for `most_tokens` tokens of each.
+
+    Args:
+      weights: the model's weights.
+      state: what has read the prompts, or gone on from there.
+      limits: when sequences end.
+      sampling: None decodes greedily.
+      threshold: the policy's.
+      most_tokens: as far as to go at most.
+      depth: the policy, the exits, and what becomes of skipped layers.
+    """
+    skipped = adaptive.projections(weights, state.cache, state.sequences.last.shape[0], depth)
+
+    def body(carry):
+        state, done = carry
+        sequences, cache, waiting, new = adaptive.next_token(
+            weights, skipped, state.cache, state.waiting, state.sequences, limits, sampling,
+            threshold, depth=depth,
+        )  # fmt: skip
+        counts = jax.tree.map(jnp.add, state.counts, new)
+        return Adapting(sequences, cache, waiting, counts), done + 1
+
+    def may_go_on(carry):
+        state, done = carry
+        return ~state.sequences.done.all() & (done < most_tokens)
+
+    return jax.lax.while_loop(may_go_on, body, (state, jnp.int32(0)))[0]
+
+
 def _after_cycle(
     state: Generating,
     sequences: SequenceState,
@@ -259,7 +352,12 @@ def _after_cycle(
         state.counts,
         new,
     )
-    return Generating(sequences, cache, counts, _learn(arms, index, state.evidence, new))
+    return state._replace(
+        sequences=sequences,
+        cache=cache,
+        counts=counts,
+        evidence=_learn(arms, index, state.evidence, new),
+    )
 
 
 def _learn(

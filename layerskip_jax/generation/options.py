@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
+from layerskip_jax.decoding.adaptive import SKIPPED_KV
+from layerskip_jax.decoding.exit_policy import ExitPolicy, candidate_exits, parse_policy
 from layerskip_jax.hardware.bandwidth import read_bandwidth
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.schema import (
@@ -19,7 +22,29 @@ from layerskip_jax.schema import (
 )
 from layerskip_jax.self_speculation import ACCEPTANCES
 
-MODES = ("plain", "early_exit", "self_speculative", "auto")
+MODES = ("plain", "early_exit", "self_speculative", "draft_model", "auto", "adaptive")
+PAIR_MODES = ("self_speculative", "draft_model")  # G drafts a cycle, always the same way
+DEFAULT_KV, DEFAULT_ROOM, MOST_ROOM = "propagate", 3, 63
+
+
+def read_stop_below(value: float | str) -> tuple[float, bool]:
+    """Returns the threshold of `0.5` or `learned:0.5`, and whether the classifier is asked.
+
+    Raises:
+      ConfigError: it is neither, or not in (0, 1).
+    """
+    name, number, learned = "stop_below", value, False
+    if isinstance(value, str):
+        learned = value.startswith("learned:")
+        try:
+            number = float(value.removeprefix("learned:"))
+        except ValueError:
+            raise ConfigError(
+                f"stop_below={value!r} is neither a number nor learned:NUMBER, such as 0.5 or "
+                "learned:0.5"
+            ) from None
+    require_range(name, number, "(0, 1)")
+    return float(number), learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +55,14 @@ class Request:
       prompts: token ids, a list a row; lengths may differ.
       max_new_tokens: the most new tokens a row gets.
       mode: `plain`; `early_exit` (the first E layers only); `self_speculative` (the tokens of
-        `plain`, drafted by the first E layers); `auto` (the same, E and G chosen from cycle to
-        cycle by what has been accepted so far).
-      exit_layer: E, for the middle two.
-      draft_length: G, for `self_speculative`.
+        `plain`, drafted by the first E layers); `draft_model` (the same, drafted by a second
+        model); `auto` (the same, E and G chosen from cycle to cycle by what has been accepted so
+        far); `adaptive` (each token by as many layers as `exit_when` has it run).
+      exit_layer: E, for `early_exit` and `self_speculative`.
+      draft_length: G, for `self_speculative` and `draft_model`.
+      stop_below: for the same two, drafting ends for a row after the first draft whose probability
+        is below this, in (0, 1), as the exit or the draft model sees it; `learned:0.6` asks the
+        trained classifier of exits instead. None drafts G tokens always. The tokens are the same.
       pairs: for `auto`, the pairs (E, G) to choose from beside plain decoding; None takes some
         spread over the layers.
       end_token: id that ends a row.
@@ -45,6 +74,14 @@ class Request:
       seed: the seed of the noise, in 0..2**32 - 1; row i draws with seed + i, modulo 2**32.
       acceptance: how drawn tokens are accepted, `same_noise` (the very tokens of `plain`) or
         `rejection` (the same distribution).
+      exit_when: for `adaptive`, when an exit is sure, such as `entropy:0.2`; see
+        `decoding.exit_policy`.
+      exits: for `adaptive`, the candidate exits E; None takes every eighth of the layers.
+      kv: for `adaptive`, what skipped layers leave in the cache, `propagate` or `deferred`; see
+        `decoding.adaptive`.
+      room: for `deferred`, the most tokens of a row that wait.
+      falling: for `adaptive`, whether the threshold falls along the text, see
+        `falling_threshold`.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -52,6 +89,7 @@ class Request:
     mode: str = "plain"
     exit_layer: int | None = None
     draft_length: int | None = None
+    stop_below: float | str | None = None
     pairs: Sequence[tuple[int, int]] | None = None
     end_token: int | None = None
     stop: Sequence[Sequence[int]] = ()
@@ -60,14 +98,39 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     acceptance: str = "same_noise"
+    exit_when: str | ExitPolicy | None = None
+    exits: Sequence[int] | None = None
+    kv: str = DEFAULT_KV
+    room: int = DEFAULT_ROOM
+    falling: bool = False
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises ConfigError where this cannot be asked of such a model."""
+    @property
+    def policy(self) -> ExitPolicy:
+        """When an exit is sure.
+
+        Raises:
+          ConfigError: `exit_when` is no policy with a threshold.
+        """
+        policy = self.exit_when
+        if isinstance(policy, str):
+            policy = parse_policy(policy)
+        if policy is None or policy.threshold is None:
+            raise ConfigError(
+                f"exit_when={self.exit_when!r} has no threshold; write NAME:THRESHOLD, such as "
+                "entropy:0.2"
+            )
+        return policy
+
+    def check(self, config: ModelConfig, draft_config: ModelConfig | None = None) -> None:
+        """Raises ConfigError where this cannot be asked of such a model and such a draft model."""
         require_choice("mode", self.mode, MODES)
         require_choice("acceptance", self.acceptance, ACCEPTANCES)
         self._check_types()
         self._check_prompts(config)
         self._check_drafting(config)
+        if self.mode == "draft_model":
+            self._check_draft_model(draft_config)
+        self._check_depth(config)
         vocab = config.vocab_size
         if self.end_token is not None:
             require(
@@ -139,15 +202,26 @@ class Request:
             f"exit_layer={exit_layer} has no meaning for mode={mode!r}",
         )
         require(
-            mode == "self_speculative" or draft_length is None,
+            mode in PAIR_MODES or draft_length is None,
             f"draft_length={draft_length} has no meaning for mode={mode!r}",
         )
         require(mode == "auto" or self.pairs is None, f"pairs have no meaning for mode={mode!r}")
-        if mode == "plain":
+        if self.stop_below is not None:
+            read_stop_below(self.stop_below)
+            require(
+                mode in PAIR_MODES,
+                f"stop_below={self.stop_below!r} has no meaning for mode={mode!r}; it ends drafts "
+                "of a fixed pair (E, G), or of a draft model, early",
+            )
+        if mode in PAIR_MODES and draft_length is not None:
+            require(draft_length >= 1, f"draft_length={draft_length} must be at least 1")
+        if mode in ("plain", "draft_model"):
             return
         require(
             most >= 1, f"a model of one layer has no early exit; use mode='plain', not {mode!r}"
         )
+        if mode == "adaptive":
+            return
         if mode == "auto":
             for pair in self.pairs or ():
                 require(
@@ -158,8 +232,99 @@ class Request:
             return
         if exit_layer is None or not 1 <= exit_layer <= most:
             raise ConfigError(f"exit_layer={exit_layer} must be in 1..{most} for mode={mode!r}")
-        if mode == "self_speculative" and (draft_length is None or draft_length < 1):
-            raise ConfigError(f"draft_length={draft_length} must be at least 1")
+        if mode == "self_speculative":
+            require(draft_length is not None, "draft_length=None must be at least 1")
+
+    def _check_draft_model(self, config: ModelConfig | None) -> None:
+        if config is None:
+            raise ConfigError(
+                "mode='draft_model' needs a second model to draft with, and none was given; give "
+                "Generator(model, draft_model=...) one, or let the model's own layers draft"
+            )
+        require(
+            self.draft_length is not None,
+            "draft_length=None must be at least 1: say how many tokens the draft model drafts a "
+            "cycle, such as draft_length=5",
+        )
+        require(
+            self.stop_below is None or not read_stop_below(self.stop_below)[1],
+            f"stop_below={self.stop_below!r} asks whether an exit is right, and the draft model "
+            "drafts with its last layer; give a probability, such as stop_below=0.5",
+        )
+        longest = max(map(len, self.prompts)) + int(self.max_new_tokens)
+        require(
+            longest <= config.max_sequence_length,
+            f"the longest prompt and max_new_tokens={self.max_new_tokens} make {longest} tokens, "
+            f"and the context of the draft model is {config.max_sequence_length}; shorten one, or "
+            "decode without the draft model",
+        )
+
+    def _check_depth(self, config: ModelConfig) -> None:
+        if self.mode != "adaptive":
+            for name, default in (
+                ("exit_when", None), ("exits", None), ("kv", DEFAULT_KV), ("room", DEFAULT_ROOM),
+                ("falling", False),
+            ):  # fmt: skip
+                value = getattr(self, name)
+                require(value == default, f"{name}={value!r} has no meaning for mode={self.mode!r}")
+            return
+        policy = self.policy
+        require_choice("kv", self.kv, SKIPPED_KV)
+        require_count("room", self.room, 1, MOST_ROOM)
+        require(
+            self.kv == "deferred" or self.room == DEFAULT_ROOM,
+            f"room={self.room} has no meaning for kv={self.kv!r}, where nothing waits",
+        )
+        require(
+            not self.falling or policy.kind.range == "[0, 1]",
+            f"falling has no meaning for exit_when={str(policy)!r}: its threshold is no share",
+        )
+        exits = None if self.exits is None else tuple(self.exits)
+        candidate_exits(config.num_layers, exits)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthRun:
+    """How deep a generation ran, after the first token of each row.
+
+    Attributes:
+      layers: the candidate exits, and L.
+      tokens: by those, tokens that stopped there.
+      passes: by those, passes through the layers before it and after the exit before: a pass is
+        for all rows of a batch that still need it.
+      steps: tokens that the batch took one after another.
+    """
+
+    layers: tuple[int, ...]
+    tokens: tuple[int, ...]
+    passes: tuple[int, ...]
+    steps: int
+
+    def __add__(self, other: "DepthRun") -> "DepthRun":
+        """Returns the counts of both, of the same exits."""
+
+        def add(a, b):
+            return tuple(map(sum, zip(a, b, strict=True)))
+
+        return DepthRun(
+            self.layers,
+            add(self.tokens, other.tokens),
+            add(self.passes, other.passes),
+            self.steps + other.steps,
+        )
+
+    @property
+    def mean_layers(self) -> float:
+        """Mean of the layers at which tokens stopped; nan if there was no token."""
+        total = sum(map(operator.mul, self.layers, self.tokens))
+        return total / sum(self.tokens) if sum(self.tokens) else math.nan
+
+    @property
+    def mean_layers_of_batch(self) -> float:
+        """Mean of the layers that the batch ran for a token of each row; nan if there was none."""
+        sizes = map(operator.sub, self.layers, (0, *self.layers))
+        total = sum(map(operator.mul, sizes, self.passes))
+        return total / self.steps if self.steps else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +385,9 @@ class Generation:
       seconds: wall-clock time of the compiled programs, compilation not included.
       seconds_to_first_token: the part of them until each row had its first token.
       weight_bytes: weights that a device read after the first tokens, each as often as a pass
-        through it.
+        through it; a draft model's too.
       drafting: for the modes that draft.
+      depth: for `adaptive`.
     """
 
     tokens: list[list[int]]
@@ -229,6 +395,7 @@ class Generation:
     seconds_to_first_token: float
     weight_bytes: int
     drafting: Drafting | None = None
+    depth: DepthRun | None = None
 
     @property
     def tokens_per_second(self) -> float:

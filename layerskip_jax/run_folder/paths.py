@@ -133,6 +133,21 @@ class RunFolder:
         return self.path / "speculation.json"
 
     @property
+    def exit_policies_file(self) -> Path:
+        """The thresholds that `layerskip calibrate` found, as JSON."""
+        return self.path / "exit_policies.json"
+
+    @property
+    def choices_figure(self) -> Path:
+        """The figure of `layerskip evaluate --choices`."""
+        return self.path / "choices.svg"
+
+    @property
+    def layers_needed_file(self) -> Path:
+        """What `layerskip inspect` measured on the validation set, as JSON."""
+        return self.path / "layers_needed.json"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard event files."""
         return self.path / "tensorboard"
@@ -172,7 +187,8 @@ class RunFolder:
 # What other processes and later ones read of a run, beside its checkpoints.
 FILES_READ = (
     "config.json", "data.json", "tokenizer.json", "metrics.jsonl", "evaluations.jsonl",
-    "speculation.json", "skipped_batches.json", "wandb_run.txt", "plain.json", "published/",
+    "speculation.json", "skipped_batches.json", "wandb_run.txt", "plain.json", "layers_needed.json",
+    "exit_policies.json", "published/",
 )  # fmt: skip
 
 

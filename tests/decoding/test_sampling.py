@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -195,16 +196,28 @@ def _exact(model, prompt, temperature, top_k, top_p):
 
 @pytest.fixture(scope="module")
 def tiny_generator(tiny):
-    """Compiles once for each way to accept drafts; the settings are traced."""
-    return Generator(tiny)
+    """Compiles once for each way to make and accept drafts; the settings are traced.
+
+    The second model is the first layer of the three, drawn anew: it agrees now and then.
+    """
+    shape = dataclasses.replace(tiny.config, num_layers=1)
+    return Generator(tiny, draft_model=Transformer(shape, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("acceptance", ["same_noise", "rejection"])
-@pytest.mark.parametrize("temperature, top_k, top_p", SETTINGS)
+SELF, OTHER = {"mode": "self_speculative", "exit_layer": 1}, {"mode": "draft_model"}
+DRAWN = [(SELF, how, way) for how in ("same_noise", "rejection") for way in SETTINGS]
+DRAWN += [(OTHER, "rejection", way) for way in (SETTINGS[0], SETTINGS[-1])]
+
+
+@pytest.mark.parametrize("drafter, acceptance, setting", DRAWN)
 def test_drawn_triples_have_the_exact_distribution(
-    tiny, tiny_generator, temperature, top_k, top_p, acceptance
+    tiny, tiny_generator, drafter, acceptance, setting
 ):
-    """Chi-square over 20,480 continuations by three tokens, drafted with one layer of three."""
+    """Chi-square over 20,480 continuations by three tokens.
+
+    Drafted with one layer of three, or with another model.
+    """
+    temperature, top_k, top_p = setting
     prompt, draws = [2, 0, 4], 20_480
     counts = np.zeros((5, 5, 5), np.int64)
     accepted = 0
@@ -212,14 +225,13 @@ def test_drawn_triples_have_the_exact_distribution(
         generation = tiny_generator.generate(
             [prompt] * 4096,
             3,
-            mode="self_speculative",
-            exit_layer=1,
             draft_length=2,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=start,
             acceptance=acceptance,
+            **drafter,
         )
         np.add.at(counts, tuple(np.array(generation.tokens).T), 1)
         accepted += generation.drafting.acceptance / 5

@@ -57,9 +57,23 @@ def test_a_tied_head_decodes_alike():
     assert Generator(model).generate([[3, 1, 4]], 6).tokens == [expected]
 
 
+def _made_in_shape(program, shape):
+    """Returns the operations of a program that make arrays of such sizes, in any order."""
+    operations = set()
+    for sizes, operation in re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", program.as_text()):
+        if sorted(size for size in map(int, sizes.split(",")) if size > 1) == sorted(shape):
+            operations.add(operation)
+    return operations
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize(
-    "mode", [{}, {"mode": "self_speculative", "exit_layer": 2, "draft_length": 2}]
+    "mode",
+    [
+        {},
+        {"mode": "self_speculative", "exit_layer": 2, "draft_length": 2},
+        {"mode": "self_speculative", "exit_layer": 2, "draft_length": 2, "stop_below": 0.5},
+    ],
 )
 def test_no_cache_is_copied_and_one_head_decodes_by_definition(kv_heads, mode):
     model = Transformer(small_model(num_kv_heads=kv_heads), jax.random.key(0))
@@ -67,13 +81,24 @@ def test_no_cache_is_copied_and_one_head_decodes_by_definition(kv_heads, mode):
     generation = generator.generate([[3, 1, 4]], 6, **mode)
     assert generation.tokens == [_by_definition(model, [3, 1, 4], 6, 4)]
     _, loop = generator._programs.values()
-    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", loop.as_text())
-    of_cache = set()
-    for shape, operation in made:
-        sizes = sorted(size for size in map(int, shape.split(",")) if size > 1)
-        if sizes == sorted([cache_slots(3 + 6), 8, *[2] * (kv_heads - 1)]):
-            of_cache.add(operation)
+    of_cache = _made_in_shape(loop, [cache_slots(3 + 6), 8, *[2] * (kv_heads - 1)])
     assert "dynamic-update-slice" in of_cache and "copy" not in of_cache
+
+
+@pytest.mark.parametrize("stop_below", [None, 0.5])
+def test_no_cache_of_two_models_is_copied(stop_below):
+    """The draft model's keys and values are 12 wide, which nothing else is."""
+    model = Transformer(small_model(), jax.random.key(0))
+    shape = {"num_layers": 2, "model_dim": 24, "num_heads": 2, "ffn_dim": 40}
+    generator = Generator(model, draft_model=Transformer(small_model(**shape), jax.random.key(1)))
+    generation = generator.generate(
+        [[3, 1, 4]], 6, mode="draft_model", draft_length=2, stop_below=stop_below
+    )
+    assert generation.tokens == [_by_definition(model, [3, 1, 4], 6, 4)]
+    *_, loop = generator._programs.values()
+    for head_dim in (8, 12):
+        of_cache = _made_in_shape(loop, [cache_slots(3 + 6), head_dim, 2])
+        assert "dynamic-update-slice" in of_cache and "copy" not in of_cache
 
 
 def test_bfloat16_runs():
@@ -176,7 +201,9 @@ def test_expected_cycles_by_hand():
 
 
 def test_a_pair_that_is_not_timed_lies_on_the_line_between(generator):
-    result = sweep(generator, [[1, 2]], 8, exits=(1,), draft_lengths=(1, 2, 3), repeats=1)
+    result = sweep(
+        generator, [[1, 2]], 8, exits=(1,), draft_lengths=(1, 2, 3), thresholds=(), repeats=1
+    )
     first, between, last = (pair["seconds_per_cycle"] for pair in result["pairs"])
     assert [result["pairs"][i]["timed"] for i in (0, 2)] == [True, True]
     if not result["pairs"][1]["timed"]:
@@ -184,7 +211,9 @@ def test_a_pair_that_is_not_timed_lies_on_the_line_between(generator):
 
 
 def test_a_sweep_predicts_every_pair_and_measures_the_best(generator):
-    result = sweep(generator, [[1, 2], [3]], 8, exits=(1, 2), draft_lengths=(1, 3), repeats=1)
+    result = sweep(
+        generator, [[1, 2], [3]], 8, exits=(1, 2), draft_lengths=(1, 3), thresholds=(), repeats=1
+    )
     pairs = result["pairs"]
     assert [(p["exit_layer"], p["draft_length"]) for p in pairs] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     plain = result["plain_tokens_per_second"]
