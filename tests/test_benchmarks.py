@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,14 @@ import decode  # noqa: E402
 import frontier  # noqa: E402
 import guards  # noqa: E402
 import harness  # noqa: E402
+import policies  # noqa: E402
 import train_mfu  # noqa: E402
 import train_step  # noqa: E402
 
 from layerskip_jax.config import RunConfig, TrainingConfig  # noqa: E402
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
+from layerskip_jax.run_folder.exit_policies import store_policy  # noqa: E402
+from layerskip_jax.run_folder.paths import RunFolder  # noqa: E402
 from layerskip_jax.training.setup import make_setup  # noqa: E402
 from tests.helpers import run_with_full_effort, small_model  # noqa: E402
 
@@ -67,9 +71,11 @@ def bench(monkeypatch, tmp_path):
 
 def test_every_benchmark_starts_from_any_folder(tmp_path):
     """By its path alone: in one process, as starting jax for each would take seconds."""
-    names = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.stem != "harness")
+    no_benchmarks = ("harness", "prompts")
+    names = sorted(p.name for p in BENCHMARKS.glob("*.py") if p.stem not in no_benchmarks)
     assert names == [
-        "ablation.py", "decode.py", "frontier.py", "guards.py", "train_mfu.py", "train_step.py"
+        "ablation.py", "decode.py", "frontier.py", "guards.py", "policies.py",
+        "train_mfu.py", "train_step.py",
     ]  # fmt: skip
     script = tmp_path / "all.py"
     script.write_text(
@@ -213,6 +219,40 @@ def _some_modules(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_every_way_to_run_fewer_layers_is_in_one_table(
+    bench, finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(policies, "BATCHES", (2,))
+    monkeypatch.setattr(policies, "STOP_BELOW", (0.5,))
+    monkeypatch.setattr(policies, "DRAFT_MODEL_LENGTHS", (2,))
+    run = RunFolder(shutil.copytree(finished, tmp_path / "run"))
+    entry = {"policy": "margin", "kv": "propagate", "exits": [2], "threshold": 0.01, "step": 12}
+    store_policy(run, entry)
+    best = {"exit_layer": 1, "draft_length": 2, "speedup": 1.2}
+    run.speculation_file.write_text(json.dumps({"best": best}))
+    figures = bench(
+        policies, f"--workdir={run.path}", f"--draft-model={run.path}", "--exits=2", "--rounds=1",
+        "--quick", "--prompt-tokens=4", "--new-tokens=6", f"--svg={tmp_path / 'ways.svg'}",
+    )  # fmt: skip
+    ways = [
+        "plain", "exit 2", "margin, propagate", "drafts 1,2", "drafts 1,2 stop below 0.5", "auto",
+        "draft model, 2",
+    ]  # fmt: skip
+    exact = [way for way in ways if way.startswith(("plain", "draft", "auto"))]
+    of = {way: {k.split("/")[2]: v for k, v in figures.items() if f"/{way}/" in k} for way in ways}
+    for way in exact:
+        assert of[way]["equal_tokens"] == 1
+        assert of[way]["perplexity"] == of["plain"]["perplexity"] > 1
+    assert of["plain"]["layers"] == 4 and of["exit 2"]["layers"] == 2
+    assert 2 <= of["margin, propagate"]["layers"] <= 4
+    assert of["plain"]["speed_over_plain"] == 1
+    printed = capsys.readouterr().out
+    assert "entropy, propagate is left out" in printed
+    assert all(way in printed for way in ways)
+    assert "<svg" in (tmp_path / "ways.svg").read_text()
+
+
 def test_the_frontier_turns_a_dial_at_a_time_and_tabulates_what_it_does(
     tmp_path, capsys, monkeypatch
 ):

@@ -253,6 +253,12 @@ def test_the_range_of_a_number_is_stated_and_true(setting):
     "arguments, message",
     [
         ("sweep --workdir=nowhere --prompts=0", "--prompts=0 must be at least 1"),
+        (
+            "sweep --workdir=nowhere --prompts=nothing.jsonl",
+            "--prompts=nothing.jsonl cannot be read",
+        ),
+        ("sweep --workdir=nowhere --prompts=2 --prompt-file=a", "--prompt-file exclude each other"),
+        ("sweep --workdir=nowhere --stop-below=0.5,1", "--stop-below=1.0 must be"),
         ("sweep --workdir=nowhere --new-tokens=1", "--new-tokens=1 must be at least 2"),
         ("sweep --workdir=nowhere --drafts=2,0", "--drafts=0 must be at least 1"),
         ("verify nowhere --tolerance=nan", "--tolerance=nan must be a number, finite"),

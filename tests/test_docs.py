@@ -65,6 +65,7 @@ TINY = {
         "--config.layer_dropout.row_groups=8",
     ],
     "evaluate": [],
+    "inspect": ["--batches=1"],
     "sweep": ["--prompts=2", "--prompt-tokens=16", "--new-tokens=8", "--drafts=1,2"],
     "generate": ["--max-new-tokens=8"],
     "export": ["--overwrite"],  # pages follow the README in one folder

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -36,6 +37,9 @@ def test_every_result_is_there(quickstart):
     assert "<svg" in folder.speculation_file.with_suffix(".svg").read_text()
     page = folder.report_file.read_text()
     assert page.count("<svg") >= 8
+    needed = json.loads(folder.layers_needed_file.read_text())
+    assert needed["layers"] == 4 and [entry["model"] for entry in needed["beside"]] == ["plain"]
+    assert 'id="figure-layers_needed"' in page
     assert "plain: 5 steps, no dropout, no exits" in page
 
 
@@ -47,7 +51,7 @@ def test_the_second_time_is_free(quickstart, capsys):
     before = [p.stat().st_mtime_ns for p in watched]
     assert main(command) == 0
     assert [p.stat().st_mtime_ns for p in watched] == before
-    assert capsys.readouterr().out.count("# done before") == 4
+    assert capsys.readouterr().out.count("# done before") == 5
 
 
 @pytest.mark.slow
@@ -111,6 +115,59 @@ def test_the_api_on_the_trained_model(quickstart, capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR")
     assert main([*command, "--prompt=def", "--stream"]) == 2
     assert "one prompt at a time, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_model_drafts_if_its_tokens_are_the_same(quickstart, capsys, tmp_path):
+    """The plain twin drafts for the model; another tokenizer is refused by its first difference."""
+    top, _ = quickstart
+    prompts = ["def get_payload(self):", "import"]
+    model = layerskip_jax.load(top / "model", draft_model=top / "plain")
+    plain = model.generate(prompts, 24)
+    for options in ({}, {"stop_below": 0.1}):
+        drafted = model.generate(prompts, 24, draft=3, **options)
+        assert drafted.texts == plain.texts
+        assert drafted.generation.drafting.drafted > 0
+    pieces = list(model.stream(prompts[1], 24, draft=3))
+    assert "".join(piece.text for piece in pieces if not piece.is_draft) == plain.texts[1]
+    with pytest.raises(ConfigError, match="draft=0 must be"):
+        model.generate("import", 4, draft=0)
+    with pytest.raises(ConfigError, match="exit_layer=2 decodes with those layers alone"):
+        model.generate("import", 4, draft=3, exit_layer=2)
+    with pytest.raises(ConfigError, match="was loaded without one"):
+        layerskip_jax.load(top / "model").generate("import", 4, draft=3)
+
+    command = ["generate", f"--workdir={top / 'model'}", "--prompt=import", "--max-new-tokens=24"]
+    second = f"--draft-model={top / 'plain'}"
+    capsys.readouterr()
+    assert main([*command, second, "--draft=3", "--stream"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == "import" + plain.texts[1].rstrip("\n")
+    for wrong, message in (
+        ([second], "such as --draft=5"),
+        ([second, "--draft=auto"], "such as --draft=5"),
+        ([second, "--draft=1,3"], "such as --draft=5"),
+        ([second, "--exit=2"], "such as --draft=5"),
+        (["--draft=3"], "name it with --draft-model"),
+        ([f"--draft-model={top / 'none'}", "--draft=3"], "none is no folder"),
+    ):
+        assert main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+    other = shutil.copytree(top / "plain", tmp_path / "other")
+    shutil.rmtree(other / "checkpoints")  # tokens are compared before any weight is read
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    texts = {token_id: text for text, token_id in vocabulary.items()}
+    vocabulary |= {texts[300]: 301, texts[301]: 300}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=re.escape(f"token 300 is {texts[300]!r} to the model")):
+        layerskip_jax.load(top / "model", draft_model=other)
+    config = json.loads((other / "config.json").read_text())
+    size = config["model"]["vocab_size"]
+    config["model"]["vocab_size"] = size + 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"of {size + 1} tokens and the model one of {size};"):
+        layerskip_jax.load(top / "model", draft_model=other)
 
 
 @pytest.mark.slow

@@ -76,11 +76,20 @@ def test_the_tables_of_the_verbs_fit_forty_columns(narrow, prepared):
         "tokens_per_second": 12345.0, "speedup": 1.23, "identical": True,
     }  # fmt: skip
     result = {
-        "plain_tokens_per_second": 10000.0, "pairs": [pair], "best": pair, "prompts": 32,
-        "prompt_tokens": 64, "new_tokens": 64,
+        "plain_tokens_per_second": 10000.0, "pairs": [pair], "static": pair, "thresholds": [],
+        "best": {**pair, "draft_length": 19, "stop_below": 0.45, "speedup": 1.31},
+        "tasks": [
+            {
+                "task": "prose", "prompts": 7,
+                "exits": [{"exit_layer": 12, "first_accepted": 0.93}],
+                "plain_tokens_per_second": 10100.0, **pair, "speedup": 1.37,
+            }
+        ],
+        "prompts": 32, "prompt_tokens": 64, "new_tokens": 64,
     }  # fmt: skip
     text = narrow(sweep._print, result)
     assert {"10,000", "12,345", "12.34", "87%", "1.23", "16"} <= set(text.split())
+    assert {"19", "0.45", "1.31", "prose", "93%", "10,100", "1.37"} <= set(text.split())
     manifest = read_manifest(prepared)
     text = narrow(prepare._print, manifest, prepared)
     for split in (manifest.train, manifest.validation):

@@ -1,7 +1,12 @@
-"""layerskip evaluate: loss and perplexity at every exit, on the validation set."""
+"""layerskip evaluate: loss and perplexity at every exit, on the validation set.
+
+With `--choices=FILE.jsonl` it is accuracy instead, at every exit and under each exit policy over
+a grid of thresholds. Each line is `{"prompt": TEXT, "choices": [TEXT, ...], "answer": INDEX or
+TEXT}`; a choice's score is the log-likelihood of its tokens after the prompt.
+"""
 
 import dataclasses
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import jax
 
@@ -14,8 +19,15 @@ from layerskip_jax.commands.arguments import (
 from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.config import MeshConfig
 from layerskip_jax.data.manifest import read_manifest
+from layerskip_jax.data.tokenizer import load_tokenizer
+from layerskip_jax.decoding.exit_policy import POLICIES, candidate_exits
 from layerskip_jax.distributed.mesh import MeshShape
+from layerskip_jax.evaluation.choices import CHOICE_SCORES, read_questions, score_choices
+from layerskip_jax.language_model import load
 from layerskip_jax.layer_dropout import LayerDropoutConfig
+from layerskip_jax.report.choice_figure import choice_figure
+from layerskip_jax.report.drawing import svg_text
+from layerskip_jax.run_folder.atomic import named_writes, write_text
 from layerskip_jax.run_folder.paths import open_run
 from layerskip_jax.schema import UserError, require, require_whole
 from layerskip_jax.training.checkpoint import Checkpoints
@@ -108,8 +120,16 @@ def main(argv: list[str]) -> int:
     parser = make_run_parser("evaluate", __doc__)
     parser.add_argument("--data", help="prepared data (default: what the run trained on)")
     parser.add_argument("--batches", type=int, default=0, help="batches to score (default: all)")
+    parser.add_argument("--choices", type=Path, help="questions, as JSON lines")
+    parser.add_argument(
+        "--choice-score", choices=CHOICE_SCORES,
+        help="of the log-probabilities of a choice's tokens (default: sum)",
+    )  # fmt: skip
     add_on_damaged(parser)
     options = parser.parse_args(argv)
+    if options.choices is not None:
+        return _choices(options)
+    require(options.choice_score is None, "--choice-score says nothing without --choices")
     result = evaluate(
         options.workdir,
         step=options.step,
@@ -128,6 +148,87 @@ def main(argv: list[str]) -> int:
     make_console().print(table)
     if result["left_out"]:
         print(f"{result['left_out']} damaged records were left out.")
+    if options.json:
+        write_figures(options.json, result)
+    return 0
+
+
+def evaluate_choices(
+    workdir: str | PurePath, file: Path, *, step: int | None = None, score: str = "sum"
+) -> dict:
+    """Returns what `score_choices` does of a run, with its `step`, `questions` and `score`.
+
+    Policies leave at the default candidate exits, every eighth of the layers. The policy `learned`
+    is among them where the model has a classifier.
+
+    Args:
+      workdir: the run's folder.
+      file: see `read_questions`.
+      step: the checkpoint; None takes the newest.
+      score: `sum` or `mean`.
+
+    Raises:
+      ConfigError: `score` is neither, or the model has one layer.
+      UserError: no such run or checkpoint, or the file is not as it must be.
+    """
+    folder, config = open_run(workdir)
+    exits = candidate_exits(config.model.num_layers)
+    questions = read_questions(
+        file,
+        load_tokenizer(folder.tokenizer_file),
+        end_token=folder.data()["end_token_id"],
+        context=config.model.max_sequence_length,
+    )
+    checkpoints = Checkpoints(folder.checkpoints)
+    step = checkpoints.require_step(step)
+    checkpoints.close()
+    generator = load(workdir, step=step).generator
+    policies = [
+        name for name in POLICIES if name != "learned" or generator.weights.classifier is not None
+    ]
+    result = score_choices(
+        generator.weights, generator.config, questions, exits=exits, policies=policies, score=score
+    )
+    about = {"step": step, "questions": len(questions), "score": score, "candidates": list(exits)}
+    return {**about, **result}
+
+
+def _choices(options) -> int:
+    """Runs `--choices`, prints it, and writes the figure into the run's folder."""
+    for name, value in (("--data", options.data), ("--batches", options.batches or None)):
+        require(value is None, f"{name} says nothing with --choices, which takes no validation set")
+    result = evaluate_choices(
+        options.workdir, options.choices, step=options.step, score=options.choice_score or "sum"
+    )
+    rows = [("one exit", "", f"{e['layers']}", f"{e['accuracy']:.1%}") for e in result["exits"]]
+    sections = [len(rows) - 1]
+    for name, curve in result["policies"].items():
+        # Of thresholds that run the same layers to the same accuracy, the most careful.
+        seen: set[tuple[float, float]] = set()
+        for point in curve:
+            key = (round(point["layers"], 2), point["accuracy"])
+            if key not in seen:
+                seen.add(key)
+                rows.append(
+                    (name, f"{point['threshold']:g}", f"{key[0]:.2f}", f"{point['accuracy']:.1%}")
+                )
+        sections.append(len(rows) - 1)
+    table = make_table(
+        f"{result['questions']} questions by the {result['score']} of log-probabilities, step "
+        f"{result['step']}",
+        ("exit", "threshold", "layers run", "right"),
+        rows,
+        left=("exit",),
+        sections=sections,
+        caption="Layers run: the mean over the tokens of the choices, whose keys and values are "
+        "the whole model's. A policy's candidate exits: "
+        f"{', '.join(map(str, result['candidates']))}.",
+    )
+    make_console().print(table)
+    folder, _ = open_run(options.workdir)
+    with named_writes(folder.choices_figure):
+        write_text(folder.choices_figure, svg_text(choice_figure(result)))
+    folder.upload()
     if options.json:
         write_figures(options.json, result)
     return 0

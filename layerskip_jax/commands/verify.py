@@ -25,6 +25,7 @@ from layerskip_jax.interop.verify import (
     longest_window,
 )
 from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.model.exits import ExitsConfig
 from layerskip_jax.run_folder.paths import read_prompt
 from layerskip_jax.schema import UserError, require_count, require_range
 
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> int:
     require_count("--new-tokens", options.new_tokens, 1)
     require_range("--tolerance", options.tolerance, "[0, inf)")
     pretrained = open_pretrained(options.folder)
-    config = dataclasses.replace(pretrained.config, dtype="float32")
+    # transformers reads every exit through the final norm, whatever lies beside the model.
+    config = dataclasses.replace(pretrained.config, dtype="float32", exits=ExitsConfig())
     count = longest_window(config) if options.tokens is None else options.tokens
     if options.text is None:
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, count)
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--text holds the token {tokens.max()}, which the model has no row for")
     texts = compare_texts(pretrained.tokenizer, options.folder)
     theirs = load_transformers(options.folder)
-    model = ModelDefinition(config).model(pretrained.parameters())
+    model = ModelDefinition(config).model(pretrained.parameters(config=config))
     differences = compare_exits(decoder_weights(model), config, theirs, tokens.astype(np.int32))
 
     table = make_table(

@@ -6,6 +6,7 @@ Importing this module registers the model `layerskip`; `layerskip lm-eval` does 
     path        a run, a Hugging Face folder or a GGUF file
     exit        E, to score and decode with the first E layers only; all layers otherwise
     draft       to generate with: best, auto or E:G; the tokens stay the same
+    exit_when   to generate with, each token until an exit is sure: entropy:0.2; kv with it
     dtype       to compute in, float32 or bfloat16
     max_length  context to use, in tokens; the model's otherwise
     seed        of what is drawn where a task samples, 0 otherwise; repeats draw independently
@@ -35,6 +36,7 @@ from layerskip_jax.data.text import begin_tokens, encode_prompt
 from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.generation.generator import bucket
+from layerskip_jax.generation.options import DEFAULT_KV
 from layerskip_jax.interop.chat import ChatTemplate
 from layerskip_jax.language_model import Draft, load
 from layerskip_jax.model.config import ModelConfig
@@ -123,6 +125,8 @@ class LayerSkipLM(TemplateLM):
         path: str,
         exit: int | None = None,  # the harness's own word on the command line
         draft: str | None = None,
+        exit_when: str | None = None,
+        kv: str = DEFAULT_KV,
         dtype: str | None = None,
         max_length: int | None = None,
         seed: int = 0,
@@ -140,7 +144,7 @@ class LayerSkipLM(TemplateLM):
         require(
             not others,
             f"model argument {next(iter(others), '')} is none of this model's; they are path, "
-            "exit, draft, dtype, max_length and seed",
+            "exit, draft, exit_when, kv, dtype, max_length and seed",
         )
         require(
             device in (None, UNSAID_DEVICE),
@@ -163,6 +167,16 @@ class LayerSkipLM(TemplateLM):
             self._exit is None or self._draft is None,
             f"exit={exit} decodes with those layers alone; leave it or draft={draft} out",
         )
+        self._depth: dict[str, Any] = {"exit_when": exit_when, "kv": kv}
+        if exit_when is not None:
+            require(
+                self._exit is None and self._draft is None,
+                f"exit_when={exit_when} decides how deep each token runs; leave it or exit and "
+                "draft out",
+            )
+            self._model.check_policy(exit_when, kv=kv)
+        else:
+            require(kv == DEFAULT_KV, f"kv={kv} has no meaning without exit_when; leave it out")
         context = config.max_sequence_length
         require(max_length is None or max_length >= 1, f"max_length={max_length} must be above 0")
         self.max_length = min(max_length or context, context)
@@ -351,8 +365,9 @@ class LayerSkipLM(TemplateLM):
                 sampling = sampling | {"seed": int.from_bytes(drawn.digest())}
                 met[key] += 1
             [text] = self._model.complete(
-                [ids], count, draft=self._draft, exit_layer=self._exit, stop=until, **sampling
-            ).texts
+                [ids], count, draft=self._draft, exit_layer=self._exit, stop=until, **self._depth,
+                **sampling,
+            ).texts  # fmt: skip
             results.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return results

@@ -13,7 +13,8 @@ import jinja2
 from markupsafe import Markup
 
 from layerskip_jax.config import RunConfig
-from layerskip_jax.report import quality_figures, schedule_figures, speed_figures
+from layerskip_jax.evaluation.inspection import saving
+from layerskip_jax.report import depth_figures, quality_figures, schedule_figures, speed_figures
 from layerskip_jax.report.drawing import inline_svg, svg_text
 from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, perplexities, read_run
 from layerskip_jax.report.summary import headline, sentence
@@ -40,6 +41,7 @@ SECTIONS: dict[str, tuple[Callable, ...]] = {
         speed_figures.gradient_norm,
         speed_figures.learning_rate,
     ),
+    "layers": (depth_figures.layers_needed,),
     "speculation": (speed_figures.speculation_speed, speed_figures.acceptance_by_position),
 }
 FIGURES = {draw.__name__: draw for draws in SECTIONS.values() for draw in draws}
@@ -123,6 +125,7 @@ def build_page(run: RunRecord) -> str:
         drawn={key: _draw(run, draws) for key, draws in SECTIONS.items()},
         exit_rows=_exit_rows(run),
         **_movement(run),
+        **_layers(run),
         **_speculation(run),
         config_rows=_config_rows(run.config),
         data_rows=[("", [key, value]) for key, value in _flat(run.data).items()],
@@ -170,16 +173,56 @@ def _movement(run: RunRecord) -> dict[str, Any]:
     return {"movement_rows": rows[::-1][:: every or 1][::-1], "movement_every": every}
 
 
+def _layers(run: RunRecord) -> dict[str, Any]:
+    """Returns rows of the layers that tokens need, of all tokens and of each class."""
+    try:
+        depths = run.depths()
+    except MissingPiece:
+        return {"depth_rows": [], "class_rows": [], "class_labels": []}
+    labels = [depth_figures.depth_label(entry, index) for index, entry in enumerate(depths)]
+    rows = []
+    for label, entry in zip(labels, depths, strict=True):
+        means = [entry[name]["mean"] for name in ("first_agreement", "settled")]
+        savings = [percent(saving(mean, entry["layers"]), 1) for mean in means]
+        cells = [cell for pair in zip(means, savings, strict=True) for cell in pair]
+        cells = [amount(cell) if isinstance(cell, float) else cell for cell in cells]
+        changes = amount(float(entry["changes_of_mind"]["mean"]))
+        rows.append(("", [label, str(entry["layers"]), *cells, changes]))
+    settled = [_settled_by_class(entry) for entry in depths]
+    shares = {
+        str(entry["class"]): entry["tokens"] / depths[0]["tokens"]
+        for entry in depths[0].get("classes") or []
+        if isinstance(entry, dict) and number(entry.get("tokens")) and "class" in entry
+    }
+    class_rows = [
+        ("", [name, percent(share, 1), *(amount(found.get(name)) for found in settled)])
+        for name, share in shares.items()
+    ]
+    return {"depth_rows": rows, "class_rows": class_rows, "class_labels": labels}
+
+
+def _settled_by_class(entry: dict) -> dict[str, float | None]:
+    return {
+        str(found.get("class")): number(found.get("settled"))
+        for found in entry.get("classes") or []
+        if isinstance(found, dict)
+    }
+
+
 def _speculation(run: RunRecord) -> dict[str, Any]:
     """Returns rows of all measured pairs, and what they were measured on and against."""
     best, rows = run.best_pair(), []
-    for pair in run.pairs:
-        marked = all(pair[key] == best[key] for key in ("exit_layer", "draft_length"))
+    pairs = run.pairs
+    if pairs and number(best.get("stop_below")) is not None:
+        pairs = [best, *pairs]  # it is none of those that draft G tokens always
+    for pair in pairs:
+        marked = pair is best if pairs is not run.pairs else _same_pair(pair, best)
         pair = best if marked else pair
         same = pair.get("identical")
+        length, below = str(pair["draft_length"]), number(pair.get("stop_below"))
         cells = [
             str(pair["exit_layer"]),
-            str(pair["draft_length"]),
+            length if below is None else f"up to {length}, until below {below:g}",
             percent(number(pair.get("acceptance")), 1),
             *(amount(number(pair.get(key))) for key in ("tokens_per_cycle", "tokens_per_second")),
             times(number(pair.get("speedup"))),
@@ -196,6 +239,10 @@ def _speculation(run: RunRecord) -> dict[str, Any]:
         ],
         "plain_speed": number(run.speculation.get("plain_tokens_per_second")),
     }
+
+
+def _same_pair(one: dict, other: dict) -> bool:
+    return all(one[key] == other[key] for key in ("exit_layer", "draft_length"))
 
 
 def _config_rows(config: RunConfig) -> list[Row]:

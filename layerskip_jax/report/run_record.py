@@ -30,6 +30,7 @@ class RunRecord:
       data: the manifest of the training data, or {}.
       speculation: what `layerskip sweep` measured, or {}.
       plain: perplexity by exit of the plain twin, or {}.
+      layers_needed: what `layerskip inspect` measured, or {}.
     """
 
     folder: RunFolder
@@ -39,6 +40,7 @@ class RunRecord:
     data: dict = dataclasses.field(default_factory=dict)
     speculation: dict = dataclasses.field(default_factory=dict)
     plain: dict = dataclasses.field(default_factory=dict)
+    layers_needed: dict = dataclasses.field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -145,12 +147,34 @@ class RunRecord:
         return self.pairs
 
     def best_pair(self) -> dict:
-        """Returns the pair that the sweep calls best, with all measured of it; {} without one."""
+        """Returns the pair that the sweep calls best, with all measured of it; {} without one.
+
+        Its drafts may end early (`stop_below`), and be longer than those of any static pair.
+        """
         best = self.speculation.get("best")
         for pair in self.pairs if isinstance(best, dict) else []:
             if all(pair[key] == best.get(key) for key in ("exit_layer", "draft_length")):
                 return {**pair, **best}
+        if isinstance(best, dict) and number(best.get("stop_below")) is not None:
+            if all(number(best.get(key)) is not None for key in ("exit_layer", "draft_length")):
+                return best
         return self.pairs[0] if self.pairs else {}
+
+    def depths(self) -> list[dict]:
+        """Returns the layers that tokens need in this run, then in what was measured beside it.
+
+        Raises:
+          MissingPiece: nothing was measured, or not of this many layers.
+        """
+        beside = self.layers_needed.get("beside")
+        measured = [self.layers_needed, *(beside if isinstance(beside, list) else [])]
+        whole = [entry for entry in measured if _is_depth(entry)]
+        if not whole or not _is_depth(self.layers_needed):
+            raise MissingPiece(
+                "How many layers tokens need has not been measured yet; "
+                f"{self.command('inspect')} does it."
+            )
+        return whole
 
     def command(self, verb: str) -> str:
         """Returns the command line of another verb on this run."""
@@ -178,6 +202,22 @@ def read_run(workdir: str | PurePath) -> RunRecord:
         data=_read_object(folder.data_file),
         speculation=_read_object(folder.speculation_file),
         plain=_read_object(folder.path / "plain.json"),
+        layers_needed=_read_object(folder.layers_needed_file),
+    )
+
+
+def _is_depth(entry: Any) -> bool:
+    """Whether an entry of layers_needed.json has what the report shows of it."""
+    if not isinstance(entry, dict) or not number(entry.get("tokens")):
+        return False
+    parts = [entry.get(name) for name in ("first_agreement", "settled", "changes_of_mind")]
+    return all(
+        isinstance(part, dict)
+        and number(part.get("mean")) is not None
+        and isinstance(part.get("histogram"), list)
+        and len(part["histogram"]) == entry.get("layers")
+        and all(number(count) is not None for count in part["histogram"])
+        for part in parts
     )
 
 

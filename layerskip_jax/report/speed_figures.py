@@ -158,6 +158,8 @@ def speculation_speed(run: RunRecord) -> Drawing:
     plain = number(run.speculation.get("plain_tokens_per_second"))
     if speed:
         pair = f"E={best['exit_layer']}, G={best['draft_length']}"
+        if (below := number(best.get("stop_below"))) is not None:
+            pair += f", stop below {below:g}"
         label = f"best: {amount(speed)} tokens/s ({pair})"
         star = {"marker": "*", "markersize": 13, "linestyle": "none", "zorder": 4}
         axes.plot(best["draft_length"], speed, color=color(best["exit_layer"]), label=label, **star)
@@ -168,10 +170,10 @@ def speculation_speed(run: RunRecord) -> Drawing:
         spoken += f"; plain decoding makes {amount(plain)}"
     if spoken:
         figure.legend(loc="outside upper left", ncols=1)
-    top = max(*(p["tokens_per_second"] for p in pairs), plain or 0)
+    top = max(*(p["tokens_per_second"] for p in pairs), plain or 0, speed or 0)
     axes.set(ylim=(0, 1.08 * top), ylabel="tokens per second")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    lengths = [p["draft_length"] for p in pairs]
+    lengths = [p["draft_length"] for p in [*pairs, *([best] if speed else [])]]
     axes.set_xlim(min(lengths) - 0.5, max(lengths) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=TICKS, integer=True))
     axes.set_xlabel("draft length, G (tokens)")

@@ -131,6 +131,8 @@ def _speculation(run: RunRecord) -> Tile:
         return Tile(name, "–", str(missing))
     best = run.best_pair()
     text = f"Drafting {best['draft_length']} tokens with {best['exit_layer']} layers"
+    if (below := number(best.get("stop_below"))) is not None:
+        text = text.replace("Drafting", "Drafting up to") + f", until one is below {below:g}"
     speed = number(best.get("tokens_per_second"))
     plain = number(run.speculation.get("plain_tokens_per_second"))
     if speed and plain:

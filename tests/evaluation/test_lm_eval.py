@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
+import layerskip_jax
 from layerskip_jax.cli import main
 from layerskip_jax.commands.export import export
 from layerskip_jax.schema import ConfigError, UserError
@@ -197,6 +198,16 @@ def test_generation_is_the_same_drafted_and_not_and_stops(run):
     assert drafted.generate_until(stopped, disable_tqdm=True) == [text[: text.find(stop)]]
 
 
+def test_generation_may_exit_when_sure(run):
+    requests = _requests("generate_until", [("the cat", {"max_gen_toks": 12})])
+    sure = LayerSkipLM(str(run[0].path), exit_when="margin:0", kv="deferred")
+    first = layerskip_jax.load(run[0].path).generate(
+        "the cat", 12, exit_when="margin:0", kv="deferred"
+    )
+    assert first.generation.depth.mean_layers == 1
+    assert sure.generate_until(requests, disable_tqdm=True) == first.texts
+
+
 def test_repeats_are_drawn_independently_and_fixed_by_the_seed(run):
     given = {"do_sample": True, "temperature": 0.8, "max_gen_toks": 12}
     [request] = _requests("generate_until", [("the cat", given)])
@@ -297,6 +308,10 @@ def test_the_command_runs_local_tasks(run, exported, tasks, tmp_path, monkeypatc
         ({"exit": 4}, "exit=4 must be in 1..3"),
         ({"exit": 1, "draft": "auto"}, "exit=1 decodes with those layers alone"),
         ({"draft": "fast"}, "draft='fast' is not best, auto or E:G"),
+        ({"exit_when": "margin:0.5", "draft": "auto"}, "exit_when=margin:0.5 decides how deep"),
+        ({"exit_when": "learned:0.5"}, "learned:0.5.* asks a classifier"),
+        ({"exit_when": "entropy"}, "none was calibrated for kv=propagate"),
+        ({"kv": "deferred"}, "kv=deferred has no meaning without exit_when"),
         ({"batch_size": "auto"}, "batch_size=auto must be a number"),
         ({"dtyp": "float32"}, "model argument dtyp is none of this model's; they are path, exit"),
         ({"device": "cuda:1"}, "device=cuda:1: jax chooses it"),

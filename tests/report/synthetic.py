@@ -103,6 +103,19 @@ def make_run(folder: Path, config: RunConfig, *, seed: int = 0, upto: int | None
     write_json(
         folder / "plain.json", {"label": "dropout and exits off", "exits": evaluation(plain)}
     )
+
+    def needed(model, late):
+        counts = np.arange(1, layers + 1) * late + 10 * np.arange(layers, 0, -1)
+        tokens = int(counts.sum())
+        mean = float(counts @ np.arange(1, layers + 1) / tokens)
+        depth = {"mean": mean, "saving": 1 - mean / layers, "histogram": counts.tolist()}
+        found = {"class": "word begin", "tokens": tokens, "settled": mean}
+        return {
+            "model": model, "layers": layers, "tokens": tokens, "first_agreement": depth,
+            "settled": depth, "changes_of_mind": {**depth, "mean": mean - 1}, "classes": [found],
+        }  # fmt: skip
+
+    write_json(folder / "layers_needed.json", {**needed("run", 1), "beside": [needed("plain", 9)]})
     write_json(
         folder / "data.json",
         {

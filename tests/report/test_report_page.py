@@ -94,12 +94,16 @@ def test_page_prints_the_numbers(run_folder, page):
     run = read_run(run_folder)
     assert f"{run.final_perplexities()[8]:.1f}" in text
     assert "layer_dropout.p_max" in text and "unigram_entropy_nats" in text
+    own, twin = run.depths()
+    assert f"{own['settled']['mean']:.2f}" in text and f"{twin['settled']['mean']:.2f}" in text
     assert "16 prompts, 64 prompt tokens each, 128 new tokens each" in text
 
 
 def test_optional_pieces_may_be_missing(tmp_path):
     folder = make_run(tmp_path / "a run", small_config(), upto=1)
-    for name in ("evaluations.jsonl", "data.json", "speculation.json", "plain.json"):
+    for name in (
+        "evaluations.jsonl", "data.json", "speculation.json", "plain.json", "layers_needed.json",
+    ):  # fmt: skip
         (folder / name).unlink()
     page = build_page(read_run(folder))
     parsed = Balanced(page)
@@ -107,6 +111,7 @@ def test_optional_pieces_may_be_missing(tmp_path):
     assert "figure-perplexity_by_exit" not in parsed.labels
     assert f"layerskip sweep --workdir=&#x27;{folder}&#x27;" in page
     assert "layerskip train --workdir=" in page
+    assert "layerskip inspect --workdir=" in page
 
 
 def test_sparse_pieces_do_not_crash(tmp_path):
@@ -118,6 +123,8 @@ def test_sparse_pieces_do_not_crash(tmp_path):
     (folder / "plain.json").write_text('{"exits": []}')
     pairs = [{"exit_layer": 1, "draft_length": 2}, {"exit_layer": 1}, "odd"]
     (folder / "speculation.json").write_text(json.dumps({"pairs": pairs, "best": None}))
+    needed = {"tokens": 3, "layers": 2, "settled": {"mean": 1.5}, "beside": "odd"}
+    (folder / "layers_needed.json").write_text(json.dumps(needed))
     page = build_page(read_run(folder))
     Balanced(page)
     assert "7.39" in page  # exp(2)
@@ -142,6 +149,9 @@ def test_text_from_the_user_is_escaped(tmp_path):
     plain = json.loads((folder / "plain.json").read_text())
     (folder / "plain.json").write_text(json.dumps({**plain, "label": evil}))
     (folder / "data.json").write_text(json.dumps({evil: evil}))
+    needed = json.loads((folder / "layers_needed.json").read_text())
+    needed["beside"][0]["model"] = needed["classes"][0]["class"] = evil
+    (folder / "layers_needed.json").write_text(json.dumps(needed))
     page = build_page(read_run(folder))
     parsed = Balanced(page)
     assert "<b " not in page and "<i>" not in page
