@@ -104,6 +104,7 @@ def count_accepted(workdir: Path, quick: bool) -> int:
         f"--workdir={workdir}",
         f"--exits={','.join(map(str, exits))}",
         "--drafts=1",
+        "--stop-below=none",
         *(["--prompts=4", "--new-tokens=16"] if quick else []),
     )
 
