@@ -34,6 +34,18 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Returns whole numbers parted by commas, for `add_argument(type=numbers)`.
+
+    Raises:
+      argparse.ArgumentTypeError: it is no such list.
+    """
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4") from None
+
+
 def figures_file(text: str) -> Path:
     """Returns the path given by `--json`, before what is to be written there is computed.
 

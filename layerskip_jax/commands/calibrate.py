@@ -8,19 +8,19 @@ mean loss its tokens gain, clipped to 0..1 nats (`--risk-of=loss`). What is foun
 run's folder as exit_policies.json, where `layerskip generate --exit-when=NAME` finds it.
 """
 
-import argparse
-
 import numpy as np
 
 from layerskip_jax.commands.arguments import (
     add_on_damaged,
     make_run_parser,
+    numbers,
     prepared_data,
     write_figures,
 )
 from layerskip_jax.commands.tables import make_console, make_table
 from layerskip_jax.data.documents import first_tokens
 from layerskip_jax.data.manifest import read_manifest
+from layerskip_jax.decoding.adaptive import SKIPPED_KV
 from layerskip_jax.decoding.exit_policy import POLICIES, candidate_exits
 from layerskip_jax.evaluation.calibration import (
     RISKS,
@@ -30,6 +30,7 @@ from layerskip_jax.evaluation.calibration import (
     require_enough,
     require_weights,
 )
+from layerskip_jax.generation.options import DEFAULT_KV
 from layerskip_jax.language_model import load
 from layerskip_jax.run_folder.exit_policies import read_policies, store_policy
 from layerskip_jax.run_folder.paths import open_run
@@ -45,10 +46,10 @@ def main(argv: list[str]) -> int:
     add("--risk", type=float, default=0.05, help="the most risk, in (0, 1) (default: 0.05)")
     add("--confidence", type=float, default=0.95, help="that it is kept (default: 0.95)")
     add(
-        "--kv", default="propagate",
-        help="keys and values of skipped layers: propagate or deferred (default: propagate)",
+        "--kv", default=DEFAULT_KV,
+        help=f"keys and values of skipped layers: {', '.join(SKIPPED_KV)} (default: {DEFAULT_KV})",
     )  # fmt: skip
-    add("--exits", type=_numbers, help="candidate exits (default: every L/8)")
+    add("--exits", type=numbers, help="candidate exits (default: every L/8)")
     add("--risk-of", default="tokens", help="tokens that differ, or loss added (default: tokens)")
     add("--data", help="prepared data (default: what the run trained on)")
     add("--texts", type=int, help="documents to read, both halves together (default: all)")
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         options.exit_when, options.kv, options.risk, options.confidence
     )  # fmt: skip
     require_choice("--exit-when", policy, POLICIES)
-    require_choice("--kv", kv, ("propagate", "deferred"))
+    require_choice("--kv", kv, SKIPPED_KV)
     require_choice("--risk-of", options.risk_of, RISKS)
     require_count("--seed", options.seed, 0)
     require_range("--risk", risk, "(0, 1)")
@@ -129,13 +130,6 @@ def main(argv: list[str]) -> int:
     if options.json:
         write_figures(options.json, {**entry, "tested": tested})
     return 0
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,4,8") from None
 
 
 def _print(entry: dict, tested: list[dict]) -> None:

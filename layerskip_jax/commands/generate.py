@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.live import Live
 from rich.text import Text
 
-from layerskip_jax.commands.arguments import make_run_parser, write_figures
+from layerskip_jax.commands.arguments import make_run_parser, numbers, write_figures
 from layerskip_jax.commands.tables import make_console
 from layerskip_jax.decoding.adaptive import SKIPPED_KV
 from layerskip_jax.generation.options import DEFAULT_KV, Generation
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         help="run each token until an exit is sure: entropy:0.2, margin:0.5, saturation:0.99, "
         "patience:3, learned:0.9; a name alone takes what `layerskip calibrate` found",
     )
-    add("--exits", type=_exits, metavar="E,...", help="candidates (default: every L/8)")
+    add("--exits", type=numbers, metavar="E,...", help="candidates (default: every L/8)")
     add("--kv", choices=SKIPPED_KV, default=DEFAULT_KV, help="of layers that a token skipped")
     add(
         "--falling",
@@ -173,13 +173,6 @@ def _summary(generation: Generation) -> tuple[dict, str]:
         figures["tokens_by_exit"] = dict(zip(map(str, depth.layers), depth.tokens, strict=True))
         line += f", {depth.mean_layers:.1f} of {depth.layers[-1]} layers a token"
     return figures, line
-
-
-def _exits(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of exits such as 2,4") from None
 
 
 def _draft(text: str) -> Draft:

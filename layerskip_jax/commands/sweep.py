@@ -21,6 +21,7 @@ import numpy as np
 from layerskip_jax.commands.arguments import (
     add_on_damaged,
     make_run_parser,
+    numbers,
     prepared_data,
     write_figures,
 )
@@ -55,8 +56,8 @@ def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = make_run_parser("sweep", __doc__)
     add = parser.add_argument
-    add("--exits", type=_numbers, help="values of E (default: L/8, L/4, L/2)")
-    add("--drafts", type=_numbers, default=DRAFTS, help="values of G (default: 1,2,3,4,6)")
+    add("--exits", type=numbers, help="values of E (default: L/8, L/4, L/2)")
+    add("--drafts", type=numbers, default=DRAFTS, help="values of G (default: 1,2,3,4,6)")
     add("--data", help="prepared data (default: what the run trained on)")
     add("--prompt-file", type=Path, action="append", default=[], help="a file is one prompt")
     add(
@@ -250,13 +251,6 @@ def frequent_tokens(
 def _windows(data: str, split: str, on_damaged: str) -> BatchSource:
     skip = on_damaged == "skip"
     return BatchSource(data, split, batch_size=1, seed=0, shuffle=False, skip_damaged=skip)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4") from None
 
 
 def _shares(text: str) -> tuple[float, ...]:

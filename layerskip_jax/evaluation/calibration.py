@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from layerskip_jax.decoding.adaptive import SKIPPED_KV
 from layerskip_jax.decoding.exit_policy import POLICIES
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.evaluation.policy_scores import (
@@ -33,8 +34,8 @@ RISKS = {
 }
 # Texts in a pass.
 ROWS = 16
-# How far from full certainty the first candidate threshold is, and how many there are: evenly on a
-# logarithmic scale, as useful thresholds lie close to certainty.
+# How far from full certainty the first candidate threshold is, and how many there are on either
+# side of a tenth.
 NEAREST = {"entropy": 1e-3, "margin": 1e-3, "learned": 1e-3, "saturation": 1e-5}
 GRID = 25
 
@@ -191,7 +192,7 @@ class PolicyTexts:
         Raises:
           ConfigError: a word that is none of these, or a policy that the model has no weights for.
         """
-        require_choice("--kv", kv, ("propagate", "deferred"))
+        require_choice("--kv", kv, SKIPPED_KV)
         require_choice("--risk-of", risk_of, RISKS)
         require_weights(weights, policy)
         self._weights, self._config = weights, config

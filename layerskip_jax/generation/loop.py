@@ -258,9 +258,6 @@ def advance(
       acceptance: for sampling, `same_noise` or `rejection`, as in `draft`.
     """
 
-    def may_go_on(state, done):
-        return ~state.sequences.done.all() & (done < most_cycles)
-
     def run(index, state):
         return run_arm(
             weights, state, limits, sampling, stop_below, draft_weights,
@@ -268,15 +265,7 @@ def advance(
         )  # fmt: skip
 
     if len(arms) == 1:
-
-        def body(carry):
-            state, done = carry
-            return run(0, state), done + 1
-
-        def condition(carry):
-            return may_go_on(*carry)
-
-        return jax.lax.while_loop(condition, body, (state, jnp.int32(0)))[0]
+        return _repeat(functools.partial(run, 0), state, most_cycles)
 
     # A loop for each arm within the loop, not a switch: a loop's cache stays where it is.
     def stay(index, carry):
@@ -288,7 +277,7 @@ def advance(
             return state, done + 1, best_arm(arms, state.evidence, costs)
 
         return jax.lax.while_loop(
-            lambda carry: (carry[2] == index) & may_go_on(*carry[:2]), body, carry
+            lambda carry: (carry[2] == index) & _may_go_on(*carry[:2], most_cycles), body, carry
         )
 
     def through_all(carry):
@@ -296,7 +285,23 @@ def advance(
 
     first = best_arm(arms, state.evidence, costs)
     carry = state, jnp.int32(0), first
-    return jax.lax.while_loop(lambda carry: may_go_on(*carry[:2]), through_all, carry)[0]
+    return jax.lax.while_loop(
+        lambda carry: _may_go_on(*carry[:2], most_cycles), through_all, carry
+    )[0]
+
+
+def _may_go_on(state, done, most):
+    """Whether a row is not done, and fewer than `most` cycles are."""
+    return ~state.sequences.done.all() & (done < most)
+
+
+def _repeat(run, state, most):
+    """Runs one way to go on until every row is done, or `most` times."""
+    return jax.lax.while_loop(
+        lambda carry: _may_go_on(*carry, most),
+        lambda carry: (run(carry[0]), carry[1] + 1),
+        (state, jnp.int32(0)),
+    )[0]
 
 
 def advance_adaptive(
@@ -322,20 +327,15 @@ def advance_adaptive(
     """
     skipped = adaptive.projections(weights, state.cache, state.sequences.last.shape[0], depth)
 
-    def body(carry):
-        state, done = carry
+    def run(state):
         sequences, cache, waiting, new = adaptive.next_token(
             weights, skipped, state.cache, state.waiting, state.sequences, limits, sampling,
             threshold, depth=depth,
         )  # fmt: skip
         counts = jax.tree.map(jnp.add, state.counts, new)
-        return Adapting(sequences, cache, waiting, counts), done + 1
+        return Adapting(sequences, cache, waiting, counts)
 
-    def may_go_on(carry):
-        state, done = carry
-        return ~state.sequences.done.all() & (done < most_tokens)
-
-    return jax.lax.while_loop(may_go_on, body, (state, jnp.int32(0)))[0]
+    return _repeat(run, state, most_tokens)
 
 
 def _after_cycle(

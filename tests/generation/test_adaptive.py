@@ -24,6 +24,9 @@ from tests.helpers import small_model
 
 LAYERS, CONTEXT, NEW = 5, 48, 14
 EXITS = (1, 2, 4)
+THAT_WAIT = {
+    "mode": "adaptive", "exit_when": "patience:2", "kv": "deferred", "room": 3, "exits": EXITS,
+}  # fmt: skip
 PROMPTS = [[5], [7, 9, 11, 2, 60, 3, 3], [8, 8], [1, 2, 3], [40], [41, 3], [9, 9, 9, 9], [50, 6]]
 # Each makes tokens of these prompts stop at several exits, early and late.
 POLICIES_TRIED = ("entropy:0.9", "margin:0.05", "saturation:0.85", "patience:2", "learned:0.52")
@@ -245,27 +248,13 @@ def test_one_program_serves_every_threshold(generator):
 
 
 def test_a_stream_gives_the_same_tokens(generator):
-    options = {
-        "mode": "adaptive",
-        "exit_when": "patience:2",
-        "kv": "deferred",
-        "room": 3,
-        "exits": EXITS,
-    }
-    streamed = [t for e in generator.stream(PROMPTS[1], NEW, **options) for t in e.tokens]
-    assert [streamed] == generator.generate(PROMPTS[1:2], NEW, **options).tokens
+    streamed = [t for e in generator.stream(PROMPTS[1], NEW, **THAT_WAIT) for t in e.tokens]
+    assert [streamed] == generator.generate(PROMPTS[1:2], NEW, **THAT_WAIT).tokens
 
 
 def test_a_stop_asked_for_between_passes_leaves_what_waits_waiting(generator):
-    options = {
-        "mode": "adaptive",
-        "exit_when": "patience:2",
-        "kv": "deferred",
-        "room": 3,
-        "exits": EXITS,
-    }
-    whole = generator.generate(PROMPTS, NEW, **options).tokens
-    asked = generator.generate(PROMPTS, NEW, ended=lambda row, tokens: False, **options)
+    whole = generator.generate(PROMPTS, NEW, **THAT_WAIT).tokens
+    asked = generator.generate(PROMPTS, NEW, ended=lambda row, tokens: False, **THAT_WAIT)
     assert asked.tokens == whole
 
 
