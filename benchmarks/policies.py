@@ -1,16 +1,20 @@
 r"""Every way to decode with fewer layers, on one model and one set of prompts.
 
-    layerskip calibrate --workdir=RUN --exit-when=entropy --exits=2,4,6 --risk=0.05 --data=DATA
+    layerskip calibrate --workdir=RUN --exit-when=entropy --exits=2,4,6 --risk=0.05 --data=DATA \
+        --json=entropy.json
     layerskip sweep --workdir=RUN
-    python benchmarks/policies.py --workdir=RUN --exits=2,4,6 --svg=policies.svg
+    python benchmarks/policies.py --workdir=RUN --exits=2,4,6 --svg=policies.svg \
+        --calibrated=entropy.json
 
-Plain decoding, each exit alone, each policy at the threshold that `layerskip calibrate` found (a
-policy without one is left out, and said so), self-speculation by the sweep's pair, with drafts that
-stop when unsure, `auto`, and a second model's drafts. All take turns in one process, one prompt at
-a time and several in a batch; medians of ratios are reported. Perplexity is the whole model's, of
-what each way wrote.
+Plain decoding, each exit alone, each policy at the threshold that `layerskip calibrate` found
+(those of the files named, of several risks if you like; else those in the run's folder, and a
+policy without one is left out, and said so), self-speculation by the sweep's pair and with drafts
+that stop when unsure, `auto`, and a second model's drafts. All take turns in one process, one
+prompt at a time and several in a batch; medians of ratios are reported. Perplexity is the whole
+model's, of what each way wrote.
 """
 
+import json
 import statistics
 from pathlib import Path
 
@@ -48,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--workdir", type=Path, required=True, help="a trained run, calibrated and swept")
     add("--data", help="prepared data to cut prompts from (default: the run's)")
     add("--draft-model", type=Path, help="a second, smaller model, to draft with as well")
+    add(
+        "--calibrated", type=Path, action="append", default=[], metavar="FILE",
+        help="what `layerskip calibrate --json` wrote; repeat it for more",
+    )  # fmt: skip
     add("--exits", type=_numbers, help="candidate exits (default: every L/8)")
     add("--prompts", type=int, default=32, help="prompts in all (default: 32)")
     add("--prompt-tokens", type=int, default=32)
@@ -60,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts = validation_prompts(data, count, options.prompt_tokens)
     exits = candidate_exits(model.generator.config.num_layers, options.exits)
     with harness.Bench(options) as bench:
-        ways, missing = ways_of(model, exits)
+        calibrated = [json.loads(path.read_text()) for path in options.calibrated]
+        ways, missing = ways_of(model, exits, calibrated)
         bench.expect(len(BATCHES) * (len(ways) + options.rounds))
         for name, why in missing.items():
             bench.print(f"{name} is left out: {why}")
@@ -74,14 +83,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def ways_of(model: LanguageModel, exits: tuple[int, ...]) -> tuple[dict[str, dict], dict[str, str]]:
+def ways_of(
+    model: LanguageModel, exits: tuple[int, ...], calibrated: list[dict]
+) -> tuple[dict[str, dict], dict[str, str]]:
     """Returns the ways to decode, as `Generator.generate` takes them, and why others are not."""
     layers = model.generator.config.num_layers
     ways: dict[str, dict] = {"plain": {}}
     missing = {}
     for exit_layer in exits:
         ways[f"exit {exit_layer}"] = {"mode": "early_exit", "exit_layer": exit_layer}
-    for name in POLICIES:
+    for found in calibrated:
+        name, kv = found["policy"], found["kv"]
+        policy = ExitPolicy(name, found["threshold"])
+        model.check_policy(policy, kv=kv, exits=tuple(found["exits"]))
+        ways[f"{name}, {kv}, risk {found['risk']:g}"] = {
+            "mode": "adaptive", "exit_when": policy, "kv": kv, "exits": tuple(found["exits"]),
+        }  # fmt: skip
+    for name in () if calibrated else POLICIES:
         for kv in ("propagate", "deferred"):
             way = f"{name}, {kv}"
             try:
@@ -94,13 +112,14 @@ def ways_of(model: LanguageModel, exits: tuple[int, ...]) -> tuple[dict[str, dic
             ways[way] = {"mode": "adaptive", "exit_when": policy, "kv": kv, "exits": exits}
     # Where the sweep found plain decoding the fastest, the pairs that `auto` tries.
     pairs = default_pairs(layers) if model.best_pair in (None, PLAIN) else [model.best_pair]
+    thresholds = sorted({*STOP_BELOW, model.best_stop_below} - {None})
     for exit_layer, length in pairs:
         drafts = {
             "mode": "self_speculative", "exit_layer": exit_layer, "draft_length": length,
         }  # fmt: skip
         ways[f"drafts {exit_layer},{length}"] = drafts
         if length > 1:
-            for stop in STOP_BELOW:
+            for stop in thresholds:
                 ways[f"drafts {exit_layer},{length} stop below {stop:g}"] = {
                     **drafts, "stop_below": stop,
                 }  # fmt: skip

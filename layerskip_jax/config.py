@@ -318,10 +318,16 @@ class RunConfig:
         require_count("seed", self.seed, 0, LARGEST_UINT32)
         exits, only_exits = self.model.exits, self.training.trainable == "exits"
         require(
-            bool(exits) == only_exits,
+            bool(exits) if only_exits else not exits.adapters,
             f"training.trainable={self.training.trainable!r} does not go with "
-            f"model.exits.adapters={exits.adapters} and model.exits.learned={exits.learned}: exits "
-            "are trained by training.trainable='exits', which needs adapters or learned",
+            f"model.exits.adapters={exits.adapters} and model.exits.learned={exits.learned}: "
+            "adapters are trained by training.trainable='exits', which needs adapters or learned",
+        )
+        require(
+            only_exits or not exits.learned or self.early_exit.curriculum != "last",
+            "model.exits.learned=True learns from the exits that are on, and "
+            "early_exit.curriculum='last' turns none on; take another, or train it on a finished "
+            "model with training.trainable='exits'",
         )
         require(
             not only_exits or self.layer_dropout.p_max == 0,

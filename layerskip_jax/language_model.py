@@ -142,7 +142,7 @@ class LanguageModel:
             `prepare` reads: a prompt that comes from elsewhere cannot end its own turn.
           **options: further attributes of `Request`: temperature, top_k, top_p, seed,
             stop_below (drafts of a pair, or of the draft model, end early where it is unsure;
-            `best` takes what the sweep found unless it is given), ...
+            `best` and `auto` take what the sweep found unless it is given), ...
 
         Raises:
           ConfigError: naming the value and the remedy.
@@ -295,6 +295,8 @@ class LanguageModel:
             request |= {"mode": "early_exit", "exit_layer": exit_layer}
         elif draft == "auto":
             request["mode"] = "auto"
+            if request.get("stop_below") is None:
+                request["stop_below"] = self.best_stop_below
         elif isinstance(draft, tuple) and len(draft) == 2:
             request |= {
                 "mode": "self_speculative", "exit_layer": draft[0], "draft_length": draft[1]

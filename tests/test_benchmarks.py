@@ -26,6 +26,7 @@ import train_mfu  # noqa: E402
 import train_step  # noqa: E402
 
 from layerskip_jax.config import RunConfig, TrainingConfig  # noqa: E402
+from layerskip_jax.language_model import load  # noqa: E402
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
 from layerskip_jax.run_folder.exit_policies import store_policy  # noqa: E402
 from layerskip_jax.run_folder.paths import RunFolder  # noqa: E402
@@ -219,7 +220,6 @@ def _some_modules(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_every_way_to_run_fewer_layers_is_in_one_table(
     bench, finished, tmp_path, monkeypatch, capsys
 ):
@@ -229,6 +229,10 @@ def test_every_way_to_run_fewer_layers_is_in_one_table(
     run = RunFolder(shutil.copytree(finished, tmp_path / "run"))
     entry = {"policy": "margin", "kv": "propagate", "exits": [2], "threshold": 0.01, "step": 12}
     store_policy(run, entry)
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({**entry, "risk": 0.05}))
+    ways, missing = policies.ways_of(load(run.path), (2,), [json.loads(found.read_text())])
+    assert "margin, propagate, risk 0.05" in ways and not missing
     best = {"exit_layer": 1, "draft_length": 2, "speedup": 1.2}
     run.speculation_file.write_text(json.dumps({"best": best}))
     figures = bench(

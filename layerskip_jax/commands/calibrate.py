@@ -1,8 +1,10 @@
 """layerskip calibrate: the threshold of an exit policy that keeps its risk within bounds.
 
 Texts are the first tokens of documents of the validation set, one text a document, as those are
-the independent draws. Half of them, drawn at random, are calibrated on by Learn then Test; the
-other half only tells what the threshold then does. The risk of a text is the share of its tokens
+the independent draws. Half of them, drawn at random, are calibrated on by Learn then Test, with
+p-values by betting or by Hoeffding's inequality (`--bound`); with `--kv=propagate`, where each
+threshold takes a pass, an eighth of that half only tells where to begin. The other half tells what
+the threshold then does. The risk of a text is the share of its tokens
 that differ from the whole model's given the same true tokens before (`--risk-of=tokens`), or the
 mean loss its tokens gain, clipped to 0..1 nats (`--risk-of=loss`). What is found goes into the
 run's folder as exit_policies.json, where `layerskip generate --exit-when=NAME` finds it.
@@ -23,6 +25,9 @@ from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.decoding.adaptive import SKIPPED_KV
 from layerskip_jax.decoding.exit_policy import POLICIES, candidate_exits
 from layerskip_jax.evaluation.calibration import (
+    BOUNDS,
+    DEFAULT_BOUND,
+    PILOT,
     RISKS,
     PolicyTexts,
     calibrate,
@@ -51,6 +56,10 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     add("--exits", type=numbers, help="candidate exits (default: every L/8)")
     add("--risk-of", default="tokens", help="tokens that differ, or loss added (default: tokens)")
+    add(
+        "--bound", default=DEFAULT_BOUND,
+        help=f"on the risk: {', '.join(BOUNDS)} (default: {DEFAULT_BOUND})",
+    )  # fmt: skip
     add("--data", help="prepared data (default: what the run trained on)")
     add("--texts", type=int, help="documents to read, both halves together (default: all)")
     add("--tokens", type=int, help="the most tokens of each (default: 128, or the context)")
@@ -63,6 +72,7 @@ def main(argv: list[str]) -> int:
     require_choice("--exit-when", policy, POLICIES)
     require_choice("--kv", kv, SKIPPED_KV)
     require_choice("--risk-of", options.risk_of, RISKS)
+    require_choice("--bound", options.bound, BOUNDS)
     require_count("--seed", options.seed, 0)
     require_range("--risk", risk, "(0, 1)")
     require_range("--confidence", confidence, "(0, 1)")
@@ -88,7 +98,9 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     order = np.random.default_rng(options.seed).permutation(len(texts)).tolist()
     half = len(texts) // 2
-    require_enough(half, risk, confidence)
+    # Where each threshold takes a pass, some texts are well spent on leaving most of them out.
+    pilot = half // PILOT if kv == "propagate" else 0
+    require_enough(half - pilot, risk, confidence, options.bound)
 
     checkpoints = Checkpoints(folder.checkpoints)
     step = checkpoints.require_step(options.step)
@@ -103,11 +115,14 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
 
     found = calibrate(
-        read(order[:half]),
-        lambda: read(order[half:]),
+        read,
+        pilot=order[:pilot],
+        calibration=order[pilot:half],
+        held_out=order[half:],
         thresholds=candidate_thresholds(policy, len(exits)),
         risk=risk,
         confidence=confidence,
+        bound=options.bound,
     )
     entry = {
         "policy": policy,
@@ -117,7 +132,8 @@ def main(argv: list[str]) -> int:
         "risk": risk,
         "risk_of": options.risk_of,
         "confidence": confidence,
-        "texts": half,
+        "bound": options.bound,
+        "texts": half - pilot,
         "tokens": tokens,
         "layers": layers,
         "step": step,

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     add(
         "--stop-below",
         metavar="P|learned:P",
-        help="with --draft=E,G, G or best: a row's drafts end after one less probable than P",
+        help="with --draft: a row's drafts end after one less probable than P",
     )
     add("--exit", type=int, metavar="E", help="decode with the first E layers only")
     add(

@@ -2,11 +2,15 @@
 
 CALM (section 4) calibrates early exits so. Candidate thresholds are fixed beforehand and tested
 from the most careful one on. The null hypothesis of a threshold is that its risk is above delta;
-Hoeffding's inequality gives a p-value for risks in [0, 1]. Testing stops at the first that is not
+one of `BOUNDS` gives a p-value for risks in [0, 1]. Testing stops at the first that is not
 rejected at level eps (fixed sequence testing), so no correction for their number is needed, and
 the last rejected one keeps P(E[r] <= delta) >= 1 - eps.
+
+CALM takes Hoeffding's inequality, which knows of the risks only that they are in [0, 1]. Betting
+also learns how little they vary, so that it needs a tenth of the texts where most risks are small.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -38,6 +42,10 @@ ROWS = 16
 # side of a tenth.
 NEAREST = {"entropy": 1e-3, "margin": 1e-3, "learned": 1e-3, "saturation": 1e-5}
 GRID = 25
+# Up to how many texts it is looked for how many are enough.
+MOST_TEXTS = 1 << 20
+# The share of the texts that only say where testing begins, where each threshold takes a pass.
+PILOT = 8
 
 
 class Measured(NamedTuple):
@@ -58,7 +66,7 @@ class Tested(NamedTuple):
     Attributes:
       threshold: what was tested.
       risk: the mean risk of the texts.
-      p_value: Hoeffding's.
+      p_value: by the bound.
       layers: the mean of the layers run.
     """
 
@@ -68,35 +76,74 @@ class Tested(NamedTuple):
     layers: float
 
 
-def hoeffding_p(texts: int, mean_risk: float, risk: float) -> float:
-    """Returns exp(-2 n max(0, delta - mean r)^2)."""
-    return math.exp(-2 * texts * max(0.0, risk - mean_risk) ** 2)
+def hoeffding_p(risks: Float[np.ndarray, "N"], risk: float, level: float) -> float:
+    """Returns exp(-2 n max(0, delta - mean r)^2), whatever the level."""
+    return math.exp(-2 * len(risks) * max(0.0, risk - float(np.mean(risks))) ** 2)
 
 
-def texts_needed(risk: float, confidence: float, mean_risk: float = 0.0) -> int | None:
-    """Returns the n whose p-value is at most 1 - confidence; None where none is enough."""
-    room = risk - mean_risk
-    if room <= 0:
+def betting_p(risks: Float[np.ndarray, "N"], risk: float, level: float) -> float:
+    """Returns 1 / the most that bets against the null hypothesis ever made of 1.
+
+    Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting" (2024), with
+    their predictable plug-in stakes. A bettor stakes a share nu_i on each risk being below delta,
+    chosen from the risks before it: its capital, the product of 1 - nu_i (r_i - delta), is a
+    supermartingale where E[r] >= delta, so by Ville's inequality it reaches 1 / eps with
+    probability eps at most.
+
+    Args:
+      risks: of the texts, in [0, 1], in an order that is drawn at random.
+      risk: delta.
+      level: eps, for which the stakes are the best; the p-value holds at any.
+    """
+    n = len(risks)
+    seen = np.arange(1, n + 1)
+    mean = (0.5 + np.cumsum(risks)) / (1 + seen)
+    variance = (0.25 + np.cumsum((risks - mean) ** 2)) / (1 + seen)
+    before = np.concatenate([[0.25], variance[:-1]])
+    stake = np.minimum(1, np.sqrt(-2 * math.log(level) / (n * before)))
+    capital = np.cumsum(np.log1p(-stake * (risks - risk)))
+    return math.exp(-max(0.0, float(capital.max())))
+
+
+# p-values for the null hypothesis that risks in [0, 1] have a mean above delta.
+BOUNDS = {"betting": betting_p, "hoeffding": hoeffding_p}
+DEFAULT_BOUND = "betting"
+
+
+def texts_needed(
+    risks: Sequence[float] | Float[np.ndarray, "N"], risk: float, confidence: float, bound: str
+) -> int | None:
+    """Returns how many texts with such risks, repeated in turn, are accepted.
+
+    None where `MOST_TEXTS` are not, as where the mean is not below the risk allowed.
+    """
+    level = 1 - confidence
+
+    def accepted(count: int) -> bool:
+        return BOUNDS[bound](np.resize(np.asarray(risks, np.float64), count), risk, level) <= level
+
+    if not accepted(MOST_TEXTS):
         return None
-    return math.ceil(-math.log(1 - confidence) / (2 * room**2))
+    return bisect.bisect_left(range(1, MOST_TEXTS), True, key=accepted) + 1
 
 
-def require_enough(texts: int, risk: float, confidence: float) -> None:
+def require_enough(texts: int, risk: float, confidence: float, bound: str) -> None:
     """Refuses texts that are too few for any threshold, before anything is computed.
 
     Raises:
-      ConfigError: a number out of its range.
+      ConfigError: a number out of its range, or no bound of that name.
       UserError: too few; with the number needed.
     """
+    require_choice("--bound", bound, BOUNDS)
     require_range("--risk", risk, "(0, 1)")
     require_range("--confidence", confidence, "(0, 1)")
-    needed = texts_needed(risk, confidence)
-    if needed is not None and texts < needed:
+    needed = texts_needed([0.0], risk, confidence, bound)
+    if needed is None or texts < needed:
         raise UserError(
             f"{texts} texts to calibrate on are too few for --risk={risk} at --confidence="
-            f"{confidence}: even a policy that never errs needs {needed}, each of another "
-            "document, and as many again are held out; name data with more validation documents "
-            "(--data), or allow more risk or less confidence"
+            f"{confidence}: even a policy that never errs needs {needed or f'over {MOST_TEXTS}'}, "
+            "each of another document, and as many again are held out; name data with more "
+            "validation documents (--data), or allow more risk or less confidence"
         )
 
 
@@ -123,6 +170,7 @@ def learn_then_test(
     measure: Callable[[int | float], Measured],
     risk: float,
     confidence: float,
+    bound: str,
 ) -> tuple[Tested, list[Tested]]:
     """Returns the last threshold accepted, and all that were tested.
 
@@ -131,34 +179,56 @@ def learn_then_test(
       measure: what a threshold does to the texts to calibrate on.
       risk: delta.
       confidence: 1 - eps.
+      bound: one of `BOUNDS`.
 
     Raises:
       UserError: none is accepted; with the texts that would be enough.
     """
     tested: list[Tested] = []
-    accepted = None
-    texts = 0
+    accepted, level = None, 1 - confidence
+    first = np.zeros(0)
     for threshold in thresholds:
         found = measure(threshold)
-        texts, mean = len(found.risks), float(np.mean(found.risks))
-        tested.append(Tested(threshold, mean, hoeffding_p(texts, mean, risk), found.layers))
-        if tested[-1].p_value > 1 - confidence:
+        p_value = BOUNDS[bound](found.risks, risk, level)
+        tested.append(Tested(threshold, float(np.mean(found.risks)), p_value, found.layers))
+        if p_value > level:
+            first = found.risks
             break
         accepted = tested[-1]
     if accepted is None:
-        first = tested[0]
-        needed = texts_needed(risk, confidence, first.risk)
+        needed = texts_needed(first, risk, confidence, bound)
         more = (
             "no number of texts is enough, as that is not below it"
             if needed is None
-            else f"{needed} texts would be enough, and there are {texts}"
+            else f"about {needed} texts would be enough, and there are {len(first)}"
         )
         raise UserError(
             f"no threshold keeps the risk within {risk} at confidence {confidence}: the most "
-            f"careful one, {first.threshold:g}, has a mean risk of {first.risk:.4g}; {more}. Name "
-            "more data with --data, allow more risk or less confidence, or take later --exits"
+            f"careful one, {tested[0].threshold:g}, has a mean risk of {tested[0].risk:.4g}; "
+            f"{more}. Name more data with --data, allow more risk or less confidence, or take "
+            "later --exits"
         )
     return accepted, tested
+
+
+def begin_at(
+    thresholds: Sequence[int | float], pilot: Callable[[int | float], Measured], risk: float
+) -> Sequence[int | float]:
+    """Returns the thresholds from the one where testing may begin.
+
+    That is the last before half of the risk is exceeded, on texts that have no further part: a
+    sequence to test may be chosen by anything but the texts that test it.
+
+    Args:
+      thresholds: the most careful first.
+      pilot: what a threshold does to those texts.
+      risk: delta.
+    """
+
+    def exceeds(threshold: int | float) -> bool:
+        return float(np.mean(pilot(threshold).risks)) > risk / 2
+
+    return thresholds[max(0, bisect.bisect_left(thresholds, True, key=exceeds) - 1) :]
 
 
 class PolicyTexts:
@@ -280,31 +350,41 @@ def require_weights(weights: DecoderWeights, policy: str) -> None:
 
 
 def calibrate(
-    calibration: PolicyTexts,
-    held_out: Callable[[], PolicyTexts],
+    read: Callable[[Sequence[int]], PolicyTexts],
     *,
+    pilot: Sequence[int],
+    calibration: Sequence[int],
+    held_out: Sequence[int],
     thresholds: Sequence[int | float],
     risk: float,
     confidence: float,
+    bound: str = DEFAULT_BOUND,
 ) -> dict:
     """Finds the threshold, and measures it on texts that had no part in it.
 
     Args:
-      calibration: the texts to calibrate on.
-      held_out: reads the others, once a threshold is found.
+      read: reads the texts of these numbers.
+      pilot: numbers of the texts that only say where testing begins, see `begin_at`; may be none.
+      calibration: of those to calibrate on, in an order drawn at random.
+      held_out: of those that are read once a threshold is found.
       thresholds: see `candidate_thresholds`.
       risk: delta.
       confidence: 1 - eps.
+      bound: one of `BOUNDS`.
 
     Returns:
-      `threshold`, `mean_risk`, `mean_layers` and `p_value` of the accepted one; `held_out` with
-      its `risk` and `mean_layers`; `tested`, all that were tested in order.
+      `threshold`, `mean_risk`, `mean_layers` and `p_value` of the accepted one; `held_out` with its
+      `texts`, `risk` and `mean_layers`; `tested`, all that were tested in order.
 
     Raises:
-      UserError: no threshold is accepted.
+      UserError: the texts are too few, or no threshold is accepted.
     """
-    accepted, tested = learn_then_test(thresholds, calibration.measure, risk, confidence)
-    found = held_out().measure(accepted.threshold)
+    require_enough(len(calibration), risk, confidence, bound)
+    if pilot:
+        thresholds = begin_at(thresholds, read(pilot).measure, risk)
+    measure = read(calibration).measure
+    accepted, tested = learn_then_test(thresholds, measure, risk, confidence, bound)
+    found = read(held_out).measure(accepted.threshold)
     return {
         "threshold": accepted.threshold,
         "mean_risk": accepted.risk,

@@ -28,6 +28,7 @@ from layerskip_jax.decoding.weights import (
 from layerskip_jax.generation.loop import (
     Adapting,
     Arm,
+    Costs,
     Evidence,
     Generating,
     advance,
@@ -104,6 +105,12 @@ class _Job(NamedTuple):
     depth: Depth | None
     threshold: np.ndarray
     stop_below: StopBelow | None
+
+    @property
+    def evidence_key(self) -> tuple:
+        """What evidence about arms holds for."""
+        stop = self.stop_below
+        return self.arms, None if stop is None else (float(stop.threshold), stop.learned)
 
     @property
     def by_draft_model(self) -> bool:
@@ -251,7 +258,7 @@ class Generator:
             read = self._bytes_read_adaptively(job.depth, counts)
             run = _depth_run(job.depth, counts, self.config.num_layers)
             return Generation(tokens, seconds, first, read, depth=run)
-        counts, self._evidence[job.arms] = jax.device_get((state.counts, state.evidence))
+        counts, self._evidence[job.evidence_key] = jax.device_get((state.counts, state.evidence))
         drafting = None
         if request.mode in (*PAIR_MODES, "auto"):
             drafting = _drafting(job.arms, sum(map(len, tokens)) - real, counts)
@@ -329,7 +336,7 @@ class Generator:
                 shown = count
                 if done:
                     if job.depth is None:
-                        self._evidence[job.arms] = jax.device_get(state.evidence)
+                        self._evidence[job.evidence_key] = jax.device_get(state.evidence)
                     return
                 if len(job.arms) > 1:
                     index = int(best_arm(job.arms, state.evidence, costs_there))
@@ -360,14 +367,14 @@ class Generator:
                 "take what needs none, such as exit_when='margin:0.5' or stop_below=0.5",
             )
 
-    def _ready(self, request: Request) -> tuple[_Job, _Programs, np.ndarray, Evidence]:
+    def _ready(self, request: Request) -> tuple[_Job, _Programs, Costs, Evidence]:
         """Checks a request; returns it as arrays, its programs, and what arms are chosen by."""
         self.check(request)
         job = self._job(request)
         self._check_memory(job)
         programs = self._compiled(job)
         costs = self._cost(job)
-        return job, programs, costs, self._evidence.get(job.arms, _no_evidence(job.arms))
+        return job, programs, costs, self._evidence.get(job.evidence_key, _no_evidence(job.arms))
 
     def _halves(self, job: _Job, index: int):
         """Returns the two halves of a cycle of an arm as programs of their own."""
@@ -511,7 +518,7 @@ class Generator:
         """Returns the weights that a job drafts with beside the model's own, None if none."""
         return self.draft_weights if job.by_draft_model else None
 
-    def _rest(self, job: _Job, costs: np.ndarray, most: int) -> tuple:
+    def _rest(self, job: _Job, costs: Costs, most: int) -> tuple:
         """Returns what `_Programs.advance` takes last, there: how to choose, and how far to go."""
         if job.depth is not None:
             return self._on_device((job.threshold, np.int32(most)))
@@ -568,16 +575,29 @@ class Generator:
             draft_cache = programs.read_for_drafts(self.draft_weights, prompts, lengths)
         return self._begin(job, sequences, cache, draft_cache, evidence), limits, sampling
 
-    def _cost(self, job: _Job) -> np.ndarray:
+    def _cost(self, job: _Job) -> Costs:
         """Returns the seconds of a cycle of each arm, measured once where there are several."""
         if len(job.arms) == 1:
             return _no_costs(job.arms)
-        key = (job.prompts.shape[0], job.arms, job.sampling is None)
+        stop = job.stop_below
+        key = (job.prompts.shape[0], job.arms, job.sampling is None, stop and stop.learned)
         if key not in self._costs:
-            self._costs[key] = np.array(
-                [min(self._time_cycle(job, arm) for _ in range(2)) for arm in range(len(job.arms))],
-                np.float32,
-            )
+
+            def measured(job: _Job) -> np.ndarray:
+                arms = range(len(job.arms))
+                seconds = [min(self._time_cycle(job, arm) for _ in range(2)) for arm in arms]
+                return np.array(seconds, np.float32)
+
+            if stop is None:
+                longest = measured(job)
+                self._costs[key] = Costs(longest, longest)
+            else:
+                # No score is below -1, and each is below 2: drafting never ends early, or at once.
+                ends = [
+                    job._replace(stop_below=StopBelow(np.float32(threshold), stop.learned))
+                    for threshold in (2, -1)
+                ]
+                self._costs[key] = Costs(*map(measured, ends))
         return self._costs[key]
 
     def _time_cycle(self, job: _Job, arm: int) -> float:
@@ -607,6 +627,11 @@ class Generator:
             early = sum(map(_nbytes, drafter.layers))
         reduced = drafter.draft_head
         draft_head = _nbytes(drafter.any_head if reduced is None else reduced.matrix)
+        adapter = _nbytes((weights.adapters or {}).get(arm.exit_layer))
+        if arm.draft_length:
+            draft_head += adapter
+        else:
+            head += adapter
         cycle = early + head + (late if arm.draft_length else 0)
         total = cycle * cycles + (early + draft_head) * made
         return total // (1 if self._mesh is None else self._mesh.shape["tensor"])
@@ -696,18 +721,18 @@ def _depth_run(depth: Depth, counts: DepthCounts, num_layers: int) -> DepthRun:
 
 
 def _no_evidence(arms: tuple[Arm, ...]) -> Evidence:
-    return Evidence(np.zeros(len(arms), np.float32), np.zeros(len(arms), np.float32))
+    return Evidence(*(np.zeros(len(arms), np.float32) for _ in Evidence._fields))
 
 
-def _no_costs(arms: tuple[Arm, ...]) -> np.ndarray:
-    return np.ones(len(arms), np.float32)
+def _no_costs(arms: tuple[Arm, ...]) -> Costs:
+    return Costs(*(np.ones(len(arms), np.float32) for _ in Costs._fields))
 
 
-def _only(arms: tuple[Arm, ...], index: int) -> np.ndarray:
+def _only(arms: tuple[Arm, ...], index: int) -> Costs:
     """Returns costs under which one arm is always the best."""
-    costs = np.full(len(arms), np.inf, np.float32)
+    costs = np.full(len(arms), 1e30, np.float32)
     costs[index] = 1
-    return costs
+    return Costs(costs, costs)
 
 
 def _drafting(arms: tuple[Arm, ...], tokens: int, counts) -> Drafting:

@@ -3,8 +3,9 @@
 An arm (E, G) is one way to go on by a cycle: draft G tokens with E layers and verify them, or,
 with G = 0, take one token from the first E layers. Plain decoding has one arm, (L, 0); a pair
 has one, (E, G). With several, each cycle takes the one that promises the most tokens for its
-cost, given how often the drafts of its exit have been accepted so far. Plain decoding is one of
-them, so a model whose exits are of no use is soon decoded plainly. Where a second model drafts, the
+cost, given how often the drafts of its exit have been accepted so far, and, where drafts end early,
+how often drafting went on. Plain decoding is one of them, so a model whose exits are of no use is
+soon decoded plainly. Where a second model drafts, the
 arm is (0, G): all layers of the first verify.
 """
 
@@ -58,10 +59,26 @@ class Evidence(NamedTuple):
     Attributes:
       examined: drafts whose predecessors were all accepted.
       kept: those that were accepted.
+      asked: times that drafting could have ended early, after each draft but the last.
+      sure: those in which it went on; without `StopBelow` all.
     """
 
     examined: Float[Array, "A"]
     kept: Float[Array, "A"]
+    asked: Float[Array, "A"]
+    sure: Float[Array, "A"]
+
+
+class Costs(NamedTuple):
+    """Time of a cycle of each arm, in any unit.
+
+    Attributes:
+      shortest: where drafting ends after one draft.
+      longest: where it makes all G; the same without `StopBelow`, and where G is 0 or 1.
+    """
+
+    shortest: Float[Array, "A"]
+    longest: Float[Array, "A"]
 
 
 class Generating(NamedTuple):
@@ -122,17 +139,39 @@ def no_counts(arms: tuple[Arm, ...], rows: int) -> SpeculationCounts:
     return SpeculationCounts(by_row, by_row, by_row, by_position, by_position, by_row)
 
 
-def promised_tokens(arm: Arm, acceptance: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns the tokens expected of a cycle: sum of a^i, i = 0..G (docs/method.md, section 4)."""
-    return sum(acceptance**i for i in range(arm.draft_length + 1)) + jnp.zeros(())
+def promised_tokens(
+    arm: Arm, acceptance: Float[Array, ""], sureness: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the tokens expected of a cycle (docs/method.md, sections 4 and 8).
+
+    1 + sum of s^(i-1) a^i, i = 1..G, where s is the share of the times that drafting went on; with
+    s = 1 the sum of a^i, i = 0..G.
+    """
+    drafts = range(1, arm.draft_length + 1)
+    return 1 + sum(sureness ** (i - 1) * acceptance**i for i in drafts) + jnp.zeros(())
 
 
-def best_arm(arms: tuple[Arm, ...], evidence: Evidence, costs: Float[Array, "A"]) -> Int[Array, ""]:
+def expected_cost(
+    arm: Arm, shortest: Float[Array, ""], longest: Float[Array, ""], sureness: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the cost of a cycle of sum s^(i-1), i = 1..G, drafts, on the line between the two."""
+    if arm.draft_length < 2:
+        return longest
+    drafts = sum(sureness**i for i in range(arm.draft_length))
+    return shortest + (longest - shortest) * (drafts - 1) / (arm.draft_length - 1)
+
+
+def best_arm(arms: tuple[Arm, ...], evidence: Evidence, costs: Costs) -> Int[Array, ""]:
     """Returns the arm that promises the most tokens for its cost."""
     kept = evidence.kept + PRIOR_DRAFTS * PRIOR_ACCEPTANCE
     acceptance = kept / (evidence.examined + PRIOR_DRAFTS)
-    promised = [promised_tokens(arm, acceptance[index]) for index, arm in enumerate(arms)]
-    return jnp.argmax(jnp.stack(promised) / costs).astype(jnp.int32)
+    sureness = (evidence.sure + PRIOR_DRAFTS) / (evidence.asked + PRIOR_DRAFTS)
+    promised = [
+        promised_tokens(arm, acceptance[index], sureness[index])
+        / expected_cost(arm, costs.shortest[index], costs.longest[index], sureness[index])
+        for index, arm in enumerate(arms)
+    ]
+    return jnp.argmax(jnp.stack(promised)).astype(jnp.int32)
 
 
 def propose(
@@ -235,7 +274,7 @@ def advance(
     state: Generating,
     limits: Limits,
     sampling: Sampling | None,
-    costs: Float[Array, "A"],
+    costs: Costs,
     most_cycles: Int[Array, ""],
     stop_below: StopBelow | None = None,
     draft_weights: DecoderWeights | None = None,
@@ -250,7 +289,7 @@ def advance(
       state: what has read the prompts, or gone on from there.
       limits: when sequences end.
       sampling: None decodes greedily.
-      costs: time of a cycle of each arm, in any unit.
+      costs: of a cycle of each arm.
       most_cycles: as far as to go at most.
       stop_below: when drafting ends early; None drafts G tokens always.
       draft_weights: those of a second model that drafts, for the one arm (0, G).
@@ -364,9 +403,11 @@ def _learn(
     arms: tuple[Arm, ...], index: int, evidence: Evidence, new: SpeculationCounts | None
 ) -> Evidence:
     """Fades what is known, and adds what a cycle of arm `index` showed to its exit's arms."""
-    examined, kept = evidence.examined * MEMORY, evidence.kept * MEMORY
-    if new is not None:
-        same = jnp.array([arm.exit_layer == arms[index].exit_layer for arm in arms], jnp.float32)
-        examined = examined + same * new.examined.sum()
-        kept = kept + same * new.kept.sum()
-    return Evidence(examined, kept)
+    known = jax.tree.map(lambda number: number * MEMORY, evidence)
+    if new is None:
+        return known
+    same = jnp.array([arm.exit_layer == arms[index].exit_layer for arm in arms], jnp.float32)
+    made = new.made.max()
+    asked = jnp.minimum(made, arms[index].draft_length - 1)
+    new = Evidence(new.examined.sum(), new.kept.sum(), asked, jnp.maximum(made - 1, 0))
+    return jax.tree.map(lambda number, more: number + same * more, known, new)

@@ -60,9 +60,10 @@ class Request:
         far); `adaptive` (each token by as many layers as `exit_when` has it run).
       exit_layer: E, for `early_exit` and `self_speculative`.
       draft_length: G, for `self_speculative` and `draft_model`.
-      stop_below: for the same two, drafting ends for a row after the first draft whose probability
-        is below this, in (0, 1), as the exit or the draft model sees it; `learned:0.6` asks the
-        trained classifier of exits instead. None drafts G tokens always. The tokens are the same.
+      stop_below: for the same two and `auto`, drafting ends for a row after the first draft whose
+        probability is below this, in (0, 1), as the exit or the draft model sees it; `learned:0.6`
+        asks the trained classifier of exits instead. None drafts G tokens always. The tokens are
+        the same.
       pairs: for `auto`, the pairs (E, G) to choose from beside plain decoding; None takes some
         spread over the layers.
       end_token: id that ends a row.
@@ -209,9 +210,9 @@ class Request:
         if self.stop_below is not None:
             read_stop_below(self.stop_below)
             require(
-                mode in PAIR_MODES,
-                f"stop_below={self.stop_below!r} has no meaning for mode={mode!r}; it ends drafts "
-                "of a fixed pair (E, G), or of a draft model, early",
+                mode in (*PAIR_MODES, "auto"),
+                f"stop_below={self.stop_below!r} has no meaning for mode={mode!r}, which drafts "
+                "nothing that could end early",
             )
         if mode in PAIR_MODES and draft_length is not None:
             require(draft_length >= 1, f"draft_length={draft_length} must be at least 1")

@@ -21,7 +21,8 @@ class ExitsConfig:
         low-rank map before the shared head. Empty makes none.
       rank: r of the low-rank map, at least 1.
       learned: whether there is a classifier, one for all exits, of whether an exit's token is right
-        (BERxiT, "learning to exit").
+        (BERxiT, "learning to exit"); trained alone by `training.trainable=exits`, or beside the
+        model at the exits that are on.
       target: what they learn from: `last`, the last layer's distribution and its likeliest token,
         or `data`, the text's own next token.
     """

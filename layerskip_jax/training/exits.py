@@ -1,15 +1,25 @@
-"""The loss of exit adapters and of the learned exit, before a model that is left as it is."""
+"""The loss of exit adapters and of the learned exit.
+
+Before a model that is left as it is (`exits_loss`), or of the learned exit alone beside the loss of
+a model that trains (`classifier_error`).
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from layerskip_jax.config import RunConfig
 from layerskip_jax.early_exit_loss import ActiveExits
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.model.transformer import Transformer
+
+# While the model trains, its classifier learns from one in so many of the scored positions: two
+# parameters more than the width need few, and the head is read anew for them.
+CLASSIFIER_STRIDE = 8
 
 
 def equal_exits(config: ModelConfig) -> ActiveExits:
@@ -69,8 +79,7 @@ def exits_loss(definition: ModelDefinition, config: RunConfig) -> Callable:
             return jnp.stack(entropies), jnp.sum(jnp.asarray(errors, jnp.float32))
 
         length = batch.tokens.shape[1]
-        limit = min(config.training.loss_chunk, length)
-        chunk = max(size for size in range(1, limit + 1) if length % size == 0)
+        chunk = _chunk(length, config.training.loss_chunk)
 
         def add(totals, start):
             def cut(array, axis):
@@ -89,3 +98,74 @@ def exits_loss(definition: ModelDefinition, config: RunConfig) -> Callable:
         return jnp.mean(means) + error / (len(exits) * count), means
 
     return loss
+
+
+def _chunk(length: int, most: int) -> int:
+    """Returns the largest chunk of positions, `most` at most, that `length` is a multiple of."""
+    return max(size for size in range(1, min(most, length) + 1) if length % size == 0)
+
+
+def classifier_positions(scored: int) -> int:
+    """Returns how many of the positions that exits are scored on the classifier learns from."""
+    return -(-scored // CLASSIFIER_STRIDE)
+
+
+def classifier_error(
+    model: Transformer,
+    early: Float[Array, "slots B M D"],
+    last: Float[Array, "B S D"],
+    targets: Int[Array, "B S"],
+    valid: Bool[Array, "B S"],
+    on: Bool[Array, "slots"],
+    valid_tokens: Int[Array, ""],
+    *,
+    positions: Int[Array, "M"] | None,
+    chunk: int,
+) -> Float[Array, ""]:
+    """Returns the mean squared error of the learned exit (BERxiT), on a share of the positions.
+
+    Its gradient goes to the classifier alone: what trains beside it trains as without it.
+
+    Args:
+      model: whose `exits` hold the classifier.
+      early: outputs of the early exits' layers, by slot, at `positions`.
+      last: output of the last layer.
+      targets: next tokens.
+      valid: which targets count.
+      on: which slots are scored at this step.
+      valid_tokens: valid targets of the whole global batch, as in `early_exit_loss`.
+      positions: those that `early` holds; None: all.
+      chunk: positions whose logits are held at once, of one exit.
+    """
+    early, last = jax.lax.stop_gradient((early, last))
+    length = targets.shape[1]
+    if positions is None:
+        positions = jnp.arange(length)
+    positions, early = positions[::CLASSIFIER_STRIDE], early[:, :, ::CLASSIFIER_STRIDE]
+    of_last = model.config.exits.target == "last"
+    last, right, valid = (jnp.take(a, positions, axis=1) for a in (last, targets, valid))
+    z = model.final_norm(jnp.concatenate([early, last[None]]) if of_last else early)
+    read = jnp.append(on, on.any()) if of_last else on
+    head = jax.lax.stop_gradient(model.head_weight[:, : model.config.vocab_size]).astype(z.dtype)
+    size = _chunk(len(positions), chunk)
+
+    def likeliest(slot):
+        z, read = slot
+
+        def of_chunk(z):
+            logits = jnp.einsum("bsd,dv->bsv", z, head, preferred_element_type=jnp.float32)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        def of_row(z):
+            parts = z.reshape(z.shape[0], -1, size, z.shape[-1]).swapaxes(0, 1)
+            return jax.lax.map(of_chunk, parts).swapaxes(0, 1).reshape(z.shape[:2])
+
+        return jax.lax.cond(read, of_row, lambda z: jnp.zeros(z.shape[:2], jnp.int32), z)
+
+    choices = jax.lax.map(likeliest, (jax.lax.stop_gradient(z), read))
+    if of_last:
+        choices, right, z = choices[:-1], choices[-1], z[:-1]
+    errors = jnp.square(model.exits.score(z) - (choices == right).astype(jnp.float32))
+    total = jnp.sum(jnp.where(on[:, None, None] & valid, errors, 0))
+    counted = jnp.maximum(valid_tokens, 1) * (len(positions) / length) * jnp.maximum(on.sum(), 1)
+    return total / counted

@@ -32,6 +32,7 @@ from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.ops.attention import computed_pairs
 from layerskip_jax.ops.remat import REMAT_POLICIES
+from layerskip_jax.training.exits import classifier_positions
 from layerskip_jax.training.step import StepMetrics
 
 MFU_DEFINITION = (
@@ -113,10 +114,16 @@ class CostModel:
             return self._exits_step(rows, matrices, attention, square)
         positions = scored_positions(self.config.early_exit, length)
         tokens = rows * (length + early_exits * positions)
+        learned = 0.0
+        if model.exits.learned:
+            # Of a step without early exits none; an average step is taken for one with them.
+            heads = early_exits + min(early_exits, 1) * (model.exits.target == "last")
+            read = rows * classifier_positions(positions) * model.model_dim
+            learned = 2.0 * read * (heads * model.vocab_rows + 2 * early_exits)
         return StepFlops(
             layers=run * 3 * matrices,
             attention=run * 3 * attention,
-            exits=6.0 * tokens * model.model_dim * model.vocab_rows,
+            exits=6.0 * tokens * model.model_dim * model.vocab_rows + learned,
             recomputed=run * again,
             masked=masked,
         )

@@ -19,7 +19,7 @@ from layerskip_jax.early_exit_loss import (
 from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.ops.checksum import checksum
 from layerskip_jax.ops.linear_cross_entropy import ONE_DEVICE, Layout
-from layerskip_jax.training.exits import equal_exits, exits_loss
+from layerskip_jax.training.exits import classifier_error, equal_exits, exits_loss
 from layerskip_jax.training.optimizer import learning_rate_schedule, trained
 
 
@@ -197,6 +197,7 @@ def _microbatch_loss(definition: ModelDefinition, config: RunConfig, layout: Lay
 
     def loss(parameters, batch, plan, exits, positions, valid_tokens):
         model = definition.model(parameters)
+        scored = None if positions is None else positions.reshape(-1)
         early, last = model.exit_states(
             model.embed(batch.tokens),
             model.row_inputs(batch.positions, batch.segment_ids),
@@ -206,7 +207,7 @@ def _microbatch_loss(definition: ModelDefinition, config: RunConfig, layout: Lay
             plan=plan,
             execution=execution,
         )
-        return early_exit_loss(
+        value, means = early_exit_loss(
             early,
             last,
             model.head_weight,
@@ -214,13 +215,20 @@ def _microbatch_loss(definition: ModelDefinition, config: RunConfig, layout: Lay
             batch.valid,
             exits.weights,
             valid_tokens,
-            positions=None if positions is None else positions.reshape(-1),
+            positions=scored,
             norm=model.final_norm,
             chunk=config.training.loss_chunk,
             z_loss=config.early_exit.z_loss,
             vocab_size=model.config.vocab_size,
             layout=layout,
         )
+        if config.model.exits.learned and slots:
+            error = classifier_error(
+                model, early, last, batch.targets, batch.valid, exits.weights[:-1] > 0,
+                valid_tokens, positions=scored, chunk=config.training.loss_chunk,
+            )  # fmt: skip
+            value += error - jax.lax.stop_gradient(error)  # J stays what is reported
+        return value, means
 
     return loss
 

@@ -9,8 +9,12 @@ from layerskip_jax.cli import main
 from layerskip_jax.decoding.exit_policy import POLICIES, ExitPolicy
 from layerskip_jax.decoding.weights import decoder_weights
 from layerskip_jax.evaluation.calibration import (
+    BOUNDS,
     Measured,
     PolicyTexts,
+    begin_at,
+    betting_p,
+    calibrate,
     candidate_thresholds,
     hoeffding_p,
     learn_then_test,
@@ -25,16 +29,57 @@ from tests.helpers import small_model
 
 
 def test_hoeffdings_p_value_by_hand():
-    assert hoeffding_p(1000, 0.05, 0.1) == pytest.approx(0.006738, abs=1e-6)
-    assert hoeffding_p(100, 0.05, 0.1) == pytest.approx(0.606531, abs=1e-6)
-    assert hoeffding_p(1000, 0.2, 0.1) == 1  # above the risk that is allowed
+    def p_value(texts, mean):
+        return hoeffding_p(np.full(texts, mean), 0.1, 0.05)
+
+    assert p_value(1000, 0.05) == pytest.approx(0.006738, abs=1e-6)
+    assert p_value(100, 0.05) == pytest.approx(0.606531, abs=1e-6)
+    assert p_value(1000, 0.2) == 1  # above the risk that is allowed
+
+
+def test_a_bettors_capital_by_hand():
+    # Stakes sqrt(2 ln 20 / (4 variance)), of .25 first, then (.25 + .0625) / 2 and
+    # (.25 + .0625 + .0069) / 3, all above 1.
+    capital = 1.1 * (1 - (0.25 - 0.1)) * 1.1
+    assert betting_p(np.array([0.0, 0.25, 0.0, 1.0]), 0.1, 0.05) == pytest.approx(1 / 1.1)
+    assert betting_p(np.array([0.0, 0.0, 0.25, 0.0]), 0.1, 0.05) == pytest.approx(1 / 1.1**2)
+    assert betting_p(np.array([0.25, 0.0, 0.0, 0.0]), 0.1, 0.05) == pytest.approx(
+        1 / (capital * 1.1)
+    )
+    # With more texts the stakes are smaller: the first is sqrt(2 ln 20 / (1000 / 4)).
+    assert betting_p(np.append(0.0, np.ones(999)), 0.1, 0.05) == pytest.approx(
+        1 / (1 + 0.1 * np.sqrt(8 * np.log(20) / 1000))
+    )
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_bound_accepts_what_exceeds_the_risk_as_rarely_as_it_says(bound):
+    random = np.random.default_rng(0)
+    draws = {
+        "all or nothing": random.binomial(1, 0.1, (1000, 300)).astype(float),
+        "small": random.beta(1, 9, (1000, 300)),
+    }
+    for name, risks in draws.items():  # with a mean of .1, the edge
+        wrong = np.mean([BOUNDS[bound](row, 0.1, 0.05) <= 0.05 for row in risks])
+        assert wrong <= 0.065, name  # .05, and two standard errors of 1,000 draws
+    # And it does accept what is well within.
+    assert BOUNDS[bound](np.full(1000, 0.04), 0.1, 0.05) <= 0.05
+
+
+def test_betting_needs_fewer_texts_where_risks_vary_little():
+    risks = np.random.default_rng(0).beta(2, 198, 2000)  # a mean of .01, a deviation of .007
+    assert texts_needed(risks, 0.02, 0.95, "hoeffding") > 10_000
+    assert texts_needed(risks, 0.02, 0.95, "betting") < 1_000
 
 
 def test_the_texts_needed_are_the_fewest_that_are_accepted():
-    for risk, mean in ((0.1, 0.05), (0.05, 0.0), (0.3, 0.01)):
-        needed = texts_needed(risk, 0.95, mean)
-        assert hoeffding_p(needed, mean, risk) <= 0.05 < hoeffding_p(needed - 1, mean, risk)
-    assert texts_needed(0.1, 0.95, 0.1) is None
+    for bound, p_value in BOUNDS.items():
+        for risk, mean in ((0.1, 0.05), (0.05, 0.0), (0.3, 0.01)):
+            needed = texts_needed([mean], risk, 0.95, bound)
+            assert p_value(np.full(needed, mean), risk, 0.05) <= 0.05
+            assert p_value(np.full(needed - 1, mean), risk, 0.05) > 0.05
+        assert texts_needed([0.1], 0.1, 0.95, bound) is None
+    assert texts_needed([0.05], 0.1, 0.95, "hoeffding") == 600  # ln(20) / (2 * .05^2) = 599.1
 
 
 def measured(means, texts=1000):
@@ -51,7 +96,7 @@ def measured(means, texts=1000):
 def test_testing_goes_on_up_to_the_first_failure():
     # The p-values of 1000 texts at delta .1: 2e-9, .0067, 1 and 2e-9.
     measure, asked = measured({0.1: 0.0, 0.2: 0.05, 0.3: 0.12, 0.4: 0.0})
-    accepted, tested = learn_then_test((0.1, 0.2, 0.3, 0.4), measure, 0.1, 0.95)
+    accepted, tested = learn_then_test((0.1, 0.2, 0.3, 0.4), measure, 0.1, 0.95, "hoeffding")
     assert (accepted.threshold, accepted.layers) == (0.2, 0.8)
     assert accepted.risk == pytest.approx(0.05)
     assert asked == [0.1, 0.2, 0.3]  # 0.4 would pass, and is not looked at
@@ -60,26 +105,79 @@ def test_testing_goes_on_up_to_the_first_failure():
 
 def test_all_may_be_accepted():
     measure, _ = measured({0.1: 0.0, 0.2: 0.01})
-    assert learn_then_test((0.1, 0.2), measure, 0.1, 0.95)[0].threshold == 0.2
+    assert learn_then_test((0.1, 0.2), measure, 0.1, 0.95, "hoeffding")[0].threshold == 0.2
 
 
 def test_where_none_is_accepted_the_number_of_texts_is_named():
     # ln(20) / (2 * .05^2) = 599.1
     measure, _ = measured({0.1: 0.05, 0.2: 0.0}, texts=100)
-    with pytest.raises(UserError, match="600 texts would be enough, and there are 100"):
-        learn_then_test((0.1, 0.2), measure, 0.1, 0.95)
+    with pytest.raises(UserError, match="about 600 texts would be enough, and there are 100"):
+        learn_then_test((0.1, 0.2), measure, 0.1, 0.95, "hoeffding")
     measure, _ = measured({0.1: 0.2}, texts=100)
     with pytest.raises(UserError, match="no number of texts is enough"):
-        learn_then_test((0.1,), measure, 0.1, 0.95)
+        learn_then_test((0.1,), measure, 0.1, 0.95, "hoeffding")
 
 
 def test_too_few_texts_are_refused_before_anything_is_computed():
-    require_enough(600, 0.05, 0.95)  # ln(20) / (2 * .05^2) = 599.1
-    with pytest.raises(UserError, match="599 texts .* needs 600"):
-        require_enough(599, 0.05, 0.95)
+    for bound, needed in (("hoeffding", 600), ("betting", 63)):
+        require_enough(needed, 0.05, 0.95, bound)
+        with pytest.raises(UserError, match=f"{needed - 1} texts .* needs {needed}"):
+            require_enough(needed - 1, 0.05, 0.95, bound)
     for risk, confidence in ((0.0, 0.9), (1.0, 0.9), (0.1, 1.0), (0.1, 0.0)):
         with pytest.raises(ConfigError, match=r"must be in \(0, 1\)"):
-            require_enough(10**6, risk, confidence)
+            require_enough(10**6, risk, confidence, "betting")
+    with pytest.raises(ConfigError, match="--bound='bet'"):
+        require_enough(10**6, 0.1, 0.9, "bet")
+
+
+def test_a_pilot_tells_where_testing_begins():
+    means = {0.1: 0.0, 0.2: 0.01, 0.3: 0.04, 0.4: 0.06, 0.5: 0.2}
+    measure, asked = measured(means)
+    # The last that is within half of the risk; it is found by halving.
+    assert begin_at((0.1, 0.2, 0.3, 0.4, 0.5), measure, 0.1) == (0.3, 0.4, 0.5)
+    assert len(asked) <= 3
+    assert begin_at((0.4, 0.5), measure, 0.1) == (0.4, 0.5)
+    assert begin_at((0.1, 0.2), measure, 0.1) == (0.2,)
+
+
+class Texts:
+    """Texts by number, whose risks at a threshold are given."""
+
+    def __init__(self, numbers, risk_of):
+        self.numbers, self.risk_of = numbers, risk_of
+
+    def measure(self, threshold):
+        risks = np.array([self.risk_of(threshold, number) for number in self.numbers])
+        return Measured(risks, 4 * threshold)
+
+
+def test_texts_of_the_pilot_test_nothing_and_texts_held_out_choose_nothing():
+    read = []
+
+    def risk_of(threshold, number):
+        return {0: 0.0, 1: threshold / 5, 2: 0.5}[number]
+
+    def texts(numbers):
+        read.append(numbers)
+        return Texts(numbers, risk_of)
+
+    found = calibrate(
+        texts,
+        pilot=[0] * 10, calibration=[1] * 1000, held_out=[2] * 20,
+        thresholds=(0.1, 0.2, 0.3, 0.4), risk=0.1, confidence=0.95,
+    )  # fmt: skip
+    assert read == [[0] * 10, [1] * 1000, [2] * 20]
+    # The pilot allows the boldest to begin with, and the others would have allowed it too.
+    assert [step["threshold"] for step in found["tested"]] == [0.4]
+    assert found["threshold"] == 0.4 and found["mean_risk"] == pytest.approx(0.08)
+    assert found["held_out"] == {"texts": 20, "risk": 0.5, "mean_layers": pytest.approx(1.6)}
+    found = calibrate(
+        texts,
+        pilot=[], calibration=[1] * 1000, held_out=[2] * 20,
+        thresholds=(0.1, 0.2, 0.3, 0.4, 0.6), risk=0.1, confidence=0.95,
+    )  # fmt: skip
+    assert [step["threshold"] for step in found["tested"]] == [0.1, 0.2, 0.3, 0.4, 0.6]
+    assert found["threshold"] == 0.4
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -7,6 +7,15 @@ import pytest
 
 from layerskip_jax.decoding.cache import cache_slots
 from layerskip_jax.generation.generator import Generator, bucket, prompt_bucket
+from layerskip_jax.generation.loop import (
+    Arm,
+    Costs,
+    Evidence,
+    best_arm,
+    expected_cost,
+    promised_tokens,
+)
+from layerskip_jax.generation.options import Request
 from layerskip_jax.generation.sweep import accepted_per_cycle, expected_cycles, sweep
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import ConfigError
@@ -287,6 +296,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_compiling(model, monkeypatc
         {},
         {"mode": "self_speculative", "exit_layer": 2, "draft_length": 3},
         {"mode": "auto", "pairs": [(1, 2), (2, 4)]},
+        {"mode": "auto", "pairs": [(1, 2), (2, 4)], "stop_below": 0.05},
     ],
 )
 def test_a_stream_gives_the_same_tokens_and_its_drafts(generator, way, temperature):
@@ -310,13 +320,69 @@ def test_a_draft_head_of_few_tokens_changes_no_token(model):
         Generator(model, draft_tokens=[64])
 
 
-def test_auto_gives_the_tokens_of_plain_decoding(model):
+@pytest.mark.parametrize("stop_below", [None, 0.03])
+def test_auto_gives_the_tokens_of_plain_decoding(model, stop_below):
     generator = Generator(model)
     prompts = [[5], [7, 9, 11]]
     for _ in range(3):  # what it has learnt changes how, not what
-        generation = generator.generate(prompts, 20, mode="auto", pairs=[(1, 2), (3, 4)])
+        generation = generator.generate(
+            prompts, 20, mode="auto", pairs=[(1, 2), (3, 4)], stop_below=stop_below
+        )
         assert generation.tokens == generator.generate(prompts, 20).tokens
         drafting = generation.drafting
         assert drafting.cycles + drafting.plain_cycles > 0
         assert drafting.accepted <= drafting.drafted
     assert generator.compilations == 3  # both loops begin where one program has read the prompts
+
+
+ARMS = (Arm(4, 0), Arm(1, 2), Arm(1, 5))
+
+
+def _evidence(**of_exit):
+    """What is known of exit 1 after so much evidence that the prior is nothing beside it."""
+    known = {"examined": 1e6, "kept": 0.0, "asked": 1e6, "sure": 1e6} | of_exit
+    return Evidence(**{name: jnp.array([0, n, n], jnp.float32) for name, n in known.items()})
+
+
+def test_the_best_arm_promises_the_most_tokens_for_its_cost():
+    costs = Costs(*[jnp.array([1.0, 1.5, 2.4])] * 2)
+    # At acceptance .9: 1, 2.71 / 1.5 = 1.81 and 4.69 / 2.4 = 1.95 tokens; at .6: 1.31 and 0.99.
+    assert best_arm(ARMS, _evidence(kept=0.9e6), costs) == 2
+    assert best_arm(ARMS, _evidence(kept=0.6e6), costs) == 1
+    assert best_arm(ARMS, _evidence(kept=0.0), costs) == 0
+
+
+def test_drafts_that_end_early_are_promised_and_cost_less():
+    half = jnp.float32(0.5)
+    assert promised_tokens(ARMS[2], jnp.float32(0.9), half) == pytest.approx(
+        1 + 0.9 + 0.5 * 0.81 + 0.25 * 0.729 + 0.125 * 0.9**4 + 0.0625 * 0.9**5
+    )
+    one, two, three = jnp.float32([1, 2, 3])
+    # 1 + .5 + .25 + .125 + .0625 = 1.9375 drafts: .9375 of 4 steps from 1 draft to 5.
+    assert expected_cost(ARMS[2], one, three, half) == pytest.approx(1 + 2 * 0.9375 / 4)
+    assert expected_cost(ARMS[1], one, two, half) == pytest.approx(1.5)
+    assert expected_cost(ARMS[0], one, one, half) == 1
+    # Where drafting goes on half of the time, long drafts are cheap, and it was unsure for a
+    # reason: those it made were accepted.
+    costs = Costs(jnp.array([1.0, 1.0, 1.0]), jnp.array([1.0, 1.5, 3.9]))
+    assert best_arm(ARMS, _evidence(kept=0.9e6), costs) == 1
+    assert best_arm(ARMS, _evidence(kept=0.9e6, sure=0.2e6), costs) == 1
+    costs = Costs(jnp.array([1.0, 1.0, 1.0]), jnp.array([1.0, 1.5, 2.0]))
+    assert best_arm(ARMS, _evidence(kept=0.9e6, sure=0.5e6), costs) == 2
+
+
+def test_auto_learns_how_often_drafting_went_on(model):
+    generator = Generator(model)
+    options = {"mode": "auto", "pairs": [(3, 4)]}
+    for stop_below in (None, 1e-6, 0.999):
+        # Plain decoding promises less than any draft, so that drafts are made.
+        job = generator._job(Request([[5, 3]], 20, **options, stop_below=stop_below))
+        costs = Costs(np.array([1e9, 1], np.float32), np.array([1e9, 1], np.float32))
+        generator._costs[1, job.arms, True, job.stop_below and False] = costs
+        generator.generate([[5, 3]], 20, **options, stop_below=stop_below)
+        evidence = generator._evidence[job.evidence_key]
+        assert evidence.examined[1] > 0 and evidence.asked[1] > 0
+        went_on = evidence.sure[1] / evidence.asked[1]
+        assert went_on == (0 if stop_below == 0.999 else 1)
+        assert evidence.asked[0] == 0
+    assert len(generator._evidence) == 3

@@ -7,17 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layerskip_jax.config import OptimizerConfig, RunConfig, TrainingConfig
+from layerskip_jax.config import MeshConfig, OptimizerConfig, RunConfig, TrainingConfig
 from layerskip_jax.decoding.weights import decoder_weights
+from layerskip_jax.distributed.mesh import MeshShape
+from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.model.exits import ExitsConfig
 from layerskip_jax.schema import ConfigError
 from layerskip_jax.training.evaluation import make_exit_scorer
-from layerskip_jax.training.exits import equal_exits, exits_loss
+from layerskip_jax.training.exits import classifier_error, equal_exits, exits_loss
 from layerskip_jax.training.initialize import initial_parameters
 from layerskip_jax.training.setup import make_setup
-from tests.helpers import SEQUENCE, random_batch, small_model
+from tests.helpers import SEQUENCE, random_batch, run_steps, small_model
 
 
 def _run(exits, **training) -> RunConfig:
@@ -179,6 +181,87 @@ def test_the_loss_by_hand(target):
     np.testing.assert_allclose(value, entropy + error, rtol=1e-4)
 
 
+def _beside(learned, devices=1, **changes):
+    """Returns parameters and losses of 24 steps that train a model, its classifier beside it."""
+    training = {"steps": 40, "batch_size": 16, "loss_chunk": 5, "gradient_accumulation": 1}
+    mesh = changes.pop("mesh", MeshConfig())
+    config = RunConfig(
+        model=small_model(exits=ExitsConfig(learned=learned)),
+        early_exit=EarlyExitConfig("rotational", rotation_interval=2, e_scale=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=0.0),
+        training=TrainingConfig(**training | changes),
+        mesh=mesh,
+    )
+    _, state, history = run_steps(config, 24, devices)
+    return jax.device_get(state.parameters), [float(metrics.loss) for metrics in history]
+
+
+@pytest.fixture(scope="module")
+def beside():
+    """What 24 steps of a model with a classifier beside it come to."""
+    return _beside(True)
+
+
+def test_a_model_trains_as_it_would_without_the_classifier_beside_it(beside):
+    with_it, losses = beside
+    without, plain_losses = _beside(False)
+    np.testing.assert_allclose(losses, plain_losses, rtol=1e-5)
+    for name, part in without.items():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), part, with_it[name]
+        )
+    assert np.abs(with_it["exits"]["weight"]).max() > 0.01
+
+
+@pytest.mark.parametrize("shape", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(data=1, fsdp=4)])
+def test_a_classifier_learns_the_same_on_any_mesh(beside, shape):
+    devices = shape.data * shape.fsdp * shape.tensor
+    after, losses = _beside(True, devices, mesh=MeshConfig(shape), gradient_accumulation=2)
+    np.testing.assert_allclose(losses, beside[1], rtol=1e-4)
+    for name, part in after["exits"].items():
+        np.testing.assert_allclose(part, beside[0]["exits"][name], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("target", ["last", "data"])
+def test_the_error_of_a_classifier_by_hand(target):
+    config = small_model(exits=ExitsConfig(learned=True, target=target))
+    definition = ModelDefinition(config)
+    parameters = definition.init(jax.random.key(0))
+    parameters["exits"]["weight"] = jax.random.normal(jax.random.key(5), (32,))
+    batch, model = _micro(), definition.model(parameters)
+    early, last = model.exit_states(
+        model.embed(batch.tokens),
+        model.row_inputs(batch.positions, batch.segment_ids),
+        jnp.array([0, 1, 2, 2]),
+        2,
+    )
+
+    def error(on, positions=None):
+        at = early if positions is None else jnp.take(early, positions, axis=2)
+        return float(classifier_error(
+            model, at, last, batch.targets, batch.valid, jnp.array(on), batch.valid.sum(),
+            positions=positions, chunk=2,
+        ))  # fmt: skip
+
+    head, w = np.asarray(model.head_weight), np.asarray(parameters["exits"]["weight"])
+    z = np.asarray(model.final_norm(jnp.concatenate([early, last[None]])))
+    choice = (z @ head).argmax(-1)
+    right = choice[-1] if target == "last" else np.asarray(batch.targets)
+    squares = np.square(1 / (1 + np.exp(-(z[:2] @ w))) - (choice[:2] == right))
+    squares *= np.asarray(batch.valid)
+    # Positions 0 and 8 of 12, which stand for all 12.
+    count = float(batch.valid.sum()) * 2 / 12
+    both = squares[:, :, [0, 8]].sum() / count / 2
+    assert error([True, True]) == pytest.approx(both, rel=1e-4)
+    assert error([False, True]) == pytest.approx(squares[1][:, [0, 8]].sum() / count, rel=1e-4)
+    assert error([False, False]) == 0
+    # Of sampled positions every eighth: the first of these four, and 1/12 of all.
+    sampled = jnp.array([2, 5, 7, 11])
+    assert error([True, False], sampled) == pytest.approx(
+        squares[0][:, 2].sum() / (count / 2), rel=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
@@ -188,6 +271,7 @@ def test_the_loss_by_hand(target):
         (lambda: ExitsConfig((1,), target="x"), "target"),
         (lambda: _run(ExitsConfig()), "needs adapters or learned"),
         (lambda: _run(ExitsConfig((1,)), trainable="all"), "trainable='all'"),
+        (lambda: RunConfig(model=small_model(exits=ExitsConfig(learned=True))), "turns none on"),
         (lambda: dataclasses.replace(_run(ExitsConfig((1,))), init_from=""), "init_from"),
         (
             lambda: dataclasses.replace(

@@ -98,6 +98,29 @@ def test_exits_alone_cost_a_forward_pass_and_themselves(exits):
     assert cost.attention == whole.attention / 3
 
 
+@pytest.mark.parametrize("target", ["last", "data"])
+def test_a_classifier_beside_the_model_reads_the_head_for_a_few_positions(target):
+    products, costs = [], []
+    for exits in (ExitsConfig(), ExitsConfig(learned=True, target=target)):
+        early = EarlyExitConfig("all", depth_weight="uniform")
+        training = TrainingConfig(steps=10, batch_size=4, loss_chunk=4)
+        config = RunConfig(
+            model=small_model(remat="none", exits=exits), training=training, early_exit=early
+        )
+        setup = make_setup(config, jax.devices()[:1])
+        with jax.set_mesh(setup.mesh):
+            step = make_train_step(setup.definition, config, setup.optimizer)
+            batch = setup.abstract_batch(SEQUENCE)
+            products.append(_dots(jax.make_jaxpr(step)(setup.abstract_state(), batch).jaxpr, 0))
+        costs.append(CostModel(config, SEQUENCE).step(1.0, 3).exits)
+        assert CostModel(config, SEQUENCE).plain().exits == 4 * 12 * 3 * 2 * 32 * 64
+    # 2 of 12 positions of 4 rows: the head of 3 exits and of the last, and the classifier's
+    # product and its gradient.
+    heads = 3 + (target == "last")
+    assert costs[1] - costs[0] == 4 * 2 * 2 * 32 * (heads * 64 + 2 * 3)
+    assert products[1] - products[0] == costs[1] - costs[0]
+
+
 def test_long_windows_attend_in_two_halves():
     """Against the products counted in the gradient of one layer's attention."""
     q, segments = jnp.zeros((1, 256, 2, 8)), jnp.zeros((1, 256), jnp.int32)
