@@ -377,9 +377,8 @@ def calibrate(
       `texts`, `risk` and `mean_layers`; `tested`, all that were tested in order.
 
     Raises:
-      UserError: the texts are too few, or no threshold is accepted.
+      UserError: no threshold is accepted; that texts are too few, `require_enough` says first.
     """
-    require_enough(len(calibration), risk, confidence, bound)
     if pilot:
         thresholds = begin_at(thresholds, read(pilot).measure, risk)
     measure = read(calibration).measure
