@@ -92,24 +92,24 @@ def ways_of(
     missing = {}
     for exit_layer in exits:
         ways[f"exit {exit_layer}"] = {"mode": "early_exit", "exit_layer": exit_layer}
+
+    def exiting(name: str, threshold: float, kv: str, exits: tuple[int, ...]) -> dict:
+        policy = ExitPolicy(name, threshold)
+        model.check_policy(policy, kv=kv, exits=exits)
+        return {"mode": "adaptive", "exit_when": policy, "kv": kv, "exits": exits}
+
     for found in calibrated:
         name, kv = found["policy"], found["kv"]
-        policy = ExitPolicy(name, found["threshold"])
-        model.check_policy(policy, kv=kv, exits=tuple(found["exits"]))
-        ways[f"{name}, {kv}, risk {found['risk']:g}"] = {
-            "mode": "adaptive", "exit_when": policy, "kv": kv, "exits": tuple(found["exits"]),
-        }  # fmt: skip
+        ways[f"{name}, {kv}, risk {found['risk']:g}"] = exiting(
+            name, found["threshold"], kv, tuple(found["exits"])
+        )
     for name in () if calibrated else POLICIES:
         for kv in ("propagate", "deferred"):
             way = f"{name}, {kv}"
             try:
-                threshold = model.calibrated(name, kv, exits)
-                policy = ExitPolicy(name, threshold)
-                model.check_policy(policy, kv=kv, exits=exits)
+                ways[way] = exiting(name, model.calibrated(name, kv, exits), kv, exits)
             except ConfigError as error:
                 missing[way] = str(error)
-                continue
-            ways[way] = {"mode": "adaptive", "exit_when": policy, "kv": kv, "exits": exits}
     # Where the sweep found plain decoding the fastest, the pairs that `auto` tries.
     pairs = default_pairs(layers) if model.best_pair in (None, PLAIN) else [model.best_pair]
     thresholds = sorted({*STOP_BELOW, model.best_stop_below} - {None})
