@@ -5,6 +5,7 @@ Import it before `layerskip_jax`: it puts the repository's root on the path, so 
 """
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# What is compared with, torch's, takes its memory on the same GPU; by itself jax would keep it all.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
 from rich.console import Console, RenderableType  # noqa: E402

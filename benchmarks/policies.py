@@ -31,7 +31,7 @@ from layerskip_jax.decoding.cache import empty_cache, read_head, run_layers
 from layerskip_jax.decoding.exit_policy import POLICIES, ExitPolicy, candidate_exits
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.generation.generator import default_pairs
-from layerskip_jax.generation.options import DepthRun, Generation
+from layerskip_jax.generation.options import DepthRun, Generation, stop_below_text
 from layerskip_jax.language_model import PLAIN, LanguageModel, load
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.report.drawing import new_figure, styled, svg_text
@@ -40,7 +40,7 @@ from layerskip_jax.schema import ConfigError
 from layerskip_jax.training.restore import load_run
 
 BATCHES = (1, 8)
-STOP_BELOW = (0.3, 0.6)
+STOP_BELOW = (0.3, "lead:0.6")
 DRAFT_MODEL_LENGTHS = (2, 5)
 COLUMNS = ("tokens/s over plain", "layers a token", "tokens as plain", "perplexity")
 
@@ -112,7 +112,7 @@ def ways_of(
                 missing[way] = str(error)
     # Where the sweep found plain decoding the fastest, the pairs that `auto` tries.
     pairs = default_pairs(layers) if model.best_pair in (None, PLAIN) else [model.best_pair]
-    thresholds = sorted({*STOP_BELOW, model.best_stop_below} - {None})
+    thresholds = sorted({*STOP_BELOW, model.best_stop_below} - {None}, key=str)
     for exit_layer, length in pairs:
         drafts = {
             "mode": "self_speculative", "exit_layer": exit_layer, "draft_length": length,
@@ -120,7 +120,7 @@ def ways_of(
         ways[f"drafts {exit_layer},{length}"] = drafts
         if length > 1:
             for stop in thresholds:
-                ways[f"drafts {exit_layer},{length} stop below {stop:g}"] = {
+                ways[f"drafts {exit_layer},{length} stop below {stop_below_text(stop)}"] = {
                     **drafts, "stop_below": stop,
                 }  # fmt: skip
     ways["auto"] = {"mode": "auto"}
@@ -200,18 +200,24 @@ def perplexity(
     weights: DecoderWeights, config: ModelConfig, prompts: list[list[int]], tokens: np.ndarray
 ) -> float:
     """Returns the whole model's perplexity of the new tokens after their prompts."""
-    joined = jnp.asarray(np.concatenate([prompts, tokens], axis=1))
-    first = len(prompts[0])
+    joined = np.concatenate([prompts, tokens], axis=1)
+    return float(np.exp(nats_of_rows(weights, config, joined, len(prompts[0])).mean()))
+
+
+def nats_of_rows(
+    weights: DecoderWeights, config: ModelConfig, tokens: np.ndarray, first: int
+) -> np.ndarray:
+    """Returns the mean loss, in nats, of each row's tokens from index `first`, at least 1, on."""
 
     @jax.jit
-    def nats(ids: Int[Array, "B S"]) -> Float[Array, ""]:
+    def nats(ids: Int[Array, "B S"]) -> Float[Array, "B"]:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         cache = empty_cache(config, config.num_layers, *ids.shape)
         x, _ = run_layers(weights, cache, weights.embedding[ids], positions, 0, config.num_layers)
         log_p = jax.nn.log_softmax(read_head(weights, x[:, first - 1 : -1]))
-        return -jnp.take_along_axis(log_p, ids[:, first:, None], axis=-1).mean()
+        return -jnp.take_along_axis(log_p, ids[:, first:, None], axis=-1)[..., 0].mean(axis=1)
 
-    return float(jnp.exp(nats(joined)))
+    return np.asarray(nats(jnp.asarray(tokens)))
 
 
 def table_of(figures: dict, ways: list[str]) -> Table:

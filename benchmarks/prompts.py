@@ -6,6 +6,11 @@
 function's head and docstring, from installed packages; `prose` is from their licences and READMEs;
 `repetitive` is records after a rule: logs, tables, lists and calls. The same installation and seed
 give the same file. A quickstart's model has read the standard library, most of `code` included.
+
+    python benchmarks/prompts.py --output=prompts.jsonl --workdir=RUN
+
+writes two other tasks, `easy` and `hard`: of 160 beginnings of documents of the run's validation
+set, 48 tokens each, those of the lowest and of the highest perplexity under the run's model.
 """
 
 import argparse
@@ -23,6 +28,8 @@ from pathlib import Path
 FILES_OF_A_PACKAGE = 4
 PROSE = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "README")
 LEAST_LINES = 3  # of a body, for a docstring to say something of it
+# Of the beginnings of documents that a run's easy and hard ones are chosen from.
+BEGINNINGS, TOKENS, GIVEN = 160, 48, 8
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +39,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=8, help="prompts of each task (default: 8)")
     parser.add_argument("--characters", type=int, default=300, help="of a prompt, at most")
     parser.add_argument("--seed", type=int, default=0, help="of what is chosen")
+    parser.add_argument("--workdir", type=Path, help="a run, for easy and hard ones of its own")
+    parser.add_argument("--data", help="prepared data to cut those from (default: the run's)")
     options = parser.parse_args(argv)
     if options.each < 1:
         parser.error(f"--each={options.each}: give 1 or more")
     if options.characters < 100:
         parser.error(f"--characters={options.characters}: give 100 or more")
+    if options.workdir:
+        lines = easy_and_hard(options.workdir, options.data, options.each)
+        options.output.write_text("".join(lines), encoding="utf-8")
+        print(f"{len(lines)} prompts in {options.output}")
+        return 0
     lines = []
     for task, texts in TASKS.items():
         found = texts(random.Random(options.seed), options.characters)
@@ -52,6 +66,30 @@ def main(argv: list[str] | None = None) -> int:
     options.output.write_text("".join(lines), encoding="utf-8")
     print(f"{len(lines)} prompts in {options.output}")
     return 0
+
+
+def easy_and_hard(workdir: Path, data: str | None, each: int) -> list[str]:
+    """Returns the lines of so many prompts of each kind, in turns."""
+    # Imported here: the other tasks need no model.
+    import numpy as np
+    from policies import nats_of_rows
+
+    from layerskip_jax.commands.sweep import validation_prompts
+    from layerskip_jax.language_model import load
+    from layerskip_jax.training.restore import load_run
+
+    model = load(workdir)
+    data = data or load_run(workdir).config.data.path
+    prompts = validation_prompts(data, max(BEGINNINGS, 2 * each), TOKENS)
+    generator = model.generator
+    nats = nats_of_rows(generator.weights, generator.config, np.array(prompts), GIVEN)
+    order = np.argsort(nats, kind="stable").tolist()
+    lines = []
+    for easy, hard in zip(order[:each], reversed(order[-each:]), strict=True):
+        for task, row in (("easy", easy), ("hard", hard)):
+            prompt = model.tokenizer.decode(prompts[row])
+            lines.append(json.dumps({"prompt": prompt, "task": task}) + "\n")
+    return lines
 
 
 def unique(texts: Iterator[str]) -> Iterator[str]:

@@ -55,7 +55,7 @@ def setting(gpu: bool) -> Setting:
             num_kv_heads=8, max_sequence_length=4096, rope_theta=500_000.0, tie_embeddings=True,
             dtype="bfloat16", remat="save_attention",
         )  # fmt: skip
-        return Setting("Llama 3.2 1B", model, 8, 4096, {"layerskip": LAYERSKIP})
+        return Setting("Llama 3.2 1B", model, 4, 4096, {"layerskip": LAYERSKIP})
     model = ModelConfig(
         vocab_size=8192, num_layers=8, model_dim=512, ffn_dim=1408, num_heads=8, num_kv_heads=8,
         max_sequence_length=256, tie_embeddings=False, dtype="float32", remat="none",
@@ -102,7 +102,9 @@ def in_torch(setting: Setting, checkpointing: bool) -> Callable[[], float] | Non
     )  # fmt: skip
     llama = transformers.LlamaForCausalLM(config).to(device).train()
     if checkpointing:
-        llama.activation_checkpointing_enable()
+        # Its older name where `transformers` is an older one.
+        enable = getattr(llama, "activation_checkpointing_enable", None)
+        (enable or llama.gradient_checkpointing_enable)()
     adamw = torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=device == "cuda")
     # Compiling costs a CPU minutes and shows nothing of a GPU.
     compiled = torch.compile(llama) if device == "cuda" else llama

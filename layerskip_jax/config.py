@@ -45,7 +45,8 @@ class OptimizerConfig:
     """The optimizer and its learning rate.
 
     Attributes:
-      name: which of the optimizers in `training/optimizer.py`, such as `adamw`.
+      name: which of the optimizers in `training/optimizer.py`: `adamw`, or `muon`, which moves the
+        matrices of the layers by an orthogonal step, and what else there is as `adamw` does.
       learning_rate: the peak, above 0.
       schedule: `cosine` (to `final_fraction` of the peak), `wsd` (warm up, stay, then decay
         linearly over the last `decay_fraction` of the steps) or `constant`.
@@ -60,6 +61,12 @@ class OptimizerConfig:
       weight_decay: decoupled decay of matrices and embeddings, at least 0; norms and biases are
         left alone.
       clip_norm: largest global gradient norm, at least 0; 0 turns clipping off.
+      muon_learning_rate: the peak for what `muon` itself moves, at least 0; 0 takes that of
+        `learning_rate`. Its schedule is the same.
+      muon_momentum: decay of `muon`'s momentum, in [0, 1).
+      muon_rms: root mean square of an update by `muon` before its learning rate, in [0, 1]: 0.2 is
+        about AdamW's, so that both take the same rates; 0 scales an update of m inputs and n
+        outputs by sqrt(max(1, n / m)) instead.
     """
 
     name: str = "adamw"
@@ -73,6 +80,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    muon_learning_rate: float = 0.0
+    muon_momentum: float = 0.95
+    muon_rms: float = 0.2
 
     def __post_init__(self):
         require_choice("schedule", self.schedule, LEARNING_RATE_SCHEDULES)
@@ -81,6 +91,7 @@ class OptimizerConfig:
             "learning_rate": "(0, inf)", "final_fraction": "[0, 1]", "decay_fraction": "[0, 1]",
             "beta1": "[0, 1)", "beta2": "[0, 1)", "eps": "[1e-18, inf)",
             "weight_decay": "[0, inf)", "clip_norm": "[0, inf)",
+            "muon_learning_rate": "[0, inf)", "muon_momentum": "[0, 1)", "muon_rms": "[0, 1]",
         }.items():  # fmt: skip
             require_range(name, getattr(self, name), interval)
 

@@ -90,7 +90,7 @@ class LanguageModel:
         more_end_tokens: Sequence[int] = (),
         chat: ChatTemplate | None = None,
         calibrated: Calibrated | None = None,
-        best_stop_below: float | None = None,
+        best_stop_below: float | str | None = None,
     ):
         """Takes the parts; see `load`."""
         self.calibrated = calibrated
@@ -345,7 +345,7 @@ class _Source(NamedTuple):
     chat: ChatTemplate | None
     best_pair: tuple[int, int] | None = None
     draft_tokens: list[int] | None = None
-    best_stop_below: float | None = None
+    best_stop_below: float | str | None = None
 
 
 def load(

@@ -31,7 +31,10 @@ from layerskip_jax.decoding.exit_policy import top_probability
 from layerskip_jax.decoding.sampling import (
     Sampling,
     choose,
+    contest,
     draw,
+    lead,
+    likeliest,
     matching,
     processed,
     reject,
@@ -40,13 +43,15 @@ from layerskip_jax.decoding.sequences import Limits, SequenceState, append, stop
 from layerskip_jax.decoding.weights import DecoderWeights
 
 ACCEPTANCES = ("same_noise", "rejection")
+# What says how sure an exit is of a draft.
+SURENESS = ("probability", "lead", "learned")
 # Drafts of up to so many layers in all are written out one after another, which spares a small
 # model the loop; of larger ones the loop is nothing beside their layers, and it compiles faster.
 MOST_UNROLLED = 32
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["threshold"], meta_fields=["learned"]
+    jax.tree_util.register_dataclass, data_fields=["threshold"], meta_fields=["score"]
 )
 @dataclasses.dataclass(frozen=True)
 class StopBelow:
@@ -54,12 +59,14 @@ class StopBelow:
 
     Attributes:
       threshold: a float32 in (0, 1), an array or traced; another value needs no other program.
-      learned: the score is the trained classifier's, not the probability of the exit's likeliest
-        token before temperature, top-k and top-p.
+      score: `probability` of the exit's likeliest token, before temperature, top-k and top-p;
+        `lead` of the draft over the token that would be drafted else, p / (p + p of that one), as
+        it is chosen, with the temperature and the noise of `same_noise`; or the trained
+        classifier's, `learned`.
     """
 
     threshold: Any
-    learned: bool = False
+    score: str = "probability"
 
 
 class SpeculationCounts(NamedTuple):
@@ -139,23 +146,27 @@ def draft(
         x = weights.embedding[token][:, None]
         return run_layers(weights, cache, x, position, 0, exit_layer)
 
-    def sureness(x, logits):
-        if stop_below.learned:
+    def sureness(x, logits, scores):
+        if stop_below is None:
+            return None
+        if stop_below.score == "learned":
             return weights.classifier(weights.before_head(x, exit_layer))[:, 0]
-        return top_probability(logits)[:, 0]
+        return (lead(scores) if stop_below.score == "lead" else top_probability(logits))[:, 0]
 
     def propose(state, offset):
         token, cache = state
         position = sequences.position[:, None] + offset
         x, cache = early_layers(token, cache, position)
         logits = read_draft_head(weights, x, exit_layer)
-        score = None if stop_below is None else sureness(x, logits)
         if acceptance == "rejection" and sampling is not None:
             log_p = processed(logits, sampling)
             token = draw(log_p, sampling, position + 1)[:, 0]
+            # Without the noise: whether a row goes on must not depend on what it draws.
+            score = sureness(x, logits, log_p)
             return (token, cache), (token, log_p[:, 0], x[:, 0]), score
-        token = choose(logits, position + 1, sampling)[:, 0]
-        return (token, cache), (token, None, x[:, 0]), score
+        scores = contest(logits, position + 1, sampling)
+        token = likeliest(scores)[:, 0]
+        return (token, cache), (token, None, x[:, 0]), sureness(x, logits, scores)
 
     start = (sequences.last, cache)
     if stop_below is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from layerskip_jax.config import RunConfig, TrainingConfig
 from layerskip_jax.early_exit_loss import EarlyExitConfig
@@ -170,3 +172,17 @@ def run_with_full_effort(*arguments) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def products_of(jaxpr, trips):
+    """FLOPs of the matrix products in a jaxpr; `trips` are turned in loops of unknown length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            a = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * math.prod(a[d] for d in contracted)
+        factor = {"scan": equation.params.get("length", 1), "while": trips}
+        for inner in jaxprs_in_params(equation.params):
+            total += factor.get(equation.primitive.name, 1) * products_of(inner, trips)
+    return total

@@ -309,7 +309,7 @@ def test_drafts_that_end_early_change_no_token(generators, exit_layer, draft_len
         end = collections.Counter(token for row in plain for token in row).most_common(3)[-1][0]
         ended = [row[: row.index(end) + 1] if end in row else row for row in plain]
         before, made = generator.compilations, []
-        for threshold in (0.05, 0.3, 0.6, 0.99):
+        for threshold in (0.05, 0.3, 0.6, 0.99, "lead:0.51", "lead:0.6", "lead:0.99"):
             options = {"stop_below": threshold, **sampled}
             drafted = _speculative(generator, prompts, 20, *pair, **options)
             assert drafted.tokens == plain
@@ -320,18 +320,22 @@ def test_drafts_that_end_early_change_no_token(generators, exit_layer, draft_len
             made.append(drafting.drafted / drafting.cycles)
             stopped = _speculative(generator, prompts, 20, *pair, end_token=end, **options)
             assert stopped.tokens == ended
-        assert generator.compilations == before + 1, "a threshold must not be compiled for"
-        assert made[-1] <= min(made[0], whole.drafted / whole.cycles)
-        assert made[-1] == 1 or draft_length > 1
+        assert generator.compilations == before + 2, "a threshold must not be compiled for"
+        for fewest, most in ((made[3], made[0]), (made[6], made[4])):
+            assert fewest <= min(most, whole.drafted / whole.cycles)
+            assert fewest == 1 or draft_length > 1
         for batch in (1, 3) if draft_length == 3 and not sampled else ():
             one = _speculative(generator, prompts[:batch], 20, *pair, stop_below=0.3, **sampled)
             assert one.tokens == plain[:batch]
 
 
-def test_by_rejection_a_row_draws_the_same_in_any_company_when_drafts_end_early(generators):
+@pytest.mark.parametrize("stop_below", [0.4, "lead:0.6"])
+def test_by_rejection_a_row_draws_the_same_in_any_company_when_drafts_end_early(
+    generators, stop_below
+):
     """What is drafted on for others must not be taken, nor leave a trace in what is drawn."""
     generator, prompts = generators[0.2], _prompts(4)
-    options = {"temperature": 1.0, "acceptance": "rejection", "stop_below": 0.4}
+    options = {"temperature": 1.0, "acceptance": "rejection", "stop_below": stop_below}
     together = _speculative(generator, prompts, 16, 2, 5, seed=3, **options)
     alone = [
         _speculative(generator, [prompt], 16, 2, 5, seed=3 + row, **options)
@@ -381,7 +385,9 @@ def test_the_trained_classifier_may_say_when_drafts_end():
     assert made[9.0] == _speculative(generator, prompts, 16, 2, 4).drafting
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, float("nan"), "much", "learned:2", "learned"])
+@pytest.mark.parametrize(
+    "value", [0.0, 1.0, -0.5, float("nan"), "much", "learned:2", "learned", "lead:1", "led:.6"]
+)
 def test_a_threshold_that_is_none_is_refused(generators, value):
     with pytest.raises(ConfigError, match="stop_below"):
         _speculative(generators[1.0], [[1]], 4, 2, 2, stop_below=value)

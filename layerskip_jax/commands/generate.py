@@ -50,8 +50,9 @@ def main(argv: list[str]) -> int:
     )
     add(
         "--stop-below",
-        metavar="P|learned:P",
-        help="with --draft: a row's drafts end after one less probable than P",
+        metavar="P|lead:P|learned:P",
+        help="with --draft: a row's drafts end after one less probable than P, or with less of a "
+        "lead over the second choice",
     )
     add("--exit", type=int, metavar="E", help="decode with the first E layers only")
     add(

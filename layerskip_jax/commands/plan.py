@@ -208,6 +208,7 @@ def _print_traffic(console: Console, plan: Plan) -> None:
 
 def _print_time(console: Console, plan: Plan) -> None:
     chip, count = plan.topology.chip, plan.topology.num_devices
+    own = " + Newton-Schulz of Muon" if plan.config.optimizer.name == "muon" else ""
     console.print(
         f"compute  {plan.compute_seconds * 1e3:,.1f} ms = {plan.flops_computed:.4g} FLOPs / "
         f"({count} x {chip.flops:.4g} FLOP/s)\n"
@@ -215,7 +216,7 @@ def _print_time(console: Console, plan: Plan) -> None:
         f"network {chip.network / 1e9:.4g} GB/s a device\n"
         f"update   {plan.update_seconds * 1e3:,.1f} ms = (3 x "
         f"{plan.memory.parameters:.4g} + 2 x {plan.memory.optimizer:.4g} bytes) / "
-        f"{chip.memory_bandwidth:.4g} byte/s\n"
+        f"{chip.memory_bandwidth:.4g} byte/s{own}\n"
         f"step     at least {plan.step_seconds * 1e3:,.1f} ms = max(compute, traffic) + update; "
         f"MFU at most {plan.mfu:.1%} = {plan.flops_needed:.4g} FLOPs needed / (step x peak)",
         soft_wrap=True,

@@ -31,13 +31,14 @@ from layerskip_jax.data.prompts import PACKAGED, TaskPrompt, packaged_prompts, r
 from layerskip_jax.data.text import encode_prompt
 from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.generation.generator import Generator
+from layerskip_jax.generation.options import read_stop_below, stop_below_text
 from layerskip_jax.generation.sweep import THRESHOLDS, sweep
 from layerskip_jax.report.drawing import svg_text
 from layerskip_jax.report.run_record import RunRecord
 from layerskip_jax.report.speed_figures import speculation_speed
 from layerskip_jax.run_folder.atomic import named_writes, write_json, write_text
 from layerskip_jax.run_folder.paths import read_prompt
-from layerskip_jax.schema import ConfigError, UserError, require, require_count, require_range
+from layerskip_jax.schema import ConfigError, UserError, require, require_count
 from layerskip_jax.training.restore import load_run
 
 # Enough to know the most frequent tokens by.
@@ -72,8 +73,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     add("--new-tokens", type=int, default=64)
     add(
-        "--stop-below", type=_shares, default=THRESHOLDS, metavar="P,...",
-        help="end drafts after one of a probability below these, to try with the best pairs; "
+        "--stop-below", type=_thresholds, default=THRESHOLDS, metavar="P,lead:P,...",
+        help="end drafts after one below these (see `generate`), to try with the best pairs; "
         f"none tries none (default: {','.join(map(str, THRESHOLDS))})",
     )  # fmt: skip
     add(
@@ -85,8 +86,8 @@ def main(argv: list[str]) -> int:
     require_count("--new-tokens", options.new_tokens, 2)
     if options.prompt_tokens is not None:
         require_count("--prompt-tokens", options.prompt_tokens, 1)
-    for share in options.stop_below:
-        require_range("--stop-below", share, "(0, 1)")
+    for threshold in options.stop_below:
+        read_stop_below(threshold)
     count, named = _prompts(options)
     for length in options.drafts:
         require_count("--drafts", length, 1)
@@ -253,13 +254,15 @@ def _windows(data: str, split: str, on_damaged: str) -> BatchSource:
     return BatchSource(data, split, batch_size=1, seed=0, shuffle=False, skip_damaged=skip)
 
 
-def _shares(text: str) -> tuple[float, ...]:
+def _thresholds(text: str) -> tuple[float | str, ...]:
+    return () if text == "none" else tuple(map(_threshold, text.split(",")))
+
+
+def _threshold(text: str) -> float | str:
     try:
-        return () if text == "none" else tuple(float(share) for share in text.split(","))
+        return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a list of numbers such as 0.4,0.6 nor none"
-        ) from None
+        return text
 
 
 def _csv(result: dict) -> str:
@@ -295,7 +298,7 @@ def _print(result: dict) -> None:
         (
             str(pair["exit_layer"]),
             str(pair["draft_length"]),
-            "" if pair.get("stop_below") is None else f"{pair['stop_below']:g}",
+            "" if pair.get("stop_below") is None else stop_below_text(pair["stop_below"]),
             _percent(pair["acceptance"]),
             _decimals(pair["tokens_per_cycle"]),
             f"{pair['tokens_per_second']:,.0f}",
@@ -315,9 +318,9 @@ def _print(result: dict) -> None:
         [plain, *pairs],
         styles=[*[None] * len(pairs), "bold"],
         sections=(0, predicted),
-        caption="E: layers that draft; G: the most drafts a cycle; stop below: a draft of a lower "
-        "probability is a cycle's last. Predicted from the acceptance of each exit and the cost "
-        "of a cycle; below the last line measured, in turns.",
+        caption="E: layers that draft; G: the most drafts a cycle; stop below: a draft that "
+        "the exit is less sure of is a cycle's last. Predicted from each exit's acceptance and the "
+        "cost of a cycle; below the last line measured, in turns.",
     )  # fmt: skip
     console = make_console()
     console.print(table)
@@ -327,7 +330,7 @@ def _print(result: dict) -> None:
         print(
             f"Drafts that end early are no faster here: at best {top['speedup']:.2f} times plain "
             f"decoding, by E={top['exit_layer']}, G={top['draft_length']}, stop below "
-            f"{top['stop_below']:g}."
+            f"{stop_below_text(top['stop_below'])}."
         )
     if "tasks" in result:
         console.print(_task_table(result))
@@ -354,7 +357,9 @@ def _task_table(result: dict):
         for found in tasks
     ]
     way = f"E={best['exit_layer']}, G={best['draft_length']}"
-    way += "" if best["stop_below"] is None else f", stop below {best['stop_below']:g}"
+    way += (
+        "" if best["stop_below"] is None else f", stop below {stop_below_text(best['stop_below'])}"
+    )
     return make_table(
         f"By task, drafting with {way}",
         (

@@ -108,6 +108,11 @@ def _keys(sampling: Sampling, positions: Int[Array, "B S"], use: int):
     return jax.vmap(one)(sampling.seed, positions)
 
 
+def _with_noise(log_p, sampling: Sampling, positions, use: int = TOKEN) -> Float[Array, "B S V"]:
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, log_p.shape[-1:])))
+    return log_p + noise(_keys(sampling, positions, use))
+
+
 def draw(
     log_p: Float[Array, "B S V"],
     sampling: Sampling,
@@ -115,17 +120,35 @@ def draw(
     use: int = TOKEN,
 ) -> Int[Array, "B S"]:
     """Draws a token for each position by the Gumbel-max trick, with the position's noise."""
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, log_p.shape[-1:])))
-    return likeliest(log_p + noise(_keys(sampling, positions, use)))
+    return likeliest(_with_noise(log_p, sampling, positions, use))
 
 
 def choose(
     logits: Float[Array, "B S V"], positions: Int[Array, "B S"], sampling: Sampling | None
 ) -> Int[Array, "B S"]:
     """Chooses the tokens that will stand at `positions`: greedily where `sampling` is None."""
+    return likeliest(contest(logits, positions, sampling))
+
+
+def contest(
+    logits: Float[Array, "B S V"], positions: Int[Array, "B S"], sampling: Sampling | None
+) -> Float[Array, "B S V"]:
+    """Returns what `choose` takes the highest of: logits, or log-probabilities with the noise."""
     if sampling is None:
-        return likeliest(logits)
-    return draw(processed(logits, sampling), sampling, positions)
+        return logits
+    return _with_noise(processed(logits, sampling), sampling, positions)
+
+
+def lead(scores: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """Returns by how much the highest of `scores` leads the second, as their sigmoid.
+
+    Of logits it is the likeliest token's share of the two likeliest, p(first) / (p(first) +
+    p(second)), from 0.5 on: what has to change for another token to be chosen.
+    """
+    scores = scores.astype(jnp.float32)
+    ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    others = jnp.where(ids == likeliest(scores)[..., None], -jnp.inf, scores)
+    return jax.nn.sigmoid(jnp.max(scores, axis=-1) - jnp.max(others, axis=-1))
 
 
 def matching(drafts: Int[Array, "B G"], chosen: Int[Array, "B G1"]) -> Int[Array, "B"]:

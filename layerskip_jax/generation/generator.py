@@ -110,7 +110,7 @@ class _Job(NamedTuple):
     def evidence_key(self) -> tuple:
         """What evidence about arms holds for."""
         stop = self.stop_below
-        return self.arms, None if stop is None else (float(stop.threshold), stop.learned)
+        return self.arms, None if stop is None else (float(stop.threshold), stop.score)
 
     @property
     def by_draft_model(self) -> bool:
@@ -359,7 +359,8 @@ class Generator:
         if request.mode == "adaptive":
             asks[f"exit_when={str(request.policy)!r}"] = request.policy.name == "learned"
         if request.stop_below is not None:
-            asks[f"stop_below={request.stop_below!r}"] = read_stop_below(request.stop_below)[1]
+            score = read_stop_below(request.stop_below)[1]
+            asks[f"stop_below={request.stop_below!r}"] = score == "learned"
         for asked, classifier in asks.items():
             require(
                 not classifier or self.weights.classifier is not None,
@@ -424,8 +425,8 @@ class Generator:
             )
         stop_below = None
         if request.stop_below is not None:
-            threshold, learned = read_stop_below(request.stop_below)
-            stop_below = StopBelow(np.float32(threshold), learned)
+            threshold, score = read_stop_below(request.stop_below)
+            stop_below = StopBelow(np.float32(threshold), score)
         layers = self.config.num_layers
         arms = {
             "plain": lambda: [(layers, 0)],
@@ -460,7 +461,7 @@ class Generator:
         layers = layers_read(job.arms, self.config.num_layers)
         reads = ("read", job.prompts.shape[1], layers, *job.state_key)
         drafter_reads = ("read for drafts", job.prompts.shape[1], job.prompts.shape[0], job.slots)
-        early = None if job.stop_below is None else job.stop_below.learned
+        early = None if job.stop_below is None else job.stop_below.score
         loops = ("advance", job.arms, job.acceptance, job.depth, early, *job.state_key)
         arguments = self._inputs(job, job.limits)
         with self._on_mesh():
@@ -580,7 +581,7 @@ class Generator:
         if len(job.arms) == 1:
             return _no_costs(job.arms)
         stop = job.stop_below
-        key = (job.prompts.shape[0], job.arms, job.sampling is None, stop and stop.learned)
+        key = (job.prompts.shape[0], job.arms, job.sampling is None, stop and stop.score)
         if key not in self._costs:
 
             def measured(job: _Job) -> np.ndarray:
@@ -594,7 +595,7 @@ class Generator:
             else:
                 # No score is below -1, and each is below 2: drafting never ends early, or at once.
                 ends = [
-                    job._replace(stop_below=StopBelow(np.float32(threshold), stop.learned))
+                    job._replace(stop_below=StopBelow(np.float32(threshold), stop.score))
                     for threshold in (2, -1)
                 ]
                 self._costs[key] = Costs(*map(measured, ends))

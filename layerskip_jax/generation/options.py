@@ -20,31 +20,39 @@ from layerskip_jax.schema import (
     require_range,
     require_whole,
 )
-from layerskip_jax.self_speculation import ACCEPTANCES
+from layerskip_jax.self_speculation import ACCEPTANCES, SURENESS
 
 MODES = ("plain", "early_exit", "self_speculative", "draft_model", "auto", "adaptive")
 PAIR_MODES = ("self_speculative", "draft_model")  # G drafts a cycle, always the same way
 DEFAULT_KV, DEFAULT_ROOM, MOST_ROOM = "propagate", 3, 63
 
 
-def read_stop_below(value: float | str) -> tuple[float, bool]:
-    """Returns the threshold of `0.5` or `learned:0.5`, and whether the classifier is asked.
+def read_stop_below(value: float | str) -> tuple[float, str]:
+    """Returns the threshold of `0.5`, `lead:0.6` or `learned:0.5`, and of which score it is.
 
     Raises:
-      ConfigError: it is neither, or not in (0, 1).
+      ConfigError: it is none of them, or not in (0, 1).
     """
-    name, number, learned = "stop_below", value, False
+    number, score = value, SURENESS[0]
     if isinstance(value, str):
-        learned = value.startswith("learned:")
+        name, colon, text = value.partition(":")
+        if colon and name in SURENESS:
+            score = name
         try:
-            number = float(value.removeprefix("learned:"))
+            number = float(text if score == name else value)
         except ValueError:
             raise ConfigError(
-                f"stop_below={value!r} is neither a number nor learned:NUMBER, such as 0.5 or "
-                "learned:0.5"
+                f"stop_below={value!r} is neither a number nor one after lead: or learned:, such "
+                "as 0.5, lead:0.6 or learned:0.5"
             ) from None
-    require_range(name, number, "(0, 1)")
-    return float(number), learned
+    require_range("stop_below", number, "(0, 1)")
+    return float(number), score
+
+
+def stop_below_text(value: float | str) -> str:
+    """Returns such a threshold as a command line takes it."""
+    threshold, score = read_stop_below(value)
+    return f"{threshold:g}" if score == SURENESS[0] else f"{score}:{threshold:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +69,10 @@ class Request:
       exit_layer: E, for `early_exit` and `self_speculative`.
       draft_length: G, for `self_speculative` and `draft_model`.
       stop_below: for the same two and `auto`, drafting ends for a row after the first draft whose
-        probability is below this, in (0, 1), as the exit or the draft model sees it; `learned:0.6`
-        asks the trained classifier of exits instead. None drafts G tokens always. The tokens are
-        the same.
+        probability is below this, in (0, 1), as the exit or the draft model sees it; `lead:0.6`
+        looks at the share of the draft and the second choice that the draft has, from 0.5 on, and
+        `learned:0.6` asks the trained classifier of exits. None drafts G tokens always. The
+        tokens are the same.
       pairs: for `auto`, the pairs (E, G) to choose from beside plain decoding; None takes some
         spread over the layers.
       end_token: id that ends a row.
@@ -248,7 +257,7 @@ class Request:
             "cycle, such as draft_length=5",
         )
         require(
-            self.stop_below is None or not read_stop_below(self.stop_below)[1],
+            self.stop_below is None or read_stop_below(self.stop_below)[1] != "learned",
             f"stop_below={self.stop_below!r} asks whether an exit is right, and the draft model "
             "drafts with its last layer; give a probability, such as stop_below=0.5",
         )

@@ -21,21 +21,26 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from layerskip_jax.generation.generator import Generator
-from layerskip_jax.generation.options import Drafting, Generation, read_stop_below
+from layerskip_jax.generation.options import (
+    Drafting,
+    Generation,
+    read_stop_below,
+    stop_below_text,
+)
 from layerskip_jax.schema import require, require_whole
 
 TIMED_PROMPTS = 4  # that a cycle's cost is measured on
 TIMED_ROUNDS = 5
-THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
+THRESHOLDS = (0.3, "lead:0.55", "lead:0.6", "lead:0.65", "lead:0.7")
 THRESHOLD_PROMPTS = 8  # that thresholds are compared on
 
 
 class Way(NamedTuple):
-    """How to draft: E, G, and below which probability of a draft a row makes no more."""
+    """How to draft: E, G, and below how sure a draft a row makes no more."""
 
     exit_layer: int
     draft_length: int
-    stop_below: float | None = None
+    stop_below: float | str | None = None
 
 
 def accepted_per_cycle(by_position: Sequence[float], draft_length: int) -> float:
@@ -83,7 +88,7 @@ def sweep(
     *,
     exits: Sequence[int],
     draft_lengths: Sequence[int],
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float | str] = THRESHOLDS,
     tasks: Sequence[str] = (),
     repeats: int = 5,
     progress: Callable[[str], None] = lambda text: None,
@@ -203,7 +208,11 @@ def sweep(
 
 def _name(way: Way) -> str:
     pair = f"{way.exit_layer},{way.draft_length}"
-    return pair if way.stop_below is None else f"{pair} that stop below {way.stop_below:g}"
+    return (
+        pair
+        if way.stop_below is None
+        else f"{pair} that stop below {stop_below_text(way.stop_below)}"
+    )
 
 
 def _tokens(generations: Sequence[Generation]) -> list[list[list[int]]]:
@@ -211,7 +220,7 @@ def _tokens(generations: Sequence[Generation]) -> list[list[list[int]]]:
 
 
 def _with_thresholds(
-    fastest: Sequence[Way], longest: int, thresholds: Sequence[float]
+    fastest: Sequence[Way], longest: int, thresholds: Sequence[float | str]
 ) -> list[Way]:
     """Returns ways to draft that may end early: the best exit, with its best G and with 2 G.
 

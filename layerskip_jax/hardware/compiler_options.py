@@ -23,6 +23,12 @@ class Option(NamedTuple):
     reason: str
 
 
+# From jax 0.11.1 on the compiler calls these otherwise, and refuses the names of before.
+_PIPELINE, _ON = (
+    ("xla_gpu_pipeline_", "COLLECTIVE_PIPELINING_MODE_ON")
+    if jax.__version_info__ >= (0, 11, 1)
+    else ("xla_gpu_enable_pipelined_", True)
+)
 _TPU = (
     Option(
         "xla_tpu_enable_async_collective_fusion", True,
@@ -58,11 +64,11 @@ _GPU = (
         "collectives start early and are waited for late",
     ),
     Option(
-        "xla_gpu_enable_pipelined_all_gather", True,
+        f"{_PIPELINE}all_gather", _ON,
         "the next layer's weights are gathered while this one computes",
     ),
     Option(
-        "xla_gpu_enable_pipelined_reduce_scatter", True,
+        f"{_PIPELINE}reduce_scatter", _ON,
         "the last layer's gradients are scattered while this one computes",
     ),
     Option(

@@ -25,8 +25,9 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     buffer; a chunk of logits with its gradient. Traffic: a layer's weights gathered forward and
     backward and their gradients scattered, over fsdp; replicas of gradients reduced over data and
     slice; under `tensor` four gathers or scatters of the residual stream a layer, forward and
-    backward each. Where exits alone are trained, there is no backward pass, and gradients and
-    optimizer state are theirs.
+    backward each; with Muon each device's part of the layers' matrices there and back over fsdp and
+    tensor, and back to those that hold copies. Where exits alone are trained, there is no backward
+    pass, and gradients and optimizer state are theirs.
     """
     shape = dict(zip(AXES, config.mesh.shape.resolve(topology.num_devices), strict=True))
     training, chip = config.training, topology.chip
@@ -118,6 +119,13 @@ def _traffic(
         size = tokens * model.model_dim * width
         traffic += [line("all-gather", "tensor", size, 2 * passes * turns)]
         traffic += [line("reduce-scatter", "tensor", size, 2 * passes * turns)]
+    if config.optimizer.name == "muon" and passes == 2:
+        size = layer_bytes * model.num_layers / (shape["fsdp"] * shape["tensor"])
+        for axis in ("fsdp", "tensor", "data", "context"):
+            if shape[axis] > 1:
+                dealt = axis in ("fsdp", "tensor")
+                kind, turns = ("all-to-all", 2.0) if dealt else ("all-gather", 1.0)
+                traffic += [line(kind, axis, size, turns)]
     return tuple(traffic)
 
 

@@ -9,6 +9,7 @@ its state at the full bandwidth of the memory:
               c = 2 for an all-reduce, 1 otherwise; n devices in a group
     update  = (3 x parameters + 2 x optimizer state, bytes of a device) / memory bandwidth
               (parameter, gradient and state are read, all but the gradient written, in float32)
+              + Muon's FLOPs of the device that has most matrices / peak
     step    >= max(compute, traffic) + update,      MFU <= FLOPs needed / (step x devices x peak)
 """
 
@@ -18,6 +19,7 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.hardware.chips import GIB
 from layerskip_jax.hardware.topology import Topology
 from layerskip_jax.training.flops import StepFlops
+from layerskip_jax.training.muon import stacks
 
 DEFECT = (
     "the compiler's process ended before it was done, see above: a defect of its own, or too "
@@ -87,7 +89,7 @@ class Plan:
       flops_computed: with what is computed again or masked.
       compute_seconds: the time to compute at full peak, as above.
       traffic_seconds: the time to send at full bandwidth, as above.
-      update_seconds: the optimizer's pass over its state, as above.
+      update_seconds: the optimizer's pass over its state, and its products, as above.
       compile_seconds: what the compiler took.
     """
 
@@ -141,6 +143,12 @@ def timed(
       seconds: what the compiler took.
     """
     chip = topology.chip
+    own_seconds = 0.0
+    if planned.optimizer:
+        devices = topology.num_devices // max(config.mesh.shape.slice, 1)
+        dealt = sum(stack.flops for stack in stacks(config.model, devices))
+        own_seconds = dealt / devices / chip.flops
+    computed = planned.computed - planned.optimizer
     return Plan(
         config=config,
         topology=topology,
@@ -149,9 +157,10 @@ def timed(
         traffic=traffic,
         flops_needed=planned.needed,
         flops_computed=planned.computed,
-        compute_seconds=planned.computed / (chip.flops * topology.num_devices),
+        compute_seconds=computed / (chip.flops * topology.num_devices),
         traffic_seconds=sum((line.seconds for line in traffic), 0.0),
-        update_seconds=(3 * memory.parameters + 2 * memory.optimizer) / chip.memory_bandwidth,
+        update_seconds=(3 * memory.parameters + 2 * memory.optimizer) / chip.memory_bandwidth
+        + own_seconds,
         compile_seconds=seconds,
     )
 

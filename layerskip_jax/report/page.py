@@ -16,7 +16,14 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.evaluation.inspection import saving
 from layerskip_jax.report import depth_figures, quality_figures, schedule_figures, speed_figures
 from layerskip_jax.report.drawing import inline_svg, svg_text
-from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, perplexities, read_run
+from layerskip_jax.report.run_record import (
+    MissingPiece,
+    RunRecord,
+    number,
+    perplexities,
+    read_run,
+    threshold,
+)
 from layerskip_jax.report.summary import headline, sentence
 from layerskip_jax.report.words import amount, percent, times
 from layerskip_jax.run_folder.atomic import named_writes, write_bytes
@@ -213,16 +220,16 @@ def _speculation(run: RunRecord) -> dict[str, Any]:
     """Returns rows of all measured pairs, and what they were measured on and against."""
     best, rows = run.best_pair(), []
     pairs = run.pairs
-    if pairs and number(best.get("stop_below")) is not None:
+    if pairs and threshold(best.get("stop_below")):
         pairs = [best, *pairs]  # it is none of those that draft G tokens always
     for pair in pairs:
         marked = pair is best if pairs is not run.pairs else _same_pair(pair, best)
         pair = best if marked else pair
         same = pair.get("identical")
-        length, below = str(pair["draft_length"]), number(pair.get("stop_below"))
+        length, below = str(pair["draft_length"]), threshold(pair.get("stop_below"))
         cells = [
             str(pair["exit_layer"]),
-            length if below is None else f"up to {length}, until below {below:g}",
+            f"up to {length}, until below {below}" if below else length,
             percent(number(pair.get("acceptance")), 1),
             *(amount(number(pair.get(key))) for key in ("tokens_per_cycle", "tokens_per_second")),
             times(number(pair.get("speedup"))),

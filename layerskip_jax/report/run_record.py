@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from layerskip_jax.config import RunConfig
+from layerskip_jax.generation.options import stop_below_text
 from layerskip_jax.run_folder.paths import RunFolder, open_run, read_json_lines
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import ConfigError, UserError
 
 
 class MissingPiece(Exception):
@@ -155,7 +156,7 @@ class RunRecord:
         for pair in self.pairs if isinstance(best, dict) else []:
             if all(pair[key] == best.get(key) for key in ("exit_layer", "draft_length")):
                 return {**pair, **best}
-        if isinstance(best, dict) and number(best.get("stop_below")) is not None:
+        if isinstance(best, dict) and threshold(best.get("stop_below")):
             if all(number(best.get(key)) is not None for key in ("exit_layer", "draft_length")):
                 return best
         return self.pairs[0] if self.pairs else {}
@@ -226,6 +227,14 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
+
+
+def threshold(value: Any) -> str:
+    """Returns a threshold that drafts end below, such as `0.4` or `lead:0.6`; "" if it is none."""
+    try:
+        return stop_below_text(value)
+    except ConfigError:
+        return ""
 
 
 def perplexities(evaluation: dict) -> dict[int, float]:

@@ -17,7 +17,7 @@ from layerskip_jax.report.drawing import (
     styled,
     thin,
 )
-from layerskip_jax.report.run_record import MissingPiece, RunRecord, number
+from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, threshold
 from layerskip_jax.report.schedule_figures import drop_map, sampled_steps
 from layerskip_jax.report.words import amount, percent
 
@@ -158,8 +158,8 @@ def speculation_speed(run: RunRecord) -> Drawing:
     plain = number(run.speculation.get("plain_tokens_per_second"))
     if speed:
         pair = f"E={best['exit_layer']}, G={best['draft_length']}"
-        if (below := number(best.get("stop_below"))) is not None:
-            pair += f", stop below {below:g}"
+        if below := threshold(best.get("stop_below")):
+            pair += f", stop below {below}"
         label = f"best: {amount(speed)} tokens/s ({pair})"
         star = {"marker": "*", "markersize": 13, "linestyle": "none", "zorder": 4}
         axes.plot(best["draft_length"], speed, color=color(best["exit_layer"]), label=label, **star)

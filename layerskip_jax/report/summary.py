@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from layerskip_jax.model.definition import ModelDefinition
-from layerskip_jax.report.run_record import MissingPiece, RunRecord, number
+from layerskip_jax.report.run_record import MissingPiece, RunRecord, number, threshold
 from layerskip_jax.report.words import amount, count, duration, percent, times
 
 
@@ -131,8 +131,8 @@ def _speculation(run: RunRecord) -> Tile:
         return Tile(name, "–", str(missing))
     best = run.best_pair()
     text = f"Drafting {best['draft_length']} tokens with {best['exit_layer']} layers"
-    if (below := number(best.get("stop_below"))) is not None:
-        text = text.replace("Drafting", "Drafting up to") + f", until one is below {below:g}"
+    if below := threshold(best.get("stop_below")):
+        text = text.replace("Drafting", "Drafting up to") + f", until one is below {below}"
     speed = number(best.get("tokens_per_second"))
     plain = number(run.speculation.get("plain_tokens_per_second"))
     if speed and plain:

@@ -8,7 +8,11 @@ Only matrix products count, two operations a multiply-add. For one row of S toke
     one exit                  2 M D V                    at the M positions that it is scored on
 
 The backward pass costs twice the forward one. Rows that a layer drops, and exits that are off,
-count nothing.
+count nothing. Muon makes each matrix of m x n, m <= n, orthogonal in five turns of
+
+    4 m m n + 2 m m m
+
+whatever the batch.
 
 Exits before a model that is left as it is (`training.trainable=exits`) take a forward pass of the
 layers; at each exit the head forward and, for its adapter, backward to the states; the adapter
@@ -33,6 +37,7 @@ from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.ops.attention import computed_pairs
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.training.exits import classifier_positions
+from layerskip_jax.training.muon import stacks
 from layerskip_jax.training.step import StepMetrics
 
 MFU_DEFINITION = (
@@ -52,6 +57,7 @@ class StepFlops(NamedTuple):
       recomputed: what rematerialisation, and attention's backward pass, compute a second time.
       masked: what the device computes beyond that although nothing needs it: attention above
         the diagonal, and dropped rows under the `mask` execution.
+      optimizer: the matrix products of the optimizer; Muon's.
     """
 
     layers: float
@@ -59,6 +65,7 @@ class StepFlops(NamedTuple):
     exits: float
     recomputed: float
     masked: float
+    optimizer: float
 
     @property
     def needed(self) -> float:
@@ -68,7 +75,7 @@ class StepFlops(NamedTuple):
     @property
     def computed(self) -> float:
         """What the device computes; the arithmetic that its time is compared with."""
-        return self.needed + self.recomputed + self.masked
+        return self.needed + self.recomputed + self.masked + self.optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +133,13 @@ class CostModel:
             exits=6.0 * tokens * model.model_dim * model.vocab_rows + learned,
             recomputed=run * again,
             masked=masked,
+            optimizer=self._optimizer(),
         )
+
+    def _optimizer(self) -> float:
+        if self.config.optimizer.name != "muon":
+            return 0.0
+        return sum(stack.flops for stack in stacks(self.config.model, 1))
 
     def _exits_step(
         self, rows: float, matrices: float, attention: float, square: float
@@ -147,6 +160,7 @@ class CostModel:
             exits=forward + len(exits.adapters) * head + adapters * 2 / 3 + learned,
             recomputed=forward,
             masked=rows * model.num_layers * square,
+            optimizer=0.0,
         )
 
     def done(self, metrics: StepMetrics) -> StepFlops:

@@ -10,6 +10,7 @@ from layerskip_jax.config import OptimizerConfig
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.schema import require_choice
+from layerskip_jax.training.muon import Matrices, muon
 
 Transformation = optax.GradientTransformation
 Mask = Callable[[Parameters], Parameters]
@@ -37,17 +38,19 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def _adamw(config: OptimizerConfig, rate: optax.Schedule, decayed: Mask) -> Transformation:
+def _adamw(
+    config: OptimizerConfig, rate: optax.Schedule, decayed: Mask, matrices: Matrices
+) -> Transformation:
     return optax.adamw(
         rate, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
     )
 
 
-# By name, what makes it of its settings, its learning rate and which parameters decay. Its state
-# is what its `init` makes: shardings, checkpoints and plans read no more than that.
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule, Mask], Transformation]] = {
-    "adamw": _adamw,
-}
+# By name, what makes it of its settings, its learning rate, which parameters decay, and which are
+# matrices of the layers. Its state is what its `init` makes: shardings, checkpoints and plans read
+# no more than that.
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule, Mask, Matrices], Transformation]]
+OPTIMIZERS = {"adamw": _adamw, "muon": muon}
 
 
 def trained(parameters: Parameters, trainable: str) -> Parameters:
@@ -55,8 +58,13 @@ def trained(parameters: Parameters, trainable: str) -> Parameters:
     return {"exits": parameters["exits"]} if trainable == "exits" else parameters
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> Transformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int, matrices: Matrices) -> Transformation:
     """Returns clipping followed by the optimizer; decay skips the scales of norms and the biases.
+
+    Args:
+      config: which optimizer, and its settings.
+      total_steps: T.
+      matrices: which parameters are matrices of the layers, and the devices that hold them.
 
     Raises:
       ConfigError: there is no optimizer of that name.
@@ -70,7 +78,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Transformation:
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
     rate = learning_rate_schedule(config, total_steps)
-    optimizer = OPTIMIZERS[config.name](config, rate, decayed)
+    optimizer = OPTIMIZERS[config.name](config, rate, decayed, matrices)
     if config.clip_norm == 0:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -86,10 +94,12 @@ def state_share(config: OptimizerConfig, model: ModelConfig) -> float:
       config: which optimizer.
       model: whose parameters.
     """
-    shapes = ModelDefinition(model).shapes
+    definition = ModelDefinition(model)
+    shapes = definition.shapes
 
     def size(tree) -> int:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]  # not the count of steps
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    return size(jax.eval_shape(make_optimizer(config, 1).init, shapes)) / size(shapes)
+    optimizer = make_optimizer(config, 1, Matrices(definition.logical_axes))
+    return size(jax.eval_shape(optimizer.init, shapes)) / size(shapes)

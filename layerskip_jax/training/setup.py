@@ -29,6 +29,7 @@ from layerskip_jax.ops.attention import PackedAttention, choose_kernel
 from layerskip_jax.ops.linear import contract, contract_tokens
 from layerskip_jax.ops.linear_cross_entropy import Layout
 from layerskip_jax.schema import LARGEST_INT32, require
+from layerskip_jax.training.muon import Matrices
 from layerskip_jax.training.optimizer import make_optimizer, trained
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
 
@@ -185,16 +186,18 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     whole_rows = parts(mesh, rules.batch) == mesh.size
     product = contract_tokens if platform == "cpu" and whole_rows else contract
     definition = ModelDefinition(config.model, rules.constrain, attend, product)
-    optimizer = make_optimizer(config.optimizer, training.steps)
+    matrices = Matrices(definition.logical_axes, mesh, rules, config.model.dtype)
+    optimizer = make_optimizer(config.optimizer, training.steps, matrices)
     parameters = parameter_shardings(definition.shapes, definition.logical_axes, mesh, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
     # The moments of each parameter are laid out like the parameter itself.
     optimizer_state = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
         jax.eval_shape(optimizer.init, trained(definition.shapes, training.trainable)),
         trained(parameters, training.trainable),
         transform_non_params=lambda _: everywhere,
+        is_leaf=_is_masked,
     )
     return TrainSetup(
         config=config,
@@ -206,6 +209,11 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
             mesh, rules.batch, rules.sequence, training.batch_size, training.gradient_accumulation
         ),
     )
+
+
+def _is_masked(leaf) -> bool:
+    """Whether a part of an optimizer's state stands for a parameter that another part has."""
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def scoring_layout(mesh: Mesh, rules: ShardingRules) -> Layout:

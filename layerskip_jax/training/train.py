@@ -435,9 +435,9 @@ def _log_decisions(
     planned, plain = cost.planned(0, config.training.steps), cost.plain()
     logger.info(
         "planned: %.3g FLOPs a step on average, %.3f of a plain step's (layers %.3g, attention "
-        "%.3g, exits %.3g); computed again or masked beside: %.3g",
+        "%.3g, exits %.3g); computed again or masked beside: %.3g; by the optimizer: %.3g",
         planned.needed, planned.needed / plain.needed, planned.layers, planned.attention,
-        planned.exits, planned.recomputed + planned.masked,
+        planned.exits, planned.recomputed + planned.masked, planned.optimizer,
     )  # fmt: skip
     chip, slices = chip_of(setup.mesh.devices.flat[0]), setup.mesh.shape["slice"]
     reasons = {option.name: option.reason for option in compiler_table(chip, slices)}

@@ -11,6 +11,7 @@ from layerskip_jax.decoding.sampling import (
     Sampling,
     choose,
     draw,
+    lead,
     likeliest,
     processed,
     reject,
@@ -107,6 +108,12 @@ def test_the_distribution_is_exact_at_every_end_of_every_range(temperature):
         exact = [_exact_processed(row, temperature, top_k, top_p) for row in logits]
         message = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
         np.testing.assert_allclose(np.exp(log_p), exact, rtol=2e-5, atol=2e-7, err_msg=message)
+
+
+def test_the_lead_is_the_share_of_two():
+    p = jnp.array([[0.5, 0.25, 0.15, 0.1], [0.4, 0.4, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0]])
+    for shift in (0, 7):  # of a logit only its distance from the others counts
+        np.testing.assert_allclose(lead(jnp.log(p) + shift), [2 / 3, 1 / 2, 1.0], rtol=1e-6)
 
 
 def test_the_likeliest_is_the_first_of_equals():

@@ -1,10 +1,7 @@
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from layerskip_jax.config import RunConfig, TrainingConfig
 from layerskip_jax.early_exit_loss import EarlyExitConfig
@@ -15,7 +12,7 @@ from layerskip_jax.ops.attention import PLAIN_ATTENTION, computed_pairs
 from layerskip_jax.training.flops import CostModel
 from layerskip_jax.training.setup import make_setup
 from layerskip_jax.training.step import make_train_step
-from tests.helpers import SEQUENCE, run_steps, small_model, small_run
+from tests.helpers import SEQUENCE, products_of, run_steps, small_model, small_run
 
 
 def _run(remat="none", **changes):
@@ -37,20 +34,6 @@ def test_a_plain_step_by_hand():
     assert cost.masked == pytest.approx(4 * 4 * 3 * 2 * 2 * (144 - causal_pairs) * 4 * 8)
 
 
-def _dots(jaxpr, trips):
-    """FLOPs of the matrix products in a jaxpr; `trips` are turned in loops of unknown length."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            a = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(a[d] for d in contracted)
-        factor = {"scan": equation.params.get("length", 1), "while": trips}
-        for inner in jaxprs_in_params(equation.params):
-            total += factor.get(equation.primitive.name, 1) * _dots(inner, trips)
-    return total
-
-
 @pytest.mark.parametrize(
     "exits, early, fraction",
     [("last", 0, 1.0), ("all", 3, 1.0), ("all", 3, 1 / 3)],
@@ -67,9 +50,9 @@ def test_the_step_computes_what_the_model_says(exits, early, fraction):
     # the loops over chunks of the loss: 3 chunks of 4 for every slot, the two parts apart
     cost = CostModel(config, SEQUENCE).step(1.0, early)
     head = cost.exits
-    without = _dots(jaxpr.jaxpr, 0)
+    without = products_of(jaxpr.jaxpr, 0)
     assert without == cost.computed - head
-    one_turn_of_each = _dots(jaxpr.jaxpr, 1) - without
+    one_turn_of_each = products_of(jaxpr.jaxpr, 1) - without
     parts = 1 if early == 0 else 2
     assert one_turn_of_each == parts * 4 * 4 * 3 * 2 * 32 * 64
     turns = 3 + early * 3 * fraction
@@ -93,7 +76,7 @@ def test_exits_alone_cost_a_forward_pass_and_themselves(exits):
         batch = setup.abstract_batch(SEQUENCE)
         jaxpr = jax.make_jaxpr(step)(setup.abstract_state(), batch)
     cost, whole = CostModel(config, SEQUENCE).planned(0, 10), CostModel(_run(), SEQUENCE).plain()
-    assert _dots(jaxpr.jaxpr, 0) == cost.computed
+    assert products_of(jaxpr.jaxpr, 0) == cost.computed
     assert cost.layers == whole.layers / 3
     assert cost.attention == whole.attention / 3
 
@@ -111,7 +94,9 @@ def test_a_classifier_beside_the_model_reads_the_head_for_a_few_positions(target
         with jax.set_mesh(setup.mesh):
             step = make_train_step(setup.definition, config, setup.optimizer)
             batch = setup.abstract_batch(SEQUENCE)
-            products.append(_dots(jax.make_jaxpr(step)(setup.abstract_state(), batch).jaxpr, 0))
+            products.append(
+                products_of(jax.make_jaxpr(step)(setup.abstract_state(), batch).jaxpr, 0)
+            )
         costs.append(CostModel(config, SEQUENCE).step(1.0, 3).exits)
         assert CostModel(config, SEQUENCE).plain().exits == 4 * 12 * 3 * 2 * 32 * 64
     # 2 of 12 positions of 4 rows: the head of 3 exits and of the last, and the classifier's
@@ -131,7 +116,7 @@ def test_long_windows_attend_in_two_halves():
     pairs = computed_pairs(256, whole=True)
     assert pairs == 256 * 256 * 3 // 4
     jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(q, q, q)
-    assert _dots(jaxpr.jaxpr, 0) == 7 * 2 * pairs * 2 * 8  # products, heads, width
+    assert products_of(jaxpr.jaxpr, 0) == 7 * 2 * pairs * 2 * 8  # products, heads, width
     assert computed_pairs(256, whole=False) == 256 * 256
     assert computed_pairs(12, whole=True) == 12 * 12
 

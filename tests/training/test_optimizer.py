@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from layerskip_jax.schema import SMALLEST_FLOAT32, ConfigError
+from layerskip_jax.training.muon import Matrices
 from layerskip_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -39,9 +40,8 @@ def test_constant_without_warmup():
 
 
 def test_decay_leaves_the_norms_alone():
-    optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10
-    )
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    optimizer = make_optimizer(config, 10, Matrices({}))
     parameters = {"final_norm": {"scale": jnp.ones(2)}, "head": jnp.ones((2, 2))}
     zeros = {"final_norm": {"scale": jnp.zeros(2)}, "head": jnp.zeros((2, 2))}
     updates, _ = optimizer.update(zeros, optimizer.init(parameters), parameters)
@@ -65,7 +65,7 @@ def test_decay_leaves_the_norms_alone():
 def test_at_the_ends_of_their_ranges_settings_give_finite_updates(settings):
     """For gradients that are 0, small and large; Adam's update is within a few learning rates."""
     config = OptimizerConfig(**{"warmup_steps": 0, "weight_decay": 0.0, **settings})
-    optimizer = make_optimizer(config, 10)
+    optimizer = make_optimizer(config, 10, Matrices({}))
     parameters = {"head": jnp.ones(5)}
     state = optimizer.init(parameters)
     for _ in range(3):

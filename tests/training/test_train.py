@@ -192,6 +192,20 @@ def test_a_stopped_run_ends_with_the_very_same_parameters(
     _assert_equal_runs(finished, workdir)
 
 
+def test_a_run_by_muon_goes_on_bit_for_bit(arguments, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [
+        *arguments, "--config.training.steps=4", "--config.checkpoint.every_steps=2",
+        "--config.optimizer.name=muon",
+    ]  # fmt: skip
+    assert main(["train", f"--workdir={whole}", *flags]) == 0
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(RunFolder(resumed).checkpoints / "4")
+    assert main(["train", f"--workdir={resumed}", *flags]) == 0
+    ends = [load_run(workdir, 4).parameters for workdir in (whole, resumed)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *ends))
+
+
 def test_evaluate_prints_every_exit(finished, tmp_path, capsys):
     file = tmp_path / "evaluation.json"
     assert main(["evaluate", f"--workdir={finished}", f"--json={file}"]) == 0
