@@ -64,6 +64,8 @@ TIME_SCHEDULES: dict[str, Callable] = {
     "exp": lambda progress: 2**progress - 1,
     "increasing": lambda progress: progress,
     "decreasing": lambda progress: 1 - progress,
+    "trapezoid": lambda u: jnp.minimum(jnp.minimum(u / 0.1, (1 - u) / 0.2), 1),
+    "late_off": lambda u: (u < 0.8).astype(u.dtype),
 }
 
 EXECUTIONS = ("mask", "gather", "cond")
@@ -80,8 +82,9 @@ class LayerDropoutConfig:
         [0, 1); 0 turns dropout off.
       depth_schedule: D(l) over the layers: `exp` (LayerSkip), `linear`, `uniform`, `alternating`
         (every second layer), `log`, `sin` or `sigmoid`.
-      time_schedule: S(t) over the steps: `constant`, `exp` (LayerSkip from scratch), `increasing`
-        or `decreasing`.
+      time_schedule: S(t) over the steps: `constant`, `exp` (LayerSkip from scratch), `increasing`,
+        `decreasing`, `trapezoid` (up over the first tenth, down over the last fifth) or `late_off`
+        (none in the last fifth).
       residual_scale: r, `none` (1) or `inverse_keep` (1 / (1 - p) at training).
       layers: the layer indices that may be skipped, each at least 0; empty means all.
       execution: `mask` or `gather`, which draw and do the same, and `gather` saves the

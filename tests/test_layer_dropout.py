@@ -49,6 +49,15 @@ def test_linear_time_schedules(name, expected):
     assert ld.time_schedule(name, 3, 11) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "name, expected",
+    [("trapezoid", [0, 0.5, 1, 1, 0.75, 0]), ("late_off", [1, 1, 1, 1, 0, 0])],
+)
+def test_time_schedules_with_a_plateau(name, expected):
+    found = [ld.time_schedule(name, step, 101) for step in (0, 5, 10, 79, 85, 100)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ld.DEPTH_SCHEDULES)
 def test_a_single_layer_has_depth_one(name):
     assert ld.depth_schedule(name, 1) == 1
