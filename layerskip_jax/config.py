@@ -250,7 +250,9 @@ class TrainingConfig:
         one only when the process receives SIGUSR1.
       profile_steps: steps that a trace holds, at least 1.
       trainable: `all` trains the model; `exits` trains what `config.model.exits` adds to it and
-        leaves the model itself bit for bit as it is, with no backward pass through its layers.
+        leaves the model itself bit for bit as it is, with no backward pass through its layers;
+        anything else is a regular expression, and what it matches of the parameters' whole names,
+        such as `layers.mlp.up` (of all layers) or `embedding`, is trained.
       wandb: project of Weights & Biases that the metrics go to beside TensorBoard; its package has
         to be installed. Empty sends none.
     """
@@ -273,7 +275,13 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "loss_chunk"):
             require_count(name, getattr(self, name), 1)
-        require_choice("trainable", self.trainable, ("all", "exits"))
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            raise ConfigError(
+                f"trainable={self.trainable!r} is neither all, exits nor a regular expression: "
+                f"{error}"
+            ) from None
         for name in ("log_every", "profile_steps"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         accumulation, rows = self.gradient_accumulation, self.rows_per_device

@@ -14,7 +14,9 @@ from layerskip_jax.ops.attention import choose_kernel
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.planning.step_plan import Memory, Plan, Traffic, timed
 from layerskip_jax.training.flops import CostModel
+from layerskip_jax.training.muon import stacks
 from layerskip_jax.training.optimizer import state_share
+from layerskip_jax.training.trainable import trained
 
 
 def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
@@ -62,12 +64,11 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     exits = count * tokens * model.model_dim * width / shape["tensor"]
     logits = 2 * 4 * rows * training.loss_chunk * model.vocab_rows / shape["tensor"]
     working = tokens * (4 * model.model_dim + 3 * model.ffn_dim) * width / shape["tensor"]
-    changed = parameters
-    if frozen:
-        of_exits = ModelDefinition(model).shapes["exits"]
-        changed = 4.0 * sum(leaf.size for leaf in jax.tree.leaves(of_exits))
+    shapes = ModelDefinition(model).shapes
+    part = trained(shapes, training.trainable)
+    changed = 4.0 * _size(part) if frozen else parameters * _size(part) / _size(shapes)
     temporaries = changed + gathered + exits + logits + working
-    optimizer = changed * state_share(config.optimizer, model)
+    optimizer = changed * state_share(config.optimizer, model, training.trainable)
     memory = Memory(
         parameters, optimizer, activations, temporaries,
         parameters + optimizer + activations + temporaries, chip.memory,
@@ -78,6 +79,10 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     traffic = _traffic(config, topology, shape, accumulation, layer_bytes, tokens, changed)
     planned = cost.planned(0, training.steps)
     return timed(config, topology, False, memory, traffic, planned, 0.0)
+
+
+def _size(tree: dict) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _traffic(
@@ -120,7 +125,9 @@ def _traffic(
         traffic += [line("all-gather", "tensor", size, 2 * passes * turns)]
         traffic += [line("reduce-scatter", "tensor", size, 2 * passes * turns)]
     if config.optimizer.name == "muon" and passes == 2:
-        size = layer_bytes * model.num_layers / (shape["fsdp"] * shape["tensor"])
+        moved = stacks(model, 1, config.training.trainable)
+        whole = float(sum(stack.count * stack.m * stack.n for stack in moved)) * width
+        size = whole / (shape["fsdp"] * shape["tensor"])
         for axis in ("fsdp", "tensor", "data", "context"):
             if shape[axis] > 1:
                 dealt = axis in ("fsdp", "tensor")

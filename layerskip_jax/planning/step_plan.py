@@ -146,7 +146,9 @@ def timed(
     own_seconds = 0.0
     if planned.optimizer:
         devices = topology.num_devices // max(config.mesh.shape.slice, 1)
-        dealt = sum(stack.flops for stack in stacks(config.model, devices))
+        dealt = sum(
+            stack.flops for stack in stacks(config.model, devices, config.training.trainable)
+        )
         own_seconds = dealt / devices / chip.flops
     computed = planned.computed - planned.optimizer
     return Plan(

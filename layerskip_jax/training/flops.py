@@ -14,6 +14,9 @@ count nothing. Muon makes each matrix of m x n, m <= n, orthogonal in five turns
 
 whatever the batch.
 
+Of parameters that a run leaves as they are (`training.trainable`), a layer's matrices cost no
+gradient of their own, and where nothing before the head is trained, there is no backward pass.
+
 Exits before a model that is left as it is (`training.trainable=exits`) take a forward pass of the
 layers; at each exit the head forward and, for its adapter, backward to the states; the adapter
 
@@ -34,11 +37,13 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights, scored_positions
 from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.ops.attention import computed_pairs
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.training.exits import classifier_positions
 from layerskip_jax.training.muon import stacks
 from layerskip_jax.training.step import StepMetrics
+from layerskip_jax.training.trainable import trained
 
 MFU_DEFINITION = (
     "MFU: matrix-product FLOPs that the step needs, over time and the devices' bfloat16 peak; "
@@ -113,10 +118,15 @@ class CostModel:
         # These save what their backward pass needs under the name that the policy keeps.
         kernel_again = attention if model.attention in ("triton", "cudnn") else 0.0
         policy = REMAT_POLICIES[model.remat]
+        own, back = _trained_share(model, self.config.training.trainable)
         again = scores_again + policy.again(matrices, down, attention + square, kernel_again)
-        masked = run * 3 * square
+        again *= back
+        matrices_all = (1 + back + own) * matrices
+        masked = run * (1 + 2 * back) * square
         if self.config.layer_dropout.execution == "mask":
-            masked += (all_layers - run) * (3 * (matrices + attention + square) + again)
+            masked += (all_layers - run) * (
+                matrices_all + (1 + 2 * back) * (attention + square) + again
+            )
         if self.config.training.trainable == "exits":
             return self._exits_step(rows, matrices, attention, square)
         positions = scored_positions(self.config.early_exit, length)
@@ -128,8 +138,8 @@ class CostModel:
             read = rows * classifier_positions(positions) * model.model_dim
             learned = 2.0 * read * (heads * model.vocab_rows + 2 * early_exits)
         return StepFlops(
-            layers=run * 3 * matrices,
-            attention=run * 3 * attention,
+            layers=run * matrices_all,
+            attention=run * (1 + 2 * back) * attention,
             exits=6.0 * tokens * model.model_dim * model.vocab_rows + learned,
             recomputed=run * again,
             masked=masked,
@@ -139,7 +149,8 @@ class CostModel:
     def _optimizer(self) -> float:
         if self.config.optimizer.name != "muon":
             return 0.0
-        return sum(stack.flops for stack in stacks(self.config.model, 1))
+        trainable = self.config.training.trainable
+        return sum(stack.flops for stack in stacks(self.config.model, 1, trainable))
 
     def _exits_step(
         self, rows: float, matrices: float, attention: float, square: float
@@ -187,6 +198,27 @@ class CostModel:
         return self.step(
             float(layers_run[first:last].mean(dtype=np.float64)), float(early[first:last].mean())
         )
+
+
+@functools.lru_cache(maxsize=8)
+def _trained_share(model: ModelConfig, trainable: str) -> tuple[float, int]:
+    """Returns the share of the layers' matrices that is trained, and whether a gradient goes back.
+
+    That is 1 where anything before the head is trained, else 0.
+    """
+    shapes = ModelDefinition(model).shapes
+    part = trained(shapes, trainable)
+
+    def size(tree):
+        # Of the scales of norms, and of biases, there are no products.
+        leaves = jax.tree_util.tree_leaves_with_path(tree.get("layers", {}))
+        return sum(
+            leaf.size
+            for path, leaf in leaves
+            if path[0].key in ("attention", "mlp") and not path[-1].key.endswith("_bias")
+        )
+
+    return size(part) / size(shapes), int("layers" in part or "embedding" in part)
 
 
 def _layer_forward(model: ModelConfig, length: int) -> tuple[float, float, float]:

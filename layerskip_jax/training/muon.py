@@ -32,6 +32,7 @@ from layerskip_jax.distributed.mesh import parts
 from layerskip_jax.distributed.sharding import ShardingRules
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition, Parameters
+from layerskip_jax.training.trainable import ALL, trained
 
 TURNS = 5  # of the Newton-Schulz iteration, as published
 # Devices that hold copies take their share too; slices, a slower network apart, each do it all.
@@ -141,16 +142,18 @@ class Stack(NamedTuple):
         return self.dealt * TURNS * (4.0 * self.m**2 * self.n + 2.0 * self.m**3)
 
 
-def stacks(model: ModelConfig, devices: int) -> list[Stack]:
+def stacks(model: ModelConfig, devices: int, trainable: str = ALL) -> list[Stack]:
     """Returns what is made orthogonal together.
 
     Args:
       model: whose layers.
       devices: that they are dealt to.
+      trainable: which of the parameters are trained.
     """
     definition = ModelDefinition(model)
+    shapes = trained(definition.shapes, trainable)
     counts: dict[tuple[int, ...], int] = {}
-    for leaf, names in Matrices(definition.logical_axes).each(definition.shapes):
+    for leaf, names in Matrices(definition.logical_axes).each(shapes):
         if is_matrix(names):
             embed = leaf.shape[names.index("embed")]
             sides = sorted((embed, leaf.size // leaf.shape[0] // embed))

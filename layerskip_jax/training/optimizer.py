@@ -11,6 +11,7 @@ from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.schema import require_choice
 from layerskip_jax.training.muon import Matrices, muon
+from layerskip_jax.training.trainable import ALL, trained
 
 Transformation = optax.GradientTransformation
 Mask = Callable[[Parameters], Parameters]
@@ -53,11 +54,6 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule, Mask, Matrices]
 OPTIMIZERS = {"adamw": _adamw, "muon": muon}
 
 
-def trained(parameters: Parameters, trainable: str) -> Parameters:
-    """Returns the part of parameters, or of a nest like them, that a run trains."""
-    return {"exits": parameters["exits"]} if trainable == "exits" else parameters
-
-
 def make_optimizer(config: OptimizerConfig, total_steps: int, matrices: Matrices) -> Transformation:
     """Returns clipping followed by the optimizer; decay skips the scales of norms and the biases.
 
@@ -85,17 +81,18 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, matrices: Matrices
 
 
 @functools.cache
-def state_share(config: OptimizerConfig, model: ModelConfig) -> float:
-    """Returns the bytes of the optimizer's arrays as a multiple of those of the parameters.
+def state_share(config: OptimizerConfig, model: ModelConfig, trainable: str = ALL) -> float:
+    """Returns the bytes of the optimizer's arrays as a multiple of those of what it trains.
 
     Kept, since a search asks it of every layout of one model.
 
     Args:
       config: which optimizer.
       model: whose parameters.
+      trainable: which of them are trained.
     """
     definition = ModelDefinition(model)
-    shapes = definition.shapes
+    shapes = trained(definition.shapes, trainable)
 
     def size(tree) -> int:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]  # not the count of steps

@@ -30,8 +30,9 @@ from layerskip_jax.ops.linear import contract, contract_tokens
 from layerskip_jax.ops.linear_cross_entropy import Layout
 from layerskip_jax.schema import LARGEST_INT32, require
 from layerskip_jax.training.muon import Matrices
-from layerskip_jax.training.optimizer import make_optimizer, trained
+from layerskip_jax.training.optimizer import make_optimizer
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
+from layerskip_jax.training.trainable import check_trainable, trained
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     whole_rows = parts(mesh, rules.batch) == mesh.size
     product = contract_tokens if platform == "cpu" and whole_rows else contract
     definition = ModelDefinition(config.model, rules.constrain, attend, product)
+    check_trainable(definition.shapes, training.trainable)
     matrices = Matrices(definition.logical_axes, mesh, rules, config.model.dtype)
     optimizer = make_optimizer(config.optimizer, training.steps, matrices)
     parameters = parameter_shardings(definition.shapes, definition.logical_axes, mesh, rules)

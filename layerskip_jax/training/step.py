@@ -20,7 +20,8 @@ from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.ops.checksum import checksum
 from layerskip_jax.ops.linear_cross_entropy import ONE_DEVICE, Layout
 from layerskip_jax.training.exits import classifier_error, equal_exits, exits_loss
-from layerskip_jax.training.optimizer import learning_rate_schedule, trained
+from layerskip_jax.training.optimizer import learning_rate_schedule
+from layerskip_jax.training.trainable import merged, trained
 
 
 class TrainState(NamedTuple):
@@ -141,7 +142,7 @@ def make_train_step(
         )
         after = TrainState(
             state.step + 1,
-            {**state.parameters, **optax.apply_updates(part, updates)},
+            merged(state.parameters, optax.apply_updates(part, updates)),
             optimizer_state,
         )
         if guarded:
@@ -243,7 +244,7 @@ def _batch_gradient(definition: ModelDefinition, config: RunConfig, layout: Layo
         loss = _microbatch_loss(definition, config, layout)
 
     def of_trained(part, parameters, *rest):
-        return loss({**parameters, **part}, *rest)
+        return loss(merged(parameters, part), *rest)
 
     # Of what is trained alone: nothing goes back through a model that is left as it is.
     differentiated = jax.value_and_grad(of_trained, has_aux=True)
