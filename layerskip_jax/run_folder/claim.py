@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
 import jax
@@ -39,13 +39,25 @@ def opened_workdir(workdir: str | PurePath) -> Iterator[RunFolder]:
     folder.close()
 
 
-def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
+# What the length of a run is set by.
+LENGTH = ("config.training.steps:", "config.training.epochs:")
+
+
+def check_workdir(
+    folder: RunFolder,
+    config: RunConfig,
+    manifest: dict,
+    refuse_length: Callable[[RunConfig, RunConfig, int], None] | None = None,
+) -> None:
     """Checks, before anything is written, that `folder` is free or holds this very run.
 
     Args:
       folder: the run's folder, which need not exist.
       config: the resolved config.
       manifest: what the data is, as plain values; its `fingerprint` identifies it.
+      refuse_length: raises UserError unless the run in the folder may become one of another length,
+        given its config, the new one, and the steps of its newest checkpoint. Without it, it may
+        not.
 
     Raises:
       UserError: it holds a run with another config or other data, or something else.
@@ -54,6 +66,10 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
         changes = differences(_config_of(folder), config.to_dict())
         free = tuple(key if key.endswith(".") else f"{key}:" for key in changeable_keys(RunConfig))
         lines = [line for line in changes if not line.startswith(free)]
+        other_length = bool(lines) and all(line.startswith(LENGTH) for line in lines)
+        if other_length and refuse_length is not None:
+            refuse_length(RunConfig.from_dict(_config_of(folder)), config, _steps_done(folder))
+            lines = []
         if lines:
             raise UserError(
                 f"--workdir={folder.home} holds a run with another config:\n  "
@@ -79,6 +95,12 @@ def check_workdir(folder: RunFolder, config: RunConfig, manifest: dict) -> None:
             )
     elif home.exists():
         raise UserError(f"--workdir={home} is a file; take a folder")
+
+
+def _steps_done(folder: RunFolder) -> int:
+    """Returns the step of the newest checkpoint; 0 without one."""
+    saved = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
+    return max((int(entry.name) for entry in saved if entry.name.isdigit()), default=0)
 
 
 def _config_of(folder: RunFolder) -> dict:

@@ -40,6 +40,7 @@ from layerskip_jax.training.evaluation import (
 from layerskip_jax.training.flops import MFU_DEFINITION, CostModel
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
 from layerskip_jax.training.initialize import Initial, initial_parameters, resolve, shaped_like
+from layerskip_jax.training.lengthen import REMEDY, why_not
 from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
 from layerskip_jax.training.setup import TrainSetup, make_setup
@@ -280,7 +281,7 @@ def _claimed(
 ) -> Iterator[None]:
     """Makes the folder this run's, or checks that it is, and keeps other trainings out of it."""
     about = dataclasses.asdict(manifest)
-    check_workdir(folder, config, about)
+    check_workdir(folder, config, about, _refuse_length)
     wait_for_all("the folder is checked")
     with ExitStack() as held:
 
@@ -289,7 +290,8 @@ def _claimed(
             try:
                 with claiming(folder):
                     held.enter_context(locked(folder))
-                    check_workdir(folder, config, about)  # again: another run may have been first
+                    # Again: another run may have been first.
+                    check_workdir(folder, config, about, _refuse_length)
                     published = initial.files if initial is not None else {}
                     claim_workdir(folder, config, about, _tokenizer_file(config), published)
             except UserError as error:
@@ -299,6 +301,17 @@ def _claimed(
         if refusal := first_decides("the claim", claim):
             raise UserError(refusal)
         yield
+
+
+def _refuse_length(old: RunConfig, new: RunConfig, done: int) -> None:
+    """Stops unless a run may go on to another number of steps."""
+    before, after = old.training.steps, new.training.steps
+    if reasons := why_not(old, new, done):
+        raise UserError(
+            f"a run of {before} steps, of which {done} are done, cannot become one of {after}: "
+            f"{'; '.join(reasons)}. {REMEDY}"
+        )
+    logger.info("a run of %d steps, of which %d are done, becomes one of %d", before, done, after)
 
 
 def _open_checkpoints(config: RunConfig, manifest: Manifest, folder: RunFolder) -> Checkpoints:

@@ -192,6 +192,43 @@ def test_a_stopped_run_ends_with_the_very_same_parameters(
     _assert_equal_runs(finished, workdir)
 
 
+CONSTANT = (
+    "--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=2",
+    "--config.layer_dropout.time_schedule=constant",
+    "--config.early_exit.curriculum=rotational", "--config.checkpoint.every_steps=3",
+)  # fmt: skip
+
+
+def test_a_run_that_knows_no_end_can_be_lengthened(arguments, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    whole, lengthened = tmp_path / "whole", tmp_path / "lengthened"
+    flags = [*arguments, *CONSTANT]
+    assert main(["train", f"--workdir={whole}", *flags, "--config.training.steps=6"]) == 0
+    for steps in (4, 6):
+        command = ["train", f"--workdir={lengthened}", *flags, f"--config.training.steps={steps}"]
+        assert main(command) == 0
+    assert "of 4 steps, of which 4 are done, becomes one of 6" in caplog.text
+    ends = [load_run(workdir, 6).parameters for workdir in (whole, lengthened)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *ends))
+    first, second = (read_json_lines(RunFolder(w).metrics_file)[-1] for w in (whole, lengthened))
+    assert first["batches"] == second["batches"]
+    assert load_run(lengthened).config.training.steps == 6
+    before = (lengthened / "config.json").read_bytes()
+    assert main(["train", f"--workdir={lengthened}", *flags, "--config.training.steps=5"]) == 2
+    assert "cannot become one of 5: 6 steps are done" in capsys.readouterr().err
+    assert (lengthened / "config.json").read_bytes() == before
+
+
+def test_a_run_whose_schedules_know_its_end_keeps_to_it(finished, arguments, capsys):
+    """By name, and before anything is written."""
+    before = (finished / "config.json").read_bytes()
+    assert main(["train", f"--workdir={finished}", *arguments, "--config.training.steps=20"]) == 2
+    said = capsys.readouterr().err
+    assert "a run of 12 steps, of which 12 are done, cannot become one of 20" in said
+    assert "config.optimizer.schedule='cosine', by which step" in said
+    assert (finished / "config.json").read_bytes() == before
+
+
 def test_a_run_by_muon_goes_on_bit_for_bit(arguments, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [
