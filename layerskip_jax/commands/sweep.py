@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     if options.prompt_tokens is not None:
         require_count("--prompt-tokens", options.prompt_tokens, 1)
     for threshold in options.stop_below:
-        read_stop_below(threshold)
+        read_stop_below(threshold, "--stop-below")
     count, named = _prompts(options)
     for length in options.drafts:
         require_count("--drafts", length, 1)

@@ -27,25 +27,29 @@ PAIR_MODES = ("self_speculative", "draft_model")  # G drafts a cycle, always the
 DEFAULT_KV, DEFAULT_ROOM, MOST_ROOM = "propagate", 3, 63
 
 
-def read_stop_below(value: float | str) -> tuple[float, str]:
+def read_stop_below(value: float | str, name: str = "stop_below") -> tuple[float, str]:
     """Returns the threshold of `0.5`, `lead:0.6` or `learned:0.5`, and of which score it is.
+
+    Args:
+      value: as a request has it.
+      name: what it is called in messages.
 
     Raises:
       ConfigError: it is none of them, or not in (0, 1).
     """
     number, score = value, SURENESS[0]
     if isinstance(value, str):
-        name, colon, text = value.partition(":")
-        if colon and name in SURENESS:
-            score = name
+        before, colon, after = value.partition(":")
+        if colon and before in SURENESS:
+            score = before
         try:
-            number = float(text if score == name else value)
+            number = float(after if score == before else value)
         except ValueError:
             raise ConfigError(
-                f"stop_below={value!r} is neither a number nor one after lead: or learned:, such "
+                f"{name}={value!r} is neither a number nor one after lead: or learned:, such "
                 "as 0.5, lead:0.6 or learned:0.5"
             ) from None
-    require_range("stop_below", number, "(0, 1)")
+    require_range(name, number, "(0, 1)")
     return float(number), score
 
 

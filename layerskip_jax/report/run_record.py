@@ -231,6 +231,8 @@ def number(value: Any) -> float | None:
 
 def threshold(value: Any) -> str:
     """Returns a threshold that drafts end below, such as `0.4` or `lead:0.6`; "" if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return ""
     try:
         return stop_below_text(value)
     except ConfigError:

@@ -69,7 +69,7 @@ def test_best_drafts_as_the_sweep_found(swept, length, below):
     if length == 3:
         assert drafted("auto", stop_below=None).tokens == taken.tokens
         (_, stopped), *_ = (key for key in model.generator._evidence if len(key[0]) > 2)
-        assert stopped == (below and (pytest.approx(below), False))
+        assert stopped == (below and (pytest.approx(below), "probability"))
     # What the user gives counts; no exit of this model is less sure than that.
     assert drafted("best", stop_below=1e-6).drafting == always
     if length == 6:  # longer than any pair's

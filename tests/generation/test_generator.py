@@ -378,7 +378,7 @@ def test_auto_learns_how_often_drafting_went_on(model):
         # Plain decoding promises less than any draft, so that drafts are made.
         job = generator._job(Request([[5, 3]], 20, **options, stop_below=stop_below))
         costs = Costs(np.array([1e9, 1], np.float32), np.array([1e9, 1], np.float32))
-        generator._costs[1, job.arms, True, job.stop_below and False] = costs
+        generator._costs[1, job.arms, True, job.stop_below and job.stop_below.score] = costs
         generator.generate([[5, 3]], 20, **options, stop_below=stop_below)
         evidence = generator._evidence[job.evidence_key]
         assert evidence.examined[1] > 0 and evidence.asked[1] > 0
