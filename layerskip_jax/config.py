@@ -308,6 +308,11 @@ class RunConfig:
         0..4294967295.
       init_from: where the first parameters come from: a Hugging Face folder, a GGUF file or the
         folder of another run; its shape is then the model's. Empty draws them at random.
+      init_step: of a run that init_from names, the checkpoint to take, at least 0; 0 takes the
+        newest.
+      init_state: `parameters` takes those alone, and the run begins at step 0; `all` takes the
+        optimizer's state too and goes on after `init_step`, with the batches that come then and its
+        own schedules: a branch of that run.
       data: what the run reads.
       model: shape and numerics of the decoder.
       layer_dropout: when layers are skipped.
@@ -322,6 +327,8 @@ class RunConfig:
 
     seed: int = 0
     init_from: str = ""
+    init_step: int = 0
+    init_state: str = "parameters"
     data: DataConfig = changeable(DataConfig())
     model: ModelConfig = ModelConfig()
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
@@ -335,6 +342,19 @@ class RunConfig:
 
     def __post_init__(self):
         require_count("seed", self.seed, 0, LARGEST_UINT32)
+        require_count("init_step", self.init_step, 0)
+        require_choice("init_state", self.init_state, ("parameters", "all"))
+        require(
+            self.init_from != "" or (self.init_step == 0 and self.init_state == "parameters"),
+            f"init_step={self.init_step} and init_state={self.init_state!r} say what to take of "
+            "init_from, and that is empty; name a run there",
+        )
+        require(
+            self.init_state != "all" or 0 < self.init_step < self.training.steps,
+            f"init_state='all' goes on after init_step={self.init_step}, to be in "
+            f"1..{self.training.steps - 1} for training.steps={self.training.steps}; name the step "
+            "of a checkpoint, and the step to end at",
+        )
         exits, only_exits = self.model.exits, self.training.trainable == "exits"
         require(
             bool(exits) if only_exits else not exits.adapters,

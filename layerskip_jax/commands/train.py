@@ -29,5 +29,5 @@ def main(argv: list[str]) -> int:
     start_processes()
     config = load_config(config_arguments)
     require_own_folder(options.workdir)
-    initial = open_initial(config.init_from, options.workdir) if config.init_from else None
+    initial = open_initial(config, options.workdir) if config.init_from else None
     return train(config, options.workdir, initial)

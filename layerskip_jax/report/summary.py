@@ -1,5 +1,6 @@
 """The headline of a run: its few numbers that matter, each with its definition."""
 
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,9 @@ def sentence(run: RunRecord) -> str:
             f"Drafting with {run.best_pair()['exit_layer']} layers and verifying with the rest "
             f"decodes {times(speedup)} as fast as plain decoding."
         )
+    if run.config.init_state == "all":
+        source = PurePath(run.config.init_from).name
+        parts.append(f"It branched from step {run.config.init_step:,} of {source}.")
     if run.last_step < run.total_steps:
         parts.append(
             f"The run is not finished: {run.last_step:,} of {run.total_steps:,} steps are done."

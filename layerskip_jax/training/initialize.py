@@ -21,6 +21,7 @@ from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run, run_fold
 from layerskip_jax.schema import ConfigError, UserError
 from layerskip_jax.training.checkpoint import Checkpoints
 from layerskip_jax.training.setup import TrainSetup
+from layerskip_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,13 @@ class Initial(Protocol):
           UserError: they cannot be had in that shape.
         """
 
+    def branch(self, setup: TrainSetup) -> TrainState | None:
+        """Returns the whole state to go on from; None where a run begins with parameters alone.
+
+        Raises:
+          UserError: it is not that of such a run.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class _Published:
@@ -72,13 +80,22 @@ class _Published:
     def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
         return self.model.parameters(shardings, config)
 
+    def branch(self, setup: TrainSetup) -> None:
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class _OfRun:
-    """The newest checkpoint of a run."""
+    """A checkpoint of a run, the newest one for step 0."""
 
     folder: RunFolder
-    config: ModelConfig
+    run: RunConfig
+    step: int
+    whole: bool
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.run.model
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -107,9 +124,43 @@ class _OfRun:
             shardings,
         )
         checkpoints = Checkpoints(self.folder.checkpoints)
-        parameters = checkpoints.restore_parameters(None, template)
+        parameters = checkpoints.restore_parameters(self.step or None, template)
         checkpoints.close()
         return {name: part for name, part in parameters.items() if name != "exits"}
+
+    def branch(self, setup: TrainSetup) -> TrainState | None:
+        if not self.whole:
+            return None
+        ours, theirs = setup.config, self.run
+        for name, of in {
+            "optimizer.name": lambda run: run.optimizer.name,
+            "training.trainable": lambda run: run.training.trainable,
+            "model.exits": lambda run: run.model.exits,
+            "model.pad_vocab_to_multiple_of": lambda run: run.model.pad_vocab_to_multiple_of,
+        }.items():
+            _require_same_state(name, of(ours), of(theirs), self.folder.home)
+        clips = [run.optimizer.clip_norm > 0 for run in (ours, theirs)]
+        _require_same_state("optimizer.clip_norm > 0", *clips, self.folder.home)
+        template = setup.abstract_state()
+        checkpoints = Checkpoints(self.folder.checkpoints)
+        checkpoints.require_step(self.step)
+        logger.info("branching from step %d of %s", self.step, self.folder.home)
+        parameters, optimizer = checkpoints.restore(
+            self.step, template.parameters, template.optimizer
+        )
+        checkpoints.close()
+        counter = jax.device_put(jnp.int32(self.step), setup.shardings.step)
+        return TrainState(counter, parameters, optimizer)
+
+
+def _require_same_state(name: str, ours: object, theirs: object, home: AnyPath) -> None:
+    """Raises `UserError` where a setting that the optimizer's state depends on differs."""
+    if ours != theirs:
+        raise UserError(
+            f"config.init_state='all' takes over the optimizer's state of {home}, whose "
+            f"config.{name} is {theirs!r}, not {ours!r}; set it to that, or take "
+            "config.init_state='parameters'"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +179,18 @@ class _Begun:
     def parameters(self, config: ModelConfig, shardings: Parameters) -> Parameters:
         raise UserError("the run has no checkpoint any more and its init_from was not opened")
 
+    def branch(self, setup: TrainSetup) -> None:
+        return None  # and `parameters` says so
 
-def open_initial(source: str, workdir: str | PurePath) -> _Published | _OfRun | _Begun:
+
+def open_initial(run: RunConfig, workdir: str | PurePath) -> _Published | _OfRun | _Begun:
     """Opens what `config.init_from` names, for the run in `workdir`.
 
     Raises:
-      UserError: see `open_pretrained`.
+      UserError: see `open_pretrained`; or there is no such checkpoint, or one is named of a model
+        that has none.
     """
+    source, step = run.init_from, run.init_step
     folder = run_folder(workdir)
     if is_run(folder.path) and folder.checkpoints.is_dir():
         begun = json.loads(folder.config_file.read_text())
@@ -142,7 +198,22 @@ def open_initial(source: str, workdir: str | PurePath) -> _Published | _OfRun | 
             return _Begun(open_run(workdir)[1].model)
     if is_run(as_path(source)):
         of_run, config = open_run(source)
-        return _OfRun(of_run, config.model)
+        checkpoints = Checkpoints(of_run.checkpoints)
+        checkpoints.require_step(step or None)
+        checkpoints.close()
+        whole = run.init_state == "all"
+        if whole and of_run.skips():
+            raise UserError(
+                f"config.init_state='all': the run in {of_run.home} left batches out "
+                f"({of_run.skips_file.name}), so that its step {step} is not that of the order of "
+                "its data; take config.init_state='parameters'"
+            )
+        return _OfRun(of_run, config, step, whole)
+    if step or run.init_state == "all":
+        raise UserError(
+            f"config.init_step={step} and config.init_state={run.init_state!r} are of a run, and "
+            f"config.init_from={source} is none; leave them out"
+        )
     return _Published(open_pretrained(source))
 
 

@@ -369,7 +369,8 @@ def _restore_or_init(
     template = setup.abstract_state()
     restored = checkpoints.restore_newest(template.parameters, template.optimizer)
     if restored is None:
-        return (setup.init() if initial is None else _start_from(setup, initial)), 0, 0
+        state = setup.init() if initial is None else _start_from(setup, initial)
+        return state, int(state.step), 0
     step, parameters, optimizer = restored
     logger.info("going on from the checkpoint of step %d", step)
     counter = jax.device_put(jnp.int32(step), setup.shardings.step)
@@ -378,7 +379,8 @@ def _restore_or_init(
 
 
 def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
-    return setup.start_from(initial_parameters(setup, initial))
+    branch = initial.branch(setup)
+    return branch or setup.start_from(initial_parameters(setup, initial))
 
 
 def _record_evaluation(

@@ -142,6 +142,10 @@ def test_a_run_starts_from_another_run(continued, arguments, tmp_path, capsys):
     [
         ("--config.model.num_layers=5", "num_layers=5 contradicts config.init_from, whose model"),
         ("--config.init_from=/nowhere", "/nowhere is no folder and no .gguf file"),
+        (
+            "--config.init_step=3",
+            "init_step=3 and config.init_state='parameters' are of a run, and",
+        ),
         ("--config.mesh.shape.tensor=4", "not divisible by the 4 devices"),
     ],
 )

@@ -219,6 +219,51 @@ def test_a_run_that_knows_no_end_can_be_lengthened(arguments, tmp_path, capsys, 
     assert (lengthened / "config.json").read_bytes() == before
 
 
+def test_a_branch_goes_on_with_the_state_and_the_batches_of_its_step(
+    finished, arguments, tmp_path, capsys
+):
+    """The same settings from step 5 of 12 end in the same bits; the first run is not touched."""
+    before = sorted((file, file.stat().st_mtime_ns) for file in finished.rglob("*"))
+    branch = tmp_path / "branch"
+    command = [
+        "train", f"--workdir={branch}", *arguments, f"--config.init_from={finished}",
+        "--config.init_step=5", "--config.init_state=all",
+    ]  # fmt: skip
+    assert main(command) == 0
+    ends = [load_run(workdir, 12).parameters for workdir in (finished, branch)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *ends))
+    records = [
+        {record["step"]: record["batches"] for record in read_json_lines(RunFolder(w).metrics_file)}
+        for w in (finished, branch)
+    ]
+    assert min(records[1]) > 5 and records[0][12] == records[1][12]
+    assert main(command) == 0  # done, from its own checkpoints
+    assert sorted((file, file.stat().st_mtime_ns) for file in finished.rglob("*")) == before
+    config = json.loads((branch / "config.json").read_text())
+    assert (config["init_from"], config["init_step"]) == (str(finished), 5)
+    assert main(["report", f"--workdir={branch}", f"--output={tmp_path / 'page.html'}"]) == 0
+    assert f"branched from step 5 of {finished.name}" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.init_step=7"], "no checkpoint of step 7; it has [5, 10, 12]"),
+        (["--config.init_step=12", "--config.init_state=all"], "init_step=12, to be in 1..11"),
+        (
+            ["--config.init_step=5", "--config.init_state=all", "--config.optimizer.name=muon"],
+            "whose config.optimizer.name is 'adamw', not 'muon'",
+        ),
+    ],
+)
+def test_a_branch_that_cannot_be_is_refused(finished, arguments, tmp_path, capsys, flags, message):
+    command = ["train", f"--workdir={tmp_path / 'no'}", *arguments]
+    assert main([*command, f"--config.init_from={finished}", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert main([*command, "--config.init_step=5"]) == 2
+    assert "say what to take of init_from, and that is empty" in capsys.readouterr().err
+
+
 def test_a_run_whose_schedules_know_its_end_keeps_to_it(finished, arguments, capsys):
     """By name, and before anything is written."""
     before = (finished / "config.json").read_bytes()
