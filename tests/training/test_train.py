@@ -270,7 +270,7 @@ def test_a_run_whose_schedules_know_its_end_keeps_to_it(finished, arguments, cap
     assert main(["train", f"--workdir={finished}", *arguments, "--config.training.steps=20"]) == 2
     said = capsys.readouterr().err
     assert "a run of 12 steps, of which 12 are done, cannot become one of 20" in said
-    assert "config.optimizer.schedule='cosine', by which step" in said
+    assert "config.optimizer.warmup_steps=100, by which step 1 was another" in said
     assert (finished / "config.json").read_bytes() == before
 
 
