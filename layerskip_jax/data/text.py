@@ -16,6 +16,7 @@ from layerskip_jax.schema import require
 # Tokens before new ones that are decoded with them. A few, since what a decoder does at a token
 # depends on its neighbours; not all, or a text of n tokens would take n^2.
 CONTEXT = 8
+CHARACTER = 4  # bytes that one has at most in UTF-8, each perhaps a token
 UNFINISHED = "\ufffd"  # what decoders make of bytes that are no character, or not yet
 
 
@@ -80,10 +81,17 @@ class Continuation:
         self._shorten()
 
     def _shorten(self) -> None:
-        """Forgets what lies far back, but never all text: a first word is decoded otherwise."""
+        """Forgets what lies far back, but never all text: a first word is decoded otherwise.
+
+        Nor a part of a character: where bytes are tokens, half a one spoils all bytes after it.
+        """
         count = CONTEXT
         while count < len(self._before) and not self._tokenizer.decode(self._before[-count:]):
             count *= 2
+        for whole in range(count, count + CHARACTER):
+            if not self._tokenizer.decode(self._before[-whole:]).startswith(UNFINISHED):
+                count = whole
+                break
         self._before = self._before[-count:]
 
 

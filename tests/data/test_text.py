@@ -173,6 +173,17 @@ def test_prompt_and_text_are_what_the_model_wrote(kind, text, share):
     assert made.encode(prompt + row.text, add_special_tokens=False).ids == ids
 
 
+@pytest.mark.parametrize("kind", LOSSLESS)
+@pytest.mark.parametrize(
+    "text", ["ééé\t\t<|turn|>", "日本語日本語日本語 <|turn|>", "😀😀😀😀é|😀|"]
+)
+def test_what_is_forgotten_ends_with_a_character(kind, text):
+    """Where bytes are tokens, half a character spoils the decoding of all bytes after it."""
+    made = tokenizer(kind)
+    row, pieces = _written(made, [], made.encode(text, add_special_tokens=False).ids)
+    assert row.text == "".join(pieces) == text
+
+
 @kinds
 @few
 @given(data=st.data())
