@@ -40,6 +40,9 @@ class _Base:
     def check_tokenizer(self, file):
         """It has none."""
 
+    def branch(self, setup):
+        return None
+
     def parameters(self, config, shardings):
         assert not config.exits
         made = ModelDefinition(config).init(jax.random.key(7))
