@@ -46,13 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--each={options.each}: give 1 or more")
     if options.characters < 100:
         parser.error(f"--characters={options.characters}: give 100 or more")
-    if options.workdir:
-        lines = easy_and_hard(options.workdir, options.data, options.each)
-        options.output.write_text("".join(lines), encoding="utf-8")
-        print(f"{len(lines)} prompts in {options.output}")
-        return 0
-    lines = []
-    for task, texts in TASKS.items():
+    lines = easy_and_hard(options.workdir, options.data, options.each) if options.workdir else []
+    for task, texts in () if options.workdir else TASKS.items():
         found = texts(random.Random(options.seed), options.characters)
         prompts = list(itertools.islice(unique(found), options.each))
         if len(prompts) < options.each:

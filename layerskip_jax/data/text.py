@@ -85,13 +85,18 @@ class Continuation:
 
         Nor a part of a character: where bytes are tokens, half a one spoils all bytes after it.
         """
-        count = CONTEXT
-        while count < len(self._before) and not self._tokenizer.decode(self._before[-count:]):
+
+        def last(count: int) -> str:
+            return self._tokenizer.decode(self._before[-count:])
+
+        count, text = CONTEXT, last(CONTEXT)
+        while count < len(self._before) and not text:
             count *= 2
-        for whole in range(count, count + CHARACTER):
-            if not self._tokenizer.decode(self._before[-whole:]).startswith(UNFINISHED):
-                count = whole
-                break
+            text = last(count)
+        if text.startswith(UNFINISHED):
+            longer = range(count + 1, count + CHARACTER)
+            whole = (n for n in longer if not last(n).startswith(UNFINISHED))
+            count = next(whole, count)
         self._before = self._before[-count:]
 
 

@@ -1,6 +1,7 @@
 """Memory, traffic and time of a training step on GPUs, by arithmetic alone."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,6 +10,7 @@ from layerskip_jax.config import RunConfig
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.distributed.sharding import least_accumulation
 from layerskip_jax.hardware.topology import Topology
+from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
 from layerskip_jax.ops.attention import choose_kernel
 from layerskip_jax.ops.remat import REMAT_POLICIES
@@ -64,9 +66,8 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     exits = count * tokens * model.model_dim * width / shape["tensor"]
     logits = 2 * 4 * rows * training.loss_chunk * model.vocab_rows / shape["tensor"]
     working = tokens * (4 * model.model_dim + 3 * model.ffn_dim) * width / shape["tensor"]
-    shapes = ModelDefinition(model).shapes
-    part = trained(shapes, training.trainable)
-    changed = 4.0 * _size(part) if frozen else parameters * _size(part) / _size(shapes)
+    part, whole = _sizes(model, training.trainable)
+    changed = 4.0 * part if frozen else parameters * part / whole
     temporaries = changed + gathered + exits + logits + working
     optimizer = changed * state_share(config.optimizer, model, training.trainable)
     memory = Memory(
@@ -81,8 +82,13 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     return timed(config, topology, False, memory, traffic, planned, 0.0)
 
 
-def _size(tree: dict) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+@functools.cache
+def _sizes(model: ModelConfig, trainable: str) -> tuple[int, int]:
+    """Returns the scalars that are trained, and all; kept, since a search asks for every layout."""
+    shapes = ModelDefinition(model).shapes
+    trees = trained(shapes, trainable), shapes
+    part, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees)
+    return part, whole
 
 
 def _traffic(

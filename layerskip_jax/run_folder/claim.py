@@ -63,12 +63,12 @@ def check_workdir(
       UserError: it holds a run with another config or other data, or something else.
     """
     if folder.config_file.is_file():
-        changes = differences(_config_of(folder), config.to_dict())
+        begun = _config_of(folder)
+        changes = differences(begun.to_dict(), config.to_dict())
         free = tuple(key if key.endswith(".") else f"{key}:" for key in changeable_keys(RunConfig))
         lines = [line for line in changes if not line.startswith(free)]
-        other_length = bool(lines) and all(line.startswith(LENGTH) for line in lines)
-        if other_length and refuse_length is not None:
-            refuse_length(RunConfig.from_dict(_config_of(folder)), config, _steps_done(folder))
+        if lines and refuse_length and all(line.startswith(LENGTH) for line in lines):
+            refuse_length(begun, config, _steps_done(folder))
             lines = []
         if lines:
             raise UserError(
@@ -103,9 +103,9 @@ def _steps_done(folder: RunFolder) -> int:
     return max((int(entry.name) for entry in saved if entry.name.isdigit()), default=0)
 
 
-def _config_of(folder: RunFolder) -> dict:
+def _config_of(folder: RunFolder) -> RunConfig:
     """Returns the run's config; settings newer than the run take their defaults."""
-    return RunConfig.of_run(json.loads(folder.config_file.read_text())).to_dict()
+    return RunConfig.of_run(json.loads(folder.config_file.read_text()))
 
 
 def claim_workdir(

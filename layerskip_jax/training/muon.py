@@ -17,8 +17,9 @@ once each way and never gathered by all.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -84,30 +85,22 @@ def is_matrix(names: Names) -> bool:
 
 
 def muon(
-    config: OptimizerConfig,
-    rate: optax.Schedule,
-    decayed: Callable[[Parameters], Parameters],
-    matrices: Matrices,
+    config: OptimizerConfig, rate: optax.Schedule, matrices: Matrices
 ) -> optax.GradientTransformation:
-    """Returns Muon for the matrices of the layers, and AdamW for the rest.
+    """Returns Muon for parameters that are all matrices of the layers.
 
     Args:
       config: `muon_learning_rate`, `muon_momentum` and `muon_rms` are Muon's own.
-      rate: AdamW's; Muon's has the same shape.
-      decayed: which parameters decay.
-      matrices: which parameters Muon takes.
+      rate: of the other parameters; Muon's has the same shape.
+      matrices: how they lie on the devices.
     """
     factor = config.muon_learning_rate / config.learning_rate or 1.0
-    own = optax.chain(
+    return optax.chain(
         _momentum(config.muon_momentum),
         _orthogonalise(config.muon_rms, matrices),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(lambda step: factor * rate(step)),
     )
-    adamw = optax.adamw(
-        rate, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
-    )
-    return optax.partition({"muon": own, "adamw": adamw}, matrices.labels)
 
 
 def _momentum(beta: float) -> optax.GradientTransformation:
@@ -142,8 +135,11 @@ class Stack(NamedTuple):
         return self.dealt * TURNS * (4.0 * self.m**2 * self.n + 2.0 * self.m**3)
 
 
-def stacks(model: ModelConfig, devices: int, trainable: str = ALL) -> list[Stack]:
+@functools.lru_cache(maxsize=8)
+def stacks(model: ModelConfig, devices: int, trainable: str = ALL) -> tuple[Stack, ...]:
     """Returns what is made orthogonal together.
+
+    Kept, since the cost of every step asks for it.
 
     Args:
       model: whose layers.
@@ -158,7 +154,9 @@ def stacks(model: ModelConfig, devices: int, trainable: str = ALL) -> list[Stack
             embed = leaf.shape[names.index("embed")]
             sides = sorted((embed, leaf.size // leaf.shape[0] // embed))
             counts[tuple(sides)] = counts.get(tuple(sides), 0) + leaf.shape[0]
-    return [Stack(m, n, count, -(-count // devices) * devices) for (m, n), count in counts.items()]
+    return tuple(
+        Stack(m, n, count, -(-count // devices) * devices) for (m, n), count in counts.items()
+    )
 
 
 def _orthogonalise(rms: float, matrices: Matrices) -> optax.GradientTransformation:

@@ -47,11 +47,21 @@ def _adamw(
     )
 
 
+def _muon(
+    config: OptimizerConfig, rate: optax.Schedule, decayed: Mask, matrices: Matrices
+) -> Transformation:
+    ways = {
+        "muon": muon(config, rate, matrices),
+        "adamw": _adamw(config, rate, decayed, matrices),
+    }
+    return optax.partition(ways, matrices.labels)
+
+
 # By name, what makes it of its settings, its learning rate, which parameters decay, and which are
 # matrices of the layers. Its state is what its `init` makes: shardings, checkpoints and plans read
 # no more than that.
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule, Mask, Matrices], Transformation]]
-OPTIMIZERS = {"adamw": _adamw, "muon": muon}
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, matrices: Matrices) -> Transformation:

@@ -291,7 +291,7 @@ def _claimed(
                 with claiming(folder):
                     held.enter_context(locked(folder))
                     # Again: another run may have been first.
-                    check_workdir(folder, config, about, _refuse_length)
+                    check_workdir(folder, config, about, _lengthen)
                     published = initial.files if initial is not None else {}
                     claim_workdir(folder, config, about, _tokenizer_file(config), published)
             except UserError as error:
@@ -311,6 +311,12 @@ def _refuse_length(old: RunConfig, new: RunConfig, done: int) -> None:
             f"a run of {before} steps, of which {done} are done, cannot become one of {after}: "
             f"{'; '.join(reasons)}. {REMEDY}"
         )
+
+
+def _lengthen(old: RunConfig, new: RunConfig, done: int) -> None:
+    """The same, and says that it does."""
+    _refuse_length(old, new, done)
+    before, after = old.training.steps, new.training.steps
     logger.info("a run of %d steps, of which %d are done, becomes one of %d", before, done, after)
 
 
@@ -369,8 +375,10 @@ def _restore_or_init(
     template = setup.abstract_state()
     restored = checkpoints.restore_newest(template.parameters, template.optimizer)
     if restored is None:
+        # Known without the state, which is still being made while the step is compiled.
+        branched, begun = setup.config.init_state == "all", setup.config.init_step
         state = setup.init() if initial is None else _start_from(setup, initial)
-        return state, int(state.step), 0
+        return state, begun if branched else 0, 0
     step, parameters, optimizer = restored
     logger.info("going on from the checkpoint of step %d", step)
     counter = jax.device_put(jnp.int32(step), setup.shardings.step)

@@ -207,7 +207,7 @@ def test_a_run_that_knows_no_end_can_be_lengthened(arguments, tmp_path, capsys, 
     for steps in (4, 6):
         command = ["train", f"--workdir={lengthened}", *flags, f"--config.training.steps={steps}"]
         assert main(command) == 0
-    assert "of 4 steps, of which 4 are done, becomes one of 6" in caplog.text
+    assert caplog.text.count("of 4 steps, of which 4 are done, becomes one of 6") == 1
     ends = [load_run(workdir, 6).parameters for workdir in (whole, lengthened)]
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *ends))
     first, second = (read_json_lines(RunFolder(w).metrics_file)[-1] for w in (whole, lengthened))
