@@ -14,6 +14,11 @@ from layerskip_jax.model.config import ModelConfig
 PREFILL_CHUNK = 512
 
 
+def beyond_newest(prompt_length: int, lookahead: int) -> int:
+    """Returns the most tokens that a pass writes beyond a row's newest, given P and `lookahead`."""
+    return max(min(prompt_length, PREFILL_CHUNK), lookahead)
+
+
 def prefill(
     weights: DecoderWeights,
     prompts: Int[Array, "B P"],
@@ -41,7 +46,7 @@ def prefill(
     """
     last_states, cache = _read(
         weights, prompts, lengths,
-        config=config, num_layers=num_layers, positions=prompts.shape[1] + capacity + lookahead,
+        config=config, num_layers=num_layers, capacity=capacity, lookahead=lookahead,
     )  # fmt: skip
     sequences = empty_sequences(lengths, capacity + lookahead, limits.stop.shape[1])
     first = choose(read_head(weights, last_states, num_layers), lengths[:, None], sampling)
@@ -60,18 +65,19 @@ def read_for_drafts(
     """Returns the cache of a draft model that has read the prompts; arguments as in `prefill`."""
     return _read(
         weights, prompts, lengths,
-        config=config, num_layers=config.num_layers,
-        positions=prompts.shape[1] + capacity + lookahead,
+        config=config, num_layers=config.num_layers, capacity=capacity, lookahead=lookahead,
     )[1]  # fmt: skip
 
 
 def _read(
-    weights, prompts, lengths, *, config, num_layers, positions
+    weights, prompts, lengths, *, config, num_layers, capacity, lookahead
 ) -> tuple[Float[Array, "B 1 D"], Cache]:
-    """Returns the states of the prompts' last tokens, and a cache of so many positions."""
+    """Returns the states of the prompts' last tokens, and a cache with room for what follows."""
     batch, length = prompts.shape
-    cache = empty_cache(config, num_layers, batch, positions)
     chunk = min(length, PREFILL_CHUNK)
+    cache = empty_cache(
+        config, num_layers, batch, length + capacity + lookahead, beyond_newest(length, lookahead)
+    )
     if length % chunk:
         raise ValueError(f"prompts padded to {length} are no whole number of {chunk} tokens")
 
@@ -79,7 +85,10 @@ def _read(
         cache, last_states = state
         start = index * chunk
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
-        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
+        # Rows that have ended write just beyond their end, again and again: a layer with a window
+        # has no slots for more.
+        begin = jnp.minimum(start, lengths)
+        positions = begin[:, None] + jnp.arange(chunk)
         x, cache = run_layers(weights, cache, weights.embedding[tokens], positions, 0, num_layers)
         within = lengths - 1 - start
         found = jnp.take_along_axis(x, jnp.clip(within, 0, chunk - 1)[:, None, None], axis=1)

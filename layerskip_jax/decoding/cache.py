@@ -3,9 +3,11 @@
 Slot j of a row holds the keys and values of position j. Rows have lengths of their own. New
 tokens are written where they belong and see only the slots up to their own position, so
 whatever lies beyond, such as rejected drafts or the padding of a prompt, is never read and
-is overwritten in time.
+is overwritten in time. A layer with a window keeps no more than that and what one pass may write
+beyond a row's newest token: position j lies in slot j modulo their number.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -63,6 +65,10 @@ class Cache(NamedTuple):
     cos: Float[Array, "T h2"]
     sin: Float[Array, "T h2"]
 
+    def is_cyclic(self, layer: int) -> bool:
+        """Whether a layer has fewer slots than there are positions."""
+        return self.layers[layer].v.shape[-2] < self.cos.shape[0]
+
 
 def cache_slots(positions: int) -> int:
     """Returns the slots of a cache for so many positions.
@@ -72,17 +78,48 @@ def cache_slots(positions: int) -> int:
     return -(-positions // 64) * 64
 
 
-def empty_cache(config: ModelConfig, num_layers: int, batch_size: int, positions: int) -> Cache:
-    """Returns a cache for so many positions a row; writing past it would be silent."""
-    slots = cache_slots(positions)
+def layer_slots(config: ModelConfig, layer: int, positions: int, beyond: int) -> int:
+    """Returns the slots of one layer's cache.
+
+    Args:
+      config: the model's; of a layer with a window its slots suffice.
+      layer: its number, from 0.
+      positions: of a row, all in all.
+      beyond: the most tokens that a pass may write beyond a row's newest.
+    """
+    window = config.layer_kind(layer).window
+    return cache_slots(min(positions, window + beyond) if window else positions)
+
+
+def empty_cache(
+    config: ModelConfig,
+    num_layers: int,
+    batch_size: int,
+    positions: int,
+    beyond: int | None = None,
+) -> Cache:
+    """Returns a cache for so many positions a row; writing past it would be silent.
+
+    Args:
+      config: shapes.
+      num_layers: layers that run.
+      batch_size: B.
+      positions: of a row, all in all.
+      beyond: the most tokens that a pass may write beyond a row's newest, for layers with a window;
+        None where one pass may write all.
+    """
     rows: tuple[int, ...] = (batch_size, config.num_kv_heads)
     on_mesh = not jax.sharding.get_abstract_mesh().empty
     if not on_mesh:
         rows = () if math.prod(rows) == 1 else (math.prod(rows),)
-    values = jnp.zeros((*rows, slots, config.head_dim), config.compute_dtype)
-    keys = values if on_mesh else values.swapaxes(-1, -2)
-    cos, sin = rope_tables(jnp.arange(slots)[None], config)
-    return Cache((LayerCache(keys, values),) * num_layers, cos[0], sin[0])
+
+    def layer(index: int) -> LayerCache:
+        slots = layer_slots(config, index, positions, positions if beyond is None else beyond)
+        values = jnp.zeros((*rows, slots, config.head_dim), config.compute_dtype)
+        return LayerCache(values if on_mesh else values.swapaxes(-1, -2), values)
+
+    cos, sin = rope_tables(jnp.arange(cache_slots(positions))[None], config)
+    return Cache(tuple(map(layer, range(num_layers))), cos[0], sin[0])
 
 
 def run_layers(
@@ -114,8 +151,9 @@ def run_layers(
     for index in range(first, last):
         layer = weights.layers[index]
         q, k, v = layer.project(x, cos, sin, layers[index].kv_heads(x.shape[0]))
-        layers[index] = _with_new(layers[index], k, v, positions)
-        after = layer.finish(x, cached_attention(q, *layers[index], positions))
+        layers[index] = _with_new(layers[index], k, v, positions, cyclic=cache.is_cyclic(index))
+        attended = cached_attention(q, *layers[index], positions, layer.kind.window)
+        after = layer.finish(x, attended)
         x = after if going is None else jnp.where(going[:, None, None], after, x)
     return x, cache._replace(layers=tuple(layers))
 
@@ -144,7 +182,7 @@ def propagate(
     written = list(cache.layers)
     for index in range(first, last):
         _, k, v = layers[index].project(x, cos, sin, written[index].kv_heads(x.shape[0]))
-        written[index] = _with_new(written[index], k, v, positions)
+        written[index] = _with_new(written[index], k, v, positions, cyclic=cache.is_cyclic(index))
     return cache._replace(layers=tuple(written))
 
 
@@ -153,9 +191,12 @@ def _with_new(
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
     positions: Int[Array, "B S"],
+    *,
+    cyclic: bool,
 ) -> LayerCache:
     return LayerCache(
-        _write(layer.k, k, positions, transposed=not layer.on_mesh), _write(layer.v, v, positions)
+        _write(layer.k, k, positions, transposed=not layer.on_mesh, cyclic=cyclic),
+        _write(layer.v, v, positions, cyclic=cyclic),
     )
 
 
@@ -194,22 +235,29 @@ def _write(
     positions: Int[Array, "B S"],
     *,
     transposed: bool = False,
+    cyclic: bool = False,
 ) -> Float[Array, "*BK m n"]:
-    """Writes what is new of each row into its slots, which are the last axis if transposed."""
+    """Writes what is new of each row into its slots, which are the last axis if transposed.
+
+    With `cyclic` the first slot follows on the last one.
+    """
     batch, kv_heads = new.shape[:2]
+    update = jax.lax.dynamic_update_slice
+    if cyclic:
+        update = functools.partial(_update_cyclic, axis=-1 if transposed else -2)
     if transposed:
         new = new.swapaxes(2, 3)
     if cache.ndim == 4:
         # On a mesh all rows at once, each where it lies; one by one, all devices would write all.
         return jax.vmap(
-            lambda row, part, start: jax.lax.dynamic_update_slice(row, part, (0, start, 0))
+            lambda row, part, start: update(row, part, (jnp.int32(0), start, jnp.int32(0)))
         )(cache, new, positions[:, 0])
     parts = {2: new[:, 0], 3: new}[cache.ndim]  # of one row
 
     def write(cache, part, row, start):
         slot = (0, start) if transposed else (start, 0)
         of_row = {2: (), 3: (row * kv_heads,)}[cache.ndim]
-        return jax.lax.dynamic_update_slice(cache, part, tuple(map(jnp.int32, (*of_row, *slot))))
+        return update(cache, part, tuple(map(jnp.int32, (*of_row, *slot))))
 
     if batch <= MOST_SLICES:
         for row in range(batch):
@@ -219,3 +267,36 @@ def _write(
     return jax.lax.fori_loop(
         0, batch, lambda row, cache: write(cache, parts[row], row, positions[row, 0]), cache
     )
+
+
+def _update_cyclic(
+    cache: Array, part: Array, start: tuple[Int[Array, ""], ...], *, axis: int
+) -> Array:
+    """Returns `dynamic_update_slice` where what goes beyond the end of `axis` goes on at its start.
+
+    As many slots at the end, and then at the start, are written as the part has, with what they
+    held where nothing is new.
+
+    Args:
+      cache: what is written.
+      part: shorter along `axis`.
+      start: an index a dimension; that of `axis` modulo its size.
+      axis: -1 or -2.
+    """
+    size, new = cache.shape[axis], part.shape[axis]
+    first = start[axis] % size
+
+    def write(cache, begin, offset):
+        """Writes slots from `begin` on; the part begins `offset` after it."""
+        at = list(start)
+        at[axis] = begin
+        index = jnp.arange(new) - offset
+        fresh = (index >= 0) & (index < new)
+        fresh = fresh if axis == -1 else fresh[:, None]
+        held = jax.lax.dynamic_slice(cache, at, part.shape)
+        value = jnp.where(fresh, jnp.roll(part, offset, axis), held)
+        return jax.lax.dynamic_update_slice(cache, value, at)
+
+    begin = jnp.minimum(first, size - new)
+    cache = write(cache, begin, first - begin)
+    return cache if new == 1 else write(cache, jnp.int32(0), first - size)

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from layerskip_jax.model.layers import RMSNorm
+from layerskip_jax.model.config import LayerKind
+from layerskip_jax.model.layers import HeadsNorm, RMSNorm
 from layerskip_jax.model.rope import apply_rope
 from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.ops.elementwise import swiglu
@@ -101,14 +102,17 @@ class DecoderLayer(NamedTuple):
     """One layer; K key/value heads, each with its G = H / K queries.
 
     Attributes:
-      attention_norm: before the attention.
+      attention_norm: before the attention, or after it.
       qkv: for each key/value head its G queries, its key and its value, so that splitting the
         key/value heads over devices splits all of them.
       qkv_bias: in the same order; None where the model has none.
       output: from the heads, in the same order, back to the residual stream.
-      mlp_norm: before the MLP.
+      mlp_norm: before the MLP, or after it.
       gate_up: a gate and an up projection for each hidden unit.
       down: back to the residual stream.
+      kind: its window, whether it has rotary positions, and where its norms are.
+      q_norm: of queries; None where the model has none.
+      k_norm: of keys.
     """
 
     attention_norm: RMSNorm
@@ -118,6 +122,9 @@ class DecoderLayer(NamedTuple):
     mlp_norm: RMSNorm
     gate_up: Matrix
     down: Matrix
+    kind: LayerKind = LayerKind()
+    q_norm: HeadsNorm | None = None
+    k_norm: HeadsNorm | None = None
 
     def project(
         self,
@@ -126,18 +133,32 @@ class DecoderLayer(NamedTuple):
         sin: Float[Array, "B S h2"],
         kv_heads: int,
     ) -> tuple[Float[Array, "B K G S h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]:
-        """Returns rotated queries, rotated keys, and values, heads before positions."""
+        """Returns queries and keys, normed and rotated where the model has that, and values.
+
+        Heads come before positions.
+        """
         batch, length = x.shape[:2]
         size = 2 * cos.shape[-1]
-        y = self.qkv(self.attention_norm(x))
+        y = self.qkv(x if self.kind.norm_after else self.attention_norm(x))
         if self.qkv_bias is not None:
             y = y + self.qkv_bias
         y = y.reshape(batch, length, kv_heads, -1, size)
         queries_and_key = y[..., :-1, :]
-        rotated = apply_rope(queries_and_key.reshape(batch, length, -1, size), cos, sin)
-        rotated = rotated.reshape(queries_and_key.shape)
-        q = rotated[..., :-1, :].transpose(0, 2, 3, 1, 4)
-        return q, rotated[..., -1, :].swapaxes(1, 2), y[..., -1, :].swapaxes(1, 2)
+        if self.q_norm is not None:
+            queries_and_key = self._normed(queries_and_key)
+        if self.kind.rotary:
+            flat = queries_and_key.reshape(batch, length, -1, size)
+            queries_and_key = apply_rope(flat, cos, sin).reshape(queries_and_key.shape)
+        q = queries_and_key[..., :-1, :].transpose(0, 2, 3, 1, 4)
+        return q, queries_and_key[..., -1, :].swapaxes(1, 2), y[..., -1, :].swapaxes(1, 2)
+
+    def _normed(self, heads: Float[Array, "B S K G1 h"]) -> Float[Array, "B S K G1 h"]:
+        """Returns the queries, if there are any, and the key of each key/value head, normed."""
+        queries, key = heads[..., :-1, :], heads[..., -1, :]
+        if queries.size:
+            flat = queries.reshape(*heads.shape[:2], -1, heads.shape[-1])
+            queries = self.q_norm(flat).reshape(queries.shape)
+        return jnp.concatenate([queries, self.k_norm(key)[..., None, :]], axis=-2)
 
     def without_queries(self, kv_heads: int, head_dim: int) -> "DecoderLayer":
         """Returns a layer that projects keys and values only, given K and h."""
@@ -154,9 +175,13 @@ class DecoderLayer(NamedTuple):
     ) -> Float[Array, "B S D"]:
         """Adds both residual branches, given the attended values of the first."""
         heads = attended.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
-        x = x + self.output(heads)
-        hidden = self.gate_up(self.mlp_norm(x)).reshape(*x.shape[:2], -1, 2)
-        return x + self.down(swiglu(hidden[..., 0], hidden[..., 1]))
+        attention = self.output(heads)
+        after = self.kind.norm_after
+        x = x + (self.attention_norm(attention) if after else attention)
+        hidden = self.gate_up(x if after else self.mlp_norm(x))
+        hidden = hidden.reshape(*x.shape[:2], -1, 2)
+        mlp = self.down(swiglu(hidden[..., 0], hidden[..., 1]))
+        return x + (self.mlp_norm(mlp) if after else mlp)
 
 
 class DraftHead(NamedTuple):
@@ -316,6 +341,9 @@ def _laid_out(
                 jnp.stack([block.mlp.gate[...], block.mlp.up[...]], -1), config.model_dim
             ),
             down=matrix(block.mlp.down[...], config.ffn_dim),
+            kind=config.layer_kind(index),
+            q_norm=block.attention.q_norm if block.attention.has_norm else None,
+            k_norm=block.attention.k_norm if block.attention.has_norm else None,
         )
 
     head = matrix(model.head_weight[:, : config.vocab_size], config.model_dim)

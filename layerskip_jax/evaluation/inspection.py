@@ -4,6 +4,7 @@ LayerSkip, section 3.1: most tokens are decided long before the last layer, and 
 mind on the way. An exit's prediction is the token it likes best; nothing is drawn.
 """
 
+import dataclasses
 import functools
 import keyword
 import re
@@ -100,6 +101,7 @@ def read_exits(
         q, k, v = layer.project(x, cos, sin, config.num_kv_heads)
         split = q.shape[1:3]
         q = q.transpose(0, 3, 1, 2, 4).reshape(batch, length, config.num_heads, -1)
+        attend = dataclasses.replace(attend, window=layer.kind.window)
         attended = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids)
         attended = attended.reshape(batch, length, *split, -1).transpose(0, 2, 3, 1, 4)
         x = layer.finish(x, attended)

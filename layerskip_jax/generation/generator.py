@@ -13,8 +13,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.decoding.adaptive import Depth, DepthCounts, no_depth_counts, no_waiting
-from layerskip_jax.decoding.autoregressive import PREFILL_CHUNK, prefill, read_for_drafts
-from layerskip_jax.decoding.cache import Cache, cache_slots
+from layerskip_jax.decoding.autoregressive import (
+    PREFILL_CHUNK,
+    beyond_newest,
+    prefill,
+    read_for_drafts,
+)
+from layerskip_jax.decoding.cache import Cache, cache_slots, layer_slots
 from layerskip_jax.decoding.exit_policy import candidate_exits
 from layerskip_jax.decoding.sampling import Sampling
 from layerskip_jax.decoding.sequences import Limits, SequenceState, stop_table
@@ -105,6 +110,7 @@ class _Job(NamedTuple):
     depth: Depth | None
     threshold: np.ndarray
     stop_below: StopBelow | None
+    has_window: bool
 
     @property
     def evidence_key(self) -> tuple:
@@ -127,11 +133,17 @@ class _Job(NamedTuple):
         return cache_slots(self.prompts.shape[1] + self.capacity + self.lookahead)
 
     @property
+    def beyond(self) -> int:
+        """The most tokens that a pass writes beyond a row's newest."""
+        return beyond_newest(self.prompts.shape[1], self.lookahead)
+
+    @property
     def state_key(self) -> tuple:
         """What the shapes of a generation depend on."""
         return (
             self.prompts.shape[0],
             self.slots,
+            self.beyond if self.has_window else 0,
             self.capacity + self.lookahead,
             self.limits.stop.shape,
             self.sampling is None,
@@ -455,12 +467,19 @@ class Generator:
             depth,
             np.array(threshold, np.float32),
             stop_below,
+            any(config.sliding_window for config in (self.config, self.draft_config) if config),
         )
 
     def _compiled(self, job: _Job) -> _Programs:
         layers = layers_read(job.arms, self.config.num_layers)
         reads = ("read", job.prompts.shape[1], layers, *job.state_key)
-        drafter_reads = ("read for drafts", job.prompts.shape[1], job.prompts.shape[0], job.slots)
+        drafter_reads = (
+            "read for drafts",
+            job.prompts.shape[1],
+            job.prompts.shape[0],
+            job.slots,
+            job.beyond,
+        )
         early = None if job.stop_below is None else job.stop_below.score
         loops = ("advance", job.arms, job.acceptance, job.depth, early, *job.state_key)
         arguments = self._inputs(job, job.limits)
@@ -668,9 +687,9 @@ class Generator:
     def _check_memory(self, job: _Job) -> None:
         """Refuses a batch whose cache cannot fit beside the weights, those of both models."""
         slots = job.slots
-        row = _cache_bytes(self.config, slots)
+        row = _cache_bytes(self.config, slots, job.beyond)
         if job.by_draft_model:
-            row += _cache_bytes(self.draft_config, slots)
+            row += _cache_bytes(self.draft_config, slots, job.beyond)
         weights = _nbytes(self.weights) + _nbytes(self.draft_weights)
         devices = 1 if self._mesh is None else self._mesh.size
         needed = (row * job.prompts.shape[0] + weights) / devices
@@ -702,10 +721,12 @@ def _lay_out(model: Transformer, mesh: Mesh | None, tokens: list[int] | None) ->
     return weights if mesh is None else place_weights(weights, mesh, model.config.num_kv_heads)
 
 
-def _cache_bytes(config: ModelConfig, slots: int) -> int:
-    """Returns the bytes of one row's keys and values."""
+def _cache_bytes(config: ModelConfig, slots: int, beyond: int) -> int:
+    """Returns the bytes of one row's keys and values; arguments as of `layer_slots`."""
     size = jnp.dtype(config.compute_dtype).itemsize
-    return 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * size
+    layers = range(config.num_layers)
+    all_slots = sum(layer_slots(config, layer, slots, beyond) for layer in layers)
+    return 2 * all_slots * config.num_kv_heads * config.head_dim * size
 
 
 def _nbytes(weights) -> int:

@@ -19,7 +19,7 @@ from tokenizers import (
     processors,
 )
 
-from layerskip_jax.interop.huggingface import FAMILIES
+from layerskip_jax.interop.huggingface import FAMILIES, tensor_shapes
 from layerskip_jax.model.config import ModelConfig, RopeScaling
 from layerskip_jax.model.rope import rope_frequencies
 from layerskip_jax.schema import ConfigError, UserError
@@ -29,16 +29,46 @@ _NAMES = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+# Some are of one family alone.
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+_NORMS_AFTER = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Architecture:
+    """What llama.cpp makes of a family.
+
+    Attributes:
+      fields: of `ModelConfig`, what its files do not say.
+      pairs: whether the two of a rotated pair lie side by side, not in two halves.
+    """
+
+    fields: dict[str, Any]
+    pairs: bool = False
+
+
+# Mistral is a `llama` there. Of SmolLM3 llama.cpp knows that every fourth layer has no positions.
+_ARCHITECTURES = {
+    "llama": _Architecture({}, pairs=True),
+    "qwen2": _Architecture(FAMILIES["qwen2"].fields),
+    "qwen3": _Architecture(FAMILIES["qwen3"].fields),
+    "smollm3": _Architecture({"no_rope_every": 4}, pairs=True),
+    "olmo2": _Architecture(FAMILIES["olmo2"].fields),
 }
 # How each kind of byte-level BPE parts words: published with the models, see llama.cpp's
 # `llama-vocab.cpp` for the list.
@@ -61,6 +91,7 @@ _WORDS = {
     "smollm": lambda: _byte_level_of_gpt2(pre_tokenizers.Digits(individual_digits=True)),
     "gpt-2": _byte_level_of_gpt2,
     "llama-bpe": lambda: _byte_level_of(_LLAMA3_WORDS),
+    "dbrx": lambda: _byte_level_of(_LLAMA3_WORDS),
     "qwen2": lambda: _byte_level_of(_LLAMA3_WORDS.replace("{1,3}", "")),
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # what the frequencies of Llama 3.1 and later are divided by
@@ -69,7 +100,10 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _BOS = 1  # where SentencePiece has it, in files that do not say
 # Names of one way to part words.
-_SAME_WORDS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_SAME_WORDS = {
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
+    "smaug-bpe": "dbrx",
+}  # fmt: skip
 
 
 class GGUF:
@@ -106,15 +140,18 @@ class GGUF:
             )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._family = self._field("general.architecture")
-        if self._family not in ("llama", "qwen2"):
+        if self._family not in _ARCHITECTURES:
             raise UserError(
-                f"{path}: architecture {self._family!r} is none of llama, qwen2; this decoder "
-                "cannot compute that model"
+                f"{path}: architecture {self._family!r} is none of {', '.join(_ARCHITECTURES)}; "
+                "this decoder cannot compute that model"
             )
         self.end_token_id = self._fields.get("tokenizer.ggml.eos_token_id")
         self.config = self._config()
+        self._names = {name: _gguf_name(name, self.config) for name in tensor_shapes(self.config)}
+        ours = {there: name for name, there in self._names.items()}
+        # What has no name there keeps its own, to be named as unknown.
         self.shapes = {
-            _hugging_face_name(name): tuple(int(size) for size in reversed(tensor.shape))
+            ours.get(name, name): tuple(int(size) for size in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
             if name != _ROPE_FACTORS
         }
@@ -126,10 +163,10 @@ class GGUF:
           name: its Hugging Face name.
           index: a slice a dimension; rows of queries and keys in whole heads.
         """
-        tensor = self._tensors[_gguf_name(name)]
+        tensor = self._tensors[self._names[name]]
         rows, *rest = index
         values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
-        if self._family == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):
+        if _ARCHITECTURES[self._family].pairs and re.search(r"\.self_attn\.[qk]_proj\.", name):
             # The file has the two of a rotated pair side by side, Hugging Face in two halves.
             heads = values.reshape(-1, self.config.head_dim // 2, 2, *values.shape[1:])
             values = heads.swapaxes(1, 2).reshape(values.shape)
@@ -281,8 +318,9 @@ class GGUF:
             if (size := of_model(name, head_dim)) != head_dim:
                 refuse(f"{name}={size} is not the width of a head, {head_dim}")
         context = of_model("context_length")
-        if 0 < (window := of_model("attention.sliding_window", context)) < context:
-            refuse(f"attention.sliding_window={window} limits what a token sees in {context}")
+        window = of_model("attention.sliding_window", 0)
+        if window and self._family == "olmo2":
+            refuse(f"attention.sliding_window={window}, which OLMo 3 has in some of its layers")
         embedding = self._tensors.get("token_embd.weight")
         tokens = self._field("tokenizer.ggml.tokens")
         try:
@@ -300,7 +338,8 @@ class GGUF:
                 # The file has float32's nearest to it, the config's own digits are meant.
                 norm_eps=float(f"{of_model('attention.layer_norm_rms_epsilon'):.6g}"),
                 tie_embeddings="output.weight" not in self._tensors,
-                **FAMILIES[self._family].fields,
+                sliding_window=window if window < context else 0,
+                **_ARCHITECTURES[self._family].fields,
             )
         except ConfigError as error:
             raise UserError(f"{self._path}: {error}") from error
@@ -341,20 +380,11 @@ def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tu
     return [(left, right) for _, left, right in sorted(found)]
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, config: ModelConfig) -> str:
+    """Returns what a tensor is called there, given its Hugging Face name."""
     if name in _NAMES:
         return _NAMES[name]
     _, _, layer, rest = name.split(".", 3)
     part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_LAYER_NAMES[part]}.{kind}"
-
-
-def _hugging_face_name(name: str) -> str:
-    """Returns the name there, or this one where there is none."""
-    ours = {theirs: name for name, theirs in (_NAMES | _LAYER_NAMES).items()}
-    if name in ours:
-        return ours[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in ours:
-        return f"model.layers.{match[1]}.{ours[match[2]]}.{match[3]}"
-    return name
+    names = _LAYER_NAMES | (_NORMS_AFTER if config.norm_position == "after" else {})
+    return f"blk.{layer}.{names[part]}.{kind}"

@@ -1,4 +1,4 @@
-"""The decoder in the names, layouts and configuration of Hugging Face's Llama.
+"""The decoder in the names, layouts and configuration of Hugging Face's Llama and its relatives.
 
 `WEIGHTS` is the whole correspondence, read in both directions. No row needs permuting: RoPE
 rotates the same pairs (x_i, x_{i + h/2}) here and there.
@@ -38,11 +38,13 @@ class Weight:
       shape: dimensions here, less the leading L of the stacked layers. An arrow parts the
         inputs of a projection from its outputs: a linear layer there is a matrix of [outputs,
         inputs], each merged into one dimension. Without an arrow both sides are alike.
+      exists: whether a model has it.
     """
 
     path: str
     name: str
     shape: str
+    exists: Callable[[ModelConfig], bool] = lambda config: True
 
     @property
     def per_layer(self) -> bool:
@@ -64,7 +66,7 @@ class Weight:
         if "->" not in self.shape:
             return self.exported_shape(config)
         inputs, outputs = (_sizes(side, config) for side in self.shape.split("->"))
-        # A bias has outputs only, and is a vector there.
+        # A bias or a scale has outputs only, and is a vector there.
         return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
 
     def to_theirs(self, value: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -114,16 +116,60 @@ class Family:
 
     Attributes:
       architecture: its class in transformers.
-      fields: the fields of `ModelConfig` that make it what it is.
-      settings: what only its `config.json` has.
+      fields: the fields of `ModelConfig` that make it what it is; others of `_OF_FAMILIES` are at
+        their defaults.
+      varies: those of `_OF_FAMILIES` that differ from one model of it to another.
+      settings: returns what only its `config.json` has, of a model.
       defaults: what its configuration class takes for a key that `config.json` leaves out, for
         every key that is read.
     """
 
     architecture: str
     fields: dict[str, Any]
-    settings: dict[str, Any]
+    settings: Callable[[ModelConfig], dict[str, Any]]
     defaults: dict[str, Any]
+    varies: tuple[str, ...] = ()
+
+    def has(self, config: ModelConfig) -> bool:
+        """Whether a model is of this family."""
+        wanted = {name: getattr(_PLAIN, name) for name in _OF_FAMILIES} | self.fields
+        return all(
+            getattr(config, name) == value
+            for name, value in wanted.items()
+            if name not in self.varies
+        )
+
+
+# The fields in which families differ.
+_OF_FAMILIES = (
+    "qkv_bias", "qk_norm", "norm_position", "no_rope_every", "sliding_window",
+    "full_attention_every",
+)  # fmt: skip
+_PLAIN = ModelConfig()
+_WINDOW = ("sliding_window", "full_attention_every")
+
+
+def _window_by_layer(config: ModelConfig) -> dict[str, Any]:
+    """Returns what Qwen's and SmolLM's files say of windows."""
+    if not config.sliding_window:
+        return {"use_sliding_window": False}
+    kinds = [kind.window > 0 for kind in config.layer_kinds]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        # Read where there is no `layer_types`, as by transformers before 4.53.
+        "max_window_layers": kinds.index(True) if any(kinds) else config.num_layers,
+        "layer_types": ["sliding_attention" if kind else "full_attention" for kind in kinds],
+    }
+
+
+def _rotary_by_layer(config: ModelConfig) -> dict[str, Any]:
+    """Returns what SmolLM3's files say of layers without rotary positions."""
+    every = config.no_rope_every
+    return {
+        "no_rope_layers": [int(kind.rotary) for kind in config.layer_kinds],
+        "no_rope_layer_interval": every or config.num_layers + 1,
+    }
 
 
 _DEFAULTS = {
@@ -136,8 +182,8 @@ _DEFAULTS = {
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
-        {"qkv_bias": False},
-        {"attention_bias": False, "mlp_bias": False},
+        {},
+        lambda config: {"attention_bias": False, "mlp_bias": False},
         _DEFAULTS
         | {
             "intermediate_size": 11_008,
@@ -149,8 +195,8 @@ FAMILIES = {
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        {"qkv_bias": False},
         {},
+        lambda config: {"sliding_window": config.sliding_window},
         _DEFAULTS
         | {
             "intermediate_size": 14_336,
@@ -158,11 +204,12 @@ FAMILIES = {
             "max_position_embeddings": 131_072,
             "sliding_window": 4096,
         },
+        varies=("sliding_window",),
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         {"qkv_bias": True},
-        {"use_sliding_window": False},
+        _window_by_layer,
         _DEFAULTS
         | {
             "vocab_size": 151_936,
@@ -175,27 +222,132 @@ FAMILIES = {
             "bos_token_id": None,
             "eos_token_id": None,
         },
+        varies=_WINDOW,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {"qk_norm": "head"},
+        lambda config: {"attention_bias": False} | _window_by_layer(config),
+        _DEFAULTS
+        | {
+            "vocab_size": 151_936,
+            "intermediate_size": 22_016,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32_768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        varies=_WINDOW,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {},
+        lambda config: (
+            {"attention_bias": False, "mlp_bias": False}
+            | _rotary_by_layer(config)
+            | _window_by_layer(config)
+        ),
+        _DEFAULTS
+        | {
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "bos_token_id": 128_000,
+            "eos_token_id": 128_001,
+            "pad_token_id": 128_004,
+        },
+        varies=("no_rope_every", *_WINDOW),
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {"qk_norm": "all", "norm_position": "after"},
+        lambda config: {"attention_bias": False},
+        _DEFAULTS
+        | {
+            "vocab_size": 50_304,
+            "intermediate_size": 11_008,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "bos_token_id": None,
+            "eos_token_id": 50_279,
+            "pad_token_id": 1,
+        },
     ),
 }
 
 _LAYER = "model.layers.{layer}."
 
+
+def _before(config: ModelConfig) -> bool:
+    return config.norm_position == "before"
+
+
+def _after(config: ModelConfig) -> bool:
+    return config.norm_position == "after"
+
+
+def _has_bias(config: ModelConfig) -> bool:
+    return config.qkv_bias
+
+
+def _norms_heads(config: ModelConfig) -> bool:
+    return config.qk_norm == "head"
+
+
+def _norms_all(config: ModelConfig) -> bool:
+    return config.qk_norm == "all"
+
+
+def _has_head(config: ModelConfig) -> bool:
+    # A tied head is the embedding: neither side stores it a second time.
+    return not config.tie_embeddings
+
+
 WEIGHTS = (
     Weight("embedding", "model.embed_tokens.weight", "V D"),
-    Weight("layers.attention_norm.scale", _LAYER + "input_layernorm.weight", "D"),
+    Weight("layers.attention_norm.scale", _LAYER + "input_layernorm.weight", "D", _before),
     Weight("layers.attention.q", _LAYER + "self_attn.q_proj.weight", "D -> H h"),
     Weight("layers.attention.k", _LAYER + "self_attn.k_proj.weight", "D -> K h"),
     Weight("layers.attention.v", _LAYER + "self_attn.v_proj.weight", "D -> K h"),
-    Weight("layers.attention.q_bias", _LAYER + "self_attn.q_proj.bias", "-> H h"),
-    Weight("layers.attention.k_bias", _LAYER + "self_attn.k_proj.bias", "-> K h"),
-    Weight("layers.attention.v_bias", _LAYER + "self_attn.v_proj.bias", "-> K h"),
+    Weight("layers.attention.q_bias", _LAYER + "self_attn.q_proj.bias", "-> H h", _has_bias),
+    Weight("layers.attention.k_bias", _LAYER + "self_attn.k_proj.bias", "-> K h", _has_bias),
+    Weight("layers.attention.v_bias", _LAYER + "self_attn.v_proj.bias", "-> K h", _has_bias),
+    Weight("layers.attention.q_norm.scale", _LAYER + "self_attn.q_norm.weight", "h", _norms_heads),
+    Weight("layers.attention.k_norm.scale", _LAYER + "self_attn.k_norm.weight", "h", _norms_heads),
+    Weight(
+        "layers.attention.q_norm.scale", _LAYER + "self_attn.q_norm.weight", "-> H h", _norms_all
+    ),
+    Weight(
+        "layers.attention.k_norm.scale", _LAYER + "self_attn.k_norm.weight", "-> K h", _norms_all
+    ),
     Weight("layers.attention.o", _LAYER + "self_attn.o_proj.weight", "H h -> D"),
-    Weight("layers.mlp_norm.scale", _LAYER + "post_attention_layernorm.weight", "D"),
+    Weight("layers.attention_norm.scale", _LAYER + "post_attention_layernorm.weight", "D", _after),
+    Weight("layers.mlp_norm.scale", _LAYER + "post_attention_layernorm.weight", "D", _before),
     Weight("layers.mlp.gate", _LAYER + "mlp.gate_proj.weight", "D -> F"),
     Weight("layers.mlp.up", _LAYER + "mlp.up_proj.weight", "D -> F"),
     Weight("layers.mlp.down", _LAYER + "mlp.down_proj.weight", "F -> D"),
+    Weight("layers.mlp_norm.scale", _LAYER + "post_feedforward_layernorm.weight", "D", _after),
     Weight("final_norm.scale", "model.norm.weight", "D"),
-    Weight("head", "lm_head.weight", "D -> V"),
+    Weight("head", "lm_head.weight", "D -> V", _has_head),
 )
 
 
@@ -219,13 +371,7 @@ def _merged(sizes: tuple[int, ...], parts: tuple[slice, ...]) -> slice:
 
 
 def _weights(config: ModelConfig) -> tuple[Weight, ...]:
-    def exists(weight: Weight) -> bool:
-        # A tied head is the embedding: neither side stores it a second time.
-        if weight.path == "head":
-            return not config.tie_embeddings
-        return config.qkv_bias or not weight.path.endswith("_bias")
-
-    return tuple(filter(exists, WEIGHTS))
+    return tuple(weight for weight in WEIGHTS if weight.exists(config))
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, Weight, int | None]]:
@@ -379,7 +525,7 @@ def to_hugging_face_config(
     bos_token_id: int | None = None,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """Returns the `config.json` of the same model: a Llama, or with biases a Qwen2.
+    """Returns the `config.json` of the same model, of the first family that has it.
 
     Args:
       config: the shapes.
@@ -388,17 +534,25 @@ def to_hugging_face_config(
       dtype: dtype of the stored tensors, one of `STORED_DTYPES`.
 
     Raises:
-      UserError: a Llama there cannot have these shapes.
+      UserError: no family there has such models, or a Llama there cannot have these shapes.
     """
-    if config.model_dim % config.num_heads:
+    found = next((item for item in FAMILIES.items() if item[1].has(config)), None)
+    if found is None:
+        said = ", ".join(
+            f"{name}={getattr(config, name)!r}"
+            for name in _OF_FAMILIES
+            if getattr(config, name) != getattr(_PLAIN, name)
+        )
+        raise UserError(
+            f"no family of transformers ({', '.join(FAMILIES)}) has {said} together; a model like "
+            "this cannot be exported"
+        )
+    name, family = found
+    if name == "llama" and config.model_dim % config.num_heads:
         raise UserError(
             f"transformers reads no Llama whose width ({config.model_dim}) is not a multiple of "
             f"its heads ({config.num_heads}); a model of this shape cannot be exported"
         )
-    name, family = next(
-        (name, family) for name, family in FAMILIES.items()
-        if all(getattr(config, key) == value for key, value in family.fields.items())
-    )  # fmt: skip
     settings = {
         "architectures": [family.architecture],
         "model_type": name,
@@ -426,7 +580,7 @@ def to_hugging_face_config(
     }
     if config.rope_scaling.kind != "none":
         settings["rope_scaling"] = _rope_scaling(config)
-    return settings | family.settings
+    return settings | family.settings(config)
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
@@ -527,17 +681,18 @@ def from_hugging_face_config(settings: dict[str, Any], source: str) -> ModelConf
             tie_embeddings=read.flag("tie_word_embeddings"),
             **FAMILIES[read.family].fields,
             **_read_rope(read),
+            **_read_kinds(read),
         )
     except ConfigError as error:
         raise UserError(f"{source}: {error}") from error
 
 
 def _check_computable(read: _Settings) -> None:
-    """Refuses what Llama, Mistral or Qwen2 can be there and this decoder is not."""
+    """Refuses what the families can be there and this decoder is not."""
     if read["hidden_act"] not in ("silu", "swish"):  # two names of one function
         read.refuse(f"hidden_act={read['hidden_act']!r} is not 'silu'")
-    for name in ("attention_bias", "mlp_bias"):  # which Llama alone reads
-        if read.family == "llama" and read.flag(name):
+    for name in ("attention_bias", "mlp_bias"):
+        if name in FAMILIES[read.family].defaults and read.flag(name):
             read.refuse(f"{name}=true puts biases where it has none")
     for name in ("quantization_config", "compression_config"):
         if read[name]:
@@ -548,31 +703,76 @@ def _check_computable(read: _Settings) -> None:
     for name in ("per_layer_config", "transformers_weights"):
         if read[name]:
             read.refuse(f"{name}={read[name]!r} is not read")
-    layers, context = read.integer("num_hidden_layers"), read.integer("max_position_embeddings")
     types = read["layer_types"]
+    layers = read.integer("num_hidden_layers")
     if types is not None and (not isinstance(types, list) or len(types) != layers):
         read.refuse(f"layer_types={types!r} does not list its {layers} layers")
-    window = read["sliding_window"]
+    for kind in types or ():
+        if kind not in ("full_attention", "attention", "sliding_attention"):
+            read.refuse(f"layer_types has {kind!r}, which is not full_attention")
+
+
+def _read_kinds(read: _Settings) -> dict[str, Any]:
+    """Returns what layers see, and which are without rotary positions.
+
+    Raises:
+      UserError: the layers that are unlike others are not every n-th.
+    """
+    layers, context = read.integer("num_hidden_layers"), read.integer("max_position_embeddings")
+    found = {"no_rope_every": 0}
+    rotates = [True] * layers
+    if read.family == "smollm3":
+        rotates = _rotating(read, layers)
+        found["no_rope_every"] = _period(read, [not rotary for rotary in rotates], "no_rope_layers")
+    window, types = read["sliding_window"], read["layer_types"]
     if window is not None:
         window = read.integer("sliding_window")
-    if read.family == "qwen2":
-        window = window if read.flag("use_sliding_window") else None
-        slide = types is None and read.integer("max_window_layers") < layers
-    else:
-        slide = True
-    if window is not None and read.family == "llama":
+        if window < 1:
+            read.refuse(f"sliding_window={window} lets a token see nothing")
+    if window is not None and read.family in ("llama", "olmo2"):
         # The class has none, but the cache of transformers 5 reads the key.
         read.refuse(f"sliding_window={window} limits what a token sees in some programs alone")
-    if window is not None and slide and window < context:
-        read.refuse(
-            f"sliding_window={window} limits what a token sees in its context of {context} (to "
-            "keep within the window, set max_position_embeddings to it)"
-        )
-    fits = window is not None and window >= context
-    known = {"full_attention", "attention"} | ({"sliding_attention"} if fits else set())
-    for kind in types or ():
-        if not isinstance(kind, str) or kind not in known:
-            read.refuse(f"layer_types has {kind!r}, which is not full_attention")
+    if read.family in ("qwen2", "qwen3", "smollm3") and not read.flag("use_sliding_window"):
+        window = None
+    if types is not None:
+        slides = [kind == "sliding_attention" for kind in types]
+    elif window is None:
+        slides = [False] * layers
+    elif read.family == "smollm3":
+        slides = [not rotary for rotary in rotates]
+    else:
+        most = 0 if read.family == "mistral" else read.integer("max_window_layers")
+        slides = [layer >= most for layer in range(layers)]
+    if any(slides) and window is None:
+        read.refuse("layer_types has 'sliding_attention', and no sliding_window is in use")
+    if read.family == "mistral" and window is not None and not all(slides):
+        read.refuse("layer_types of a Mistral are not read by its class; leave them out")
+    if window is None or window >= context or not any(slides):
+        return found  # no token is out of sight
+    every = _period(read, [not slide for slide in slides], "layer_types")
+    return found | {"sliding_window": window, "full_attention_every": every}
+
+
+def _rotating(read: _Settings, layers: int) -> list[bool]:
+    """Returns which layers of a SmolLM3 have rotary positions."""
+    listed = read["no_rope_layers"]
+    if listed is None:
+        interval = read.integer("no_rope_layer_interval")
+        if interval < 1:
+            read.refuse(f"no_rope_layer_interval={interval} is below 1")
+        return [(layer + 1) % interval != 0 for layer in range(layers)]
+    if not isinstance(listed, list) or len(listed) < layers or set(listed) - {0, 1}:
+        read.refuse(f"no_rope_layers={listed!r} does not say 0 or 1 of its {layers} layers")
+    return [bool(rotary) for rotary in listed[:layers]]
+
+
+def _period(read: _Settings, chosen: list[bool], name: str) -> int:
+    """Returns n where every n-th layer is chosen, 0 where none is."""
+    every = chosen.index(True) + 1 if any(chosen) else 0
+    if chosen != [every > 0 and (layer + 1) % every == 0 for layer in range(len(chosen))]:
+        numbers = [layer + 1 for layer, is_chosen in enumerate(chosen) if is_chosen]
+        read.refuse(f"{name} sets layers {numbers} apart, which are not every n-th")
+    return every
 
 
 def _read_rope(read: _Settings) -> dict[str, Any]:

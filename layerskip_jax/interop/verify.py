@@ -106,10 +106,7 @@ def _auto_tokenizer(folder: Path) -> Any:
 
 
 def longest_window(config: ModelConfig) -> int:
-    """Returns how many tokens one pass can take: the model's context, where memory allows.
-
-    A sliding window that is read is no shorter than the context, see `from_hugging_face_config`.
-    """
+    """Returns how many tokens one pass can take: the model's context, where memory allows."""
     return min(config.max_sequence_length, math.isqrt(_MOST_SCORES // config.num_heads))
 
 
@@ -142,7 +139,7 @@ def exit_logits(
     """Yields the logits of every exit at positions `at`, from the first layer's to the last's."""
     positions = jnp.arange(tokens.shape[1])[None]
 
-    @jax.jit  # one program for all layers, which are alike
+    @jax.jit  # one program for all layers of a kind
     def step(weights, x):
         cache = empty_cache(config, 1, *tokens.shape)
         x, _ = run_layers(weights, cache, x, positions, 0, 1)

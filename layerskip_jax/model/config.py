@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from layerskip_jax.model.exits import ExitsConfig
@@ -19,6 +20,8 @@ from layerskip_jax.schema import (
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ROPE_SCALINGS = ("none", "linear", "llama3")
+QK_NORMS = ("none", "head", "all")
+NORM_POSITIONS = ("before", "after")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,25 @@ class RopeScaling:
         require_count("original_length", self.original_length, 1)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """How a layer is put together, apart from its shapes; layers of one model may differ in it.
+
+    Attributes:
+      window: tokens that a token sees, itself among them; 0 for all before it.
+      rotary: whether queries and keys are rotated by their positions.
+      norm_after: whether its norms come after attention and MLP, as in all layers of a model.
+    """
+
+    window: int = 0
+    rotary: bool = True
+    norm_after: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family.
+    """A decoder of the Llama family, or of one of its relatives; none has experts yet.
 
     Attributes:
       vocab_size: V, at least 0; 0 takes it from the prepared data's tokenizer.
@@ -73,7 +92,17 @@ class ModelConfig:
       max_sequence_length: longest context the model is meant for, in tokens, at least 1.
       rope_theta: base of the rotary position embedding, above 1.
       rope_scaling: how its frequencies are stretched.
+      no_rope_every: every n-th layer, n, 2n and so on, is without rotary positions, as in SmolLM3;
+        at least 0, which leaves none without.
       qkv_bias: whether queries, keys and values have biases, as in Qwen2.
+      qk_norm: RMSNorm of queries and keys before they are rotated: `none`; `head`, of each head, by
+        one scale for all (Qwen3); `all`, over all heads at once (OLMo 2).
+      norm_position: where the norms of a layer are: `before` attention and MLP, or `after` them, in
+        front of the sum (OLMo 2).
+      sliding_window: how many tokens a token sees, itself among them, as in Mistral; at least 0,
+        which lets it see all before it.
+      full_attention_every: with a window, every n-th layer, n, 2n and so on, sees all; at least 0,
+        which leaves none that does, and not 1.
       norm_eps: epsilon of RMSNorm, above 0.
       tie_embeddings: whether the head is the transposed embedding.
       dtype: `float32` or `bfloat16`, of activations and matrix products; parameters stay float32.
@@ -99,7 +128,12 @@ class ModelConfig:
     max_sequence_length: int = 2048
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
+    no_rope_every: int = 0
     qkv_bias: bool = False
+    qk_norm: str = "none"
+    norm_position: str = "before"
+    sliding_window: int = 0
+    full_attention_every: int = 0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
@@ -133,9 +167,37 @@ class ModelConfig:
         )
         require_range("rope_theta", self.rope_theta, "(1, inf)")
         require_range("norm_eps", self.norm_eps, "(0, inf)")
+        require_choice("qk_norm", self.qk_norm, QK_NORMS)
+        require_choice("norm_position", self.norm_position, NORM_POSITIONS)
+        for name in ("no_rope_every", "sliding_window", "full_attention_every"):
+            require_count(name, getattr(self, name), 0)
+        every = self.full_attention_every
+        require(
+            every != 1 and (every == 0 or self.sliding_window > 0),
+            f"full_attention_every={every} lets every n-th layer, n from 2 on, see beyond "
+            f"sliding_window={self.sliding_window}; for attention to all tokens in all layers set "
+            "both to 0",
+        )
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("remat", self.remat, REMAT_POLICIES)
         require_choice("attention", self.attention, KERNELS)
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """Returns how layer 0..L-1 is put together."""
+
+        def is_nth(every: int) -> bool:
+            return every > 0 and (layer + 1) % every == 0
+
+        return LayerKind(
+            window=0 if is_nth(self.full_attention_every) else self.sliding_window,
+            rotary=not is_nth(self.no_rope_every),
+            norm_after=self.norm_position == "after",
+        )
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(map(self.layer_kind, range(self.num_layers)))
 
     @property
     def vocab_rows(self) -> int:

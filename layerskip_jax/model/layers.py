@@ -5,6 +5,7 @@ Modules hold `nnx.Param`s and static configuration, no state and no keys. Each p
 float32; they are cast where they are used. `decoding.weights` lays the same layer out for few rows.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from layerskip_jax.model.config import ModelConfig
+from layerskip_jax.model.config import LayerKind, ModelConfig
 from layerskip_jax.model.rope import apply_rope
 from layerskip_jax.ops.attention import PLAIN_ATTENTION, PackedAttention
 from layerskip_jax.ops.elementwise import rms_norm, swiglu
@@ -52,6 +53,24 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
+class HeadsNorm(nnx.Module):
+    """RMSNorm of queries or keys: of each head by one scale, or of all heads at once.
+
+    Attributes:
+      scale: `[h]`, or `[H, h]`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], logical_axes: tuple[str, ...], eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=logical_axes)
+
+    def __call__(self, x: Float[Array, "B S H h"]) -> Float[Array, "B S H h"]:
+        """Returns the normed heads in the dtype of x."""
+        scale = self.scale[...]
+        flat = x.reshape(*x.shape[: x.ndim - scale.ndim], scale.size)
+        return rms_norm(flat, scale.reshape(-1), self.eps).reshape(x.shape)
+
+
 class Attention(nnx.Module):
     """Projections of grouped-query attention with rotary positions."""
 
@@ -59,7 +78,7 @@ class Attention(nnx.Module):
         self.product = product
         dim, heads, kv_heads = config.model_dim, config.num_heads, config.num_kv_heads
         h = config.head_dim
-        self.has_bias = config.qkv_bias
+        self.has_bias, self.has_norm = config.qkv_bias, config.qk_norm != "none"
         kq, kk, kv, ko = jax.random.split(key, 4)
         kv_axes = ("embed", "kv_heads", "head_dim")
         self.q = matrix(kq, (dim, heads, h), ("embed", "heads", "head_dim"), dim)
@@ -77,20 +96,32 @@ class Attention(nnx.Module):
             self.q_bias = _bias((heads, h), ("heads", "head_dim"))
             self.k_bias = _bias((kv_heads, h), kv_axes[1:])
             self.v_bias = _bias((kv_heads, h), kv_axes[1:])
+        if config.qk_norm == "head":
+            self.q_norm = HeadsNorm((h,), ("head_dim",), config.norm_eps)
+            self.k_norm = HeadsNorm((h,), ("head_dim",), config.norm_eps)
+        elif config.qk_norm == "all":
+            self.q_norm = HeadsNorm((heads, h), ("heads", "head_dim"), config.norm_eps)
+            self.k_norm = HeadsNorm((kv_heads, h), kv_axes[1:], config.norm_eps)
 
     def project(
         self,
         x: Float[Array, "B S D"],
         cos: Float[Array, "B S h2"],
         sin: Float[Array, "B S h2"],
+        *,
+        rotary: bool = True,
     ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-        """Returns rotated queries, rotated keys, and values."""
+        """Returns queries and keys, normed and rotated where the model has that, and values."""
         q, k, v = (self.product(x, w[...].astype(x.dtype), 1) for w in (self.q, self.k, self.v))
         if self.has_bias:
             q = q + self.q_bias[...].astype(x.dtype)
             k = k + self.k_bias[...].astype(x.dtype)
             v = v + self.v_bias[...].astype(x.dtype)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+        if self.has_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return q, k, v
 
     def output(self, attended: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
         """Projects the attended values back to the residual stream."""
@@ -120,8 +151,41 @@ class MLP(nnx.Module):
         return self.product(hidden, self.down[...].astype(x.dtype), 1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TracedKind:
+    """`LayerKind` of one layer among layers that differ: what is scanned over is no Python value.
+
+    Numbers, since they stand beside parameters, which have gradients.
+
+    Attributes:
+      sees_all: 1 in a layer without the window, else 0; `[L]` before the scan.
+      rotary: 1 in a layer with rotary positions, else 0; `[L]` before the scan.
+      window: of those that have one, 0 where none does.
+    """
+
+    sees_all: Float[Array, "..."]
+    rotary: Float[Array, "..."]
+    window: int = dataclasses.field(metadata={"static": True})
+
+
+def stacked_kinds(config: ModelConfig) -> LayerKind | TracedKind:
+    """Returns the kinds of all layers as they are scanned: one, where all are alike."""
+    kinds = config.layer_kinds
+    if len(set(kinds)) == 1:
+        return kinds[0]
+    sees_all = [kind.window == 0 for kind in kinds]
+    rotary = [kind.rotary for kind in kinds]
+    return TracedKind(
+        *(jnp.asarray(flags, jnp.float32) for flags in (sees_all, rotary)), config.sliding_window
+    )
+
+
 class Block(nnx.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `norm_position="after"` x + norm(attention(x)), then x + norm(mlp(x)).
+    """
 
     def __init__(
         self,
@@ -133,16 +197,18 @@ class Block(nnx.Module):
     ):
         self.attend = attend
         self.constrain = constrain
+        self.norm_after = config.layer_kind(0).norm_after
         attention_key, mlp_key = jax.random.split(key)
         self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
         self.attention = Attention(config, attention_key, product)
         self.mlp_norm = RMSNorm(config.model_dim, config.norm_eps)
         self.mlp = MLP(config, mlp_key, product)
 
-    def project(self, x: Float[Array, "B S D"], cos: Array, sin: Array):
-        """Returns q, k, v of the normed input; a cache goes between this and `finish`."""
-        normed = self.constrain(self.attention_norm(x), "batch", "sequence", "activation")
-        return self.attention.project(normed, cos, sin)
+    def project(self, x: Float[Array, "B S D"], cos: Array, sin: Array, *, rotary: bool = True):
+        """Returns q, k, v; a cache goes between this and `finish`."""
+        read = x if self.norm_after else self.attention_norm(x)
+        read = self.constrain(read, "batch", "sequence", "activation")
+        return self.attention.project(read, cos, sin, rotary=rotary)
 
     def finish(
         self,
@@ -156,9 +222,14 @@ class Block(nnx.Module):
         """
         residual = ("batch", "residual", "activation")
         attention = self.constrain(self.attention.output(attended), *residual)
+        if self.norm_after:
+            attention = self.attention_norm(attention)
         middle = x + attention
-        normed = self.constrain(self.mlp_norm(middle), "batch", "sequence", "activation")
-        mlp = self.constrain(self.mlp(normed, self.constrain), *residual)
+        read = middle if self.norm_after else self.mlp_norm(middle)
+        read = self.constrain(read, "batch", "sequence", "activation")
+        mlp = self.constrain(self.mlp(read, self.constrain), *residual)
+        if self.norm_after:
+            mlp = self.mlp_norm(mlp)
         if residual_scale is None:
             return middle + mlp
         # A constant of the schedule. Asking for its gradient would have the backward pass
@@ -173,12 +244,38 @@ class Block(nnx.Module):
         sin: Array,
         segment_ids: Int[Array, "B S"],
         residual_scale: Float[Array, ""] | None = None,
+        kind: LayerKind | TracedKind = LayerKind(),  # noqa: B008, which it does not change
     ) -> Float[Array, "B S D"]:
         """Runs the layer over whole packed windows."""
-        q, k, v = self.project(x, cos, sin)
+        if isinstance(kind, TracedKind):
+            # Turned by no angle, queries and keys stay what they are.
+            cos, sin = jnp.where(kind.rotary > 0, cos, 1), jnp.where(kind.rotary > 0, sin, 0)
+        rotary = isinstance(kind, TracedKind) or kind.rotary
+        q, k, v = self.project(x, cos, sin, rotary=rotary)
         q = self.constrain(q, "batch", "sequence", "heads", "head_dim")
         k = self.constrain(k, "batch", "key_sequence", "kv_heads", "head_dim")
         v = self.constrain(v, "batch", "key_sequence", "kv_heads", "head_dim")
-        attended = self.attend(q, k, v, segment_ids)
+        attended = self._attend(kind, q, k, v, segment_ids)
         attended = self.constrain(attended, "batch", "sequence", "heads", "head_dim")
         return self.finish(x, attended, residual_scale)
+
+    def _attend(self, kind: LayerKind | TracedKind, *inputs: Array) -> Float[Array, "B S H h"]:
+        if isinstance(kind, LayerKind):
+            return dataclasses.replace(self.attend, window=kind.window)(*inputs)
+        if not kind.window:
+            return self.attend(*inputs)
+        windowed = dataclasses.replace(self.attend, window=kind.window)
+        return jax.lax.cond(kind.sees_all > 0, self.attend, windowed, *inputs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KindedBlock:
+    """A block that knows its kind, called as a block; or all of them, stacked for a scan."""
+
+    block: Block
+    kind: LayerKind | TracedKind
+
+    def __call__(self, x, cos, sin, segment_ids, residual_scale=None):
+        """Runs the block; arguments as there."""
+        return self.block(x, cos, sin, segment_ids, residual_scale, self.kind)

@@ -13,7 +13,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from layerskip_jax.layer_dropout import Execution, KeepPlan
 from layerskip_jax.model.adapters import Exits
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.model.layers import Block, RMSNorm, matrix, no_constraint
+from layerskip_jax.model.layers import (
+    Block,
+    KindedBlock,
+    RMSNorm,
+    matrix,
+    no_constraint,
+    stacked_kinds,
+)
 from layerskip_jax.model.rope import rope_tables
 from layerskip_jax.ops.attention import PLAIN_ATTENTION, PackedAttention
 from layerskip_jax.ops.exit_buffer import keep_exit
@@ -84,6 +91,11 @@ class Transformer(nnx.Module):
         x = self.constrain(table, "vocab", "activation")[tokens]
         return self.constrain(x, "batch", "residual", "activation")
 
+    @property
+    def blocks(self) -> KindedBlock:
+        """The stacked layers, of which one is called as `block(x, *row_inputs)`."""
+        return KindedBlock(self.layers, stacked_kinds(self.config))
+
     def row_inputs(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> RowInputs:
         """Returns what the blocks read of each row beside the residual stream."""
         cos, sin = rope_tables(positions, self.config)
@@ -132,7 +144,7 @@ class Transformer(nnx.Module):
             carry, output = visit(carry, item, x)
             return (x, carry), output
 
-        (_, carry), outputs = jax.lax.scan(layer, (x, carry), (self.layers, plan, per_layer))
+        (_, carry), outputs = jax.lax.scan(layer, (x, carry), (self.blocks, plan, per_layer))
         return carry, outputs
 
     def exit_states(

@@ -25,7 +25,9 @@ LANES = 128  # what a kernel's sequence is padded to a multiple of
 MAX_BLOCK = 512  # rows and columns of the logits that a TPU core works on at a time
 
 
-def choose_kernel(name: str, platform: str, *, packing_mask: bool, context: int) -> str:
+def choose_kernel(
+    name: str, platform: str, *, packing_mask: bool, context: int, window: int = 0
+) -> str:
     """Returns the kernel to use on these devices; `auto` takes the fastest that can do it.
 
     Args:
@@ -33,6 +35,7 @@ def choose_kernel(name: str, platform: str, *, packing_mask: bool, context: int)
       platform: `cpu`, `gpu` or `tpu`.
       packing_mask: whether documents that share a window are kept apart.
       context: parts that each sequence is split into.
+      window: tokens that a token sees, itself among them; 0 for all before it.
 
     Raises:
       ConfigError: the kernel cannot do that here; with what can.
@@ -42,7 +45,9 @@ def choose_kernel(name: str, platform: str, *, packing_mask: bool, context: int)
         if platform == "tpu":
             return "splash"
         if platform == "gpu" and context == 1:
-            return "triton" if packing_mask else "cudnn"
+            if not packing_mask:
+                return "cudnn"
+            return "xla" if window else "triton"
         return "xla"
     needed = KERNELS[name]
     if needed not in ("", platform):
@@ -55,6 +60,11 @@ def choose_kernel(name: str, platform: str, *, packing_mask: bool, context: int)
             "config.model.attention='cudnn' cannot keep documents of a window apart; set 'triton', "
             "or config.model.packing_mask=False to let tokens see earlier documents"
         )
+    if name == "triton" and window:
+        raise ConfigError(
+            f"config.model.attention='triton' has no sliding window, and config.model."
+            f"sliding_window={window}; set 'xla', or 'cudnn' with config.model.packing_mask=False"
+        )
     if needed == "gpu" and context > 1:
         raise ConfigError(
             f"config.model.attention={name!r} cannot split sequences, and "
@@ -65,16 +75,17 @@ def choose_kernel(name: str, platform: str, *, packing_mask: bool, context: int)
 
 @dataclasses.dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention in which no token sees another document of its window.
+    """Causal attention in which no token sees another document of its row.
 
     Attributes:
       kernel: `xla`, plain operations that run everywhere; `splash` (TPU); `triton` (GPU); or
         `cudnn` (GPU, without packing mask). Nothing is substituted silently.
-      packing_mask: False lets a token see the earlier documents of its window too.
+      packing_mask: False lets a token see the earlier documents of its row too.
       rows: mesh axes that the batch is split over, for the kernels: the compiler splits what is
         made of plain operations, but not a kernel.
       positions: mesh axes that queries are split over; each device reads all keys and values.
       heads: mesh axes that query heads and key/value heads are split over.
+      window: how many tokens each sees, itself among them; 0 for all before it. Not `triton`.
       interpret: runs a kernel's mathematics without its hardware, slowly.
     """
 
@@ -83,6 +94,7 @@ class PackedAttention:
     rows: tuple[str, ...] = ()
     positions: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    window: int = 0
     interpret: bool = False
 
     def __call__(
@@ -120,7 +132,7 @@ class PackedAttention:
         whole = mesh.empty or _size(mesh.shape, self.positions) == 1
         q = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        attended = _packed_attention(whole, q, k, v, segment_ids)
+        attended = _packed_attention(whole, self.window, q, k, v, segment_ids)
         return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
     def _sharded(self, function, *sizes):
@@ -151,8 +163,14 @@ class PackedAttention:
         # What is padded is a document of its own, behind all others.
         segment_ids = _pad_positions(segment_ids, padded, -1)
         block = next(b for b in (MAX_BLOCK, 256, LANES) if padded // shards % b == 0)
+        if self.window:
+            mask = splash.LocalMask(
+                (padded, padded), (self.window - 1, 0), offset=0, shard_count=shards
+            )
+        else:
+            mask = splash.CausalMask((padded, padded), shard_count=shards)
         kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([splash.CausalMask((padded, padded), shard_count=shards)] * heads),
+            splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(
                 **dict.fromkeys(
                     (
@@ -189,8 +207,9 @@ class PackedAttention:
 
             def attend(q, k, v, *_):
                 return jax.nn.dot_product_attention(
-                    q, k, v, is_causal=True, scale=scale, implementation="cudnn"
-                )
+                    q, k, v, is_causal=True, scale=scale, implementation="cudnn",
+                    local_window_size=(self.window - 1, 0) if self.window else None,
+                )  # fmt: skip
 
             return self._sharded(attend)(q, k, v, segment_ids, segment_ids)
 
@@ -226,37 +245,66 @@ def _pad_positions(x: Array, length: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def computed_pairs(length: int, whole: bool) -> int:
+def seen_pairs(length: int, window: int = 0) -> int:
+    """Returns the pairs of a query and a key that it sees, for one row and head.
+
+    Args:
+      length: S.
+      window: as in `PackedAttention`.
+    """
+    seen = min(window or length, length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def computed_pairs(length: int, whole: bool, window: int = 0) -> int:
     """Returns the pairs of a query and a key that the kernel `xla` computes for one row and head.
 
     Args:
       length: S.
       whole: whether one device holds all positions.
+      window: as in `PackedAttention`.
     """
-    return sum((end - start) * end for start, end in _blocks(length, whole))
+    parts = _blocks(length, whole, window)
+    return sum((end - start) * (end - first) for first, start, end in parts)
 
 
-def _blocks(length: int, whole: bool) -> list[tuple[int, int]]:
-    """Returns the parts of the queries that attend in turn, each to no key beyond its own end.
+def _blocks(length: int, whole: bool, window: int) -> list[tuple[int, int, int]]:
+    """Returns the parts of the queries that attend in turn, each after the first key it sees.
 
-    Two halves save a quarter of the products, and more parts gained nothing (CPU, S 256). One
-    part where devices share the positions, which cutting them would move between devices.
+    No part attends to a key beyond its own end. Two halves save a quarter of the products, and more
+    parts gained nothing (CPU, S 256), unless a window leaves most keys out: then up to eight, none
+    shorter than the window. One part where devices share the positions, which cutting them would
+    move between devices.
     """
-    if not whole or length < 2 * LANES or length % 2:
-        return [(0, length)]
-    return [(0, length // 2), (length // 2, length)]
+    if not whole or length < 2 * LANES:
+        return [(0, 0, length)]
+    size = length // 2 if length % 2 == 0 else length
+    if window:
+        windowed = -(-max(window, -(-length // 8)) // LANES) * LANES
+        size = min(size, windowed)
+    return [
+        (max(0, start - window + 1) if window else 0, start, min(start + size, length))
+        for start in range(0, length, size)
+    ]
 
 
-def _mask(segment_ids: Int[Array, "B S"], start: int, end: int) -> Bool[Array, "B 1 1 Q T"]:
-    """Returns which of the first `end` keys the queries from `start` to `end` see."""
-    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-    same_document = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-    return (causal & same_document)[:, None, None]
+def _mask(
+    segment_ids: Int[Array, "B S"], part: tuple[int, int, int], window: int
+) -> Bool[Array, "B 1 1 Q T"]:
+    """Returns which keys, of those that a part of the queries reads, each of them sees."""
+    first, start, end = part
+    queries, keys = jnp.arange(start, end)[:, None], jnp.arange(first, end)
+    seen = queries >= keys
+    if window:
+        seen &= queries - keys < window
+    same_document = segment_ids[:, start:end, None] == segment_ids[:, None, first:end]
+    return (seen & same_document)[:, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _packed_attention(
     whole: bool,
+    window: int,
     q: Float[Array, "B K G S h"],
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
@@ -268,19 +316,21 @@ def _packed_attention(
     weights again from them, as FlashAttention does (Dao et al. 2022, appendix B): nothing of size
     S x S is saved. `jax.nn.dot_product_attention(implementation="xla")` gives the same numbers.
     """
-    return _packed_forward(whole, q, k, v, segment_ids)[0]
+    return _packed_forward(whole, window, q, k, v, segment_ids)[0]
 
 
-def _packed_forward(whole, q, k, v, segment_ids):
+def _packed_forward(whole, window, q, k, v, segment_ids):
     scaled = q * q.shape[-1] ** -0.5
     attended, normalisers = [], []
-    for start, end in _blocks(q.shape[3], whole):
-        logits = _products("bkgsh,bkth->bkgst", scaled[:, :, :, start:end], k[:, :, :end])
-        logits = jnp.where(_mask(segment_ids, start, end), logits, jnp.finfo(jnp.float32).min)
+    for part in _blocks(q.shape[3], whole, window):
+        first, start, end = part
+        logits = _products("bkgsh,bkth->bkgst", scaled[:, :, :, start:end], k[:, :, first:end])
+        seen = _mask(segment_ids, part, window)
+        logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
         highest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = _products("bkgst,bkth->bkgsh", weights.astype(v.dtype), v[:, :, :end])
+        mixed = _products("bkgst,bkth->bkgsh", weights.astype(v.dtype), v[:, :, first:end])
         attended.append((mixed / total).astype(q.dtype))
         normalisers.append(highest + jnp.log(total))
     # Saved by name, so that a policy which keeps attention need not run this again.
@@ -291,7 +341,7 @@ def _packed_forward(whole, q, k, v, segment_ids):
     return attended, (q, k, v, segment_ids, attended, normaliser)
 
 
-def _packed_backward(whole, saved, gradient):
+def _packed_backward(whole, window, saved, gradient):
     q, k, v, segment_ids, attended, normaliser = saved
     scale = q.shape[-1] ** -0.5
     scaled = q * scale
@@ -299,15 +349,16 @@ def _packed_backward(whole, saved, gradient):
     both = attended.astype(jnp.float32) * gradient.astype(jnp.float32)
     inner = jnp.sum(both, axis=-1, keepdims=True)
     d_q, d_k, d_v = [], 0, 0
-    for start, end in _blocks(q.shape[3], whole):
+    for part in _blocks(q.shape[3], whole, window):
+        first, start, end = part
         queries, d_attended = (x[:, :, :, start:end] for x in (scaled, gradient))
-        logits = _products("bkgsh,bkth->bkgst", queries, k[:, :, :end])
+        logits = _products("bkgsh,bkth->bkgst", queries, k[:, :, first:end])
         weights = jnp.exp(logits - normaliser[:, :, :, start:end])
-        weights = jnp.where(_mask(segment_ids, start, end), weights, 0)
-        d_weights = _products("bkgsh,bkth->bkgst", d_attended, v[:, :, :end])
+        weights = jnp.where(_mask(segment_ids, part, window), weights, 0)
+        d_weights = _products("bkgsh,bkth->bkgst", d_attended, v[:, :, first:end])
         d_logits = (weights * (d_weights - inner[:, :, :, start:end])).astype(q.dtype)
-        d_q.append(_products("bkgst,bkth->bkgsh", d_logits, k[:, :, :end]) * scale)
-        beyond = [(0, 0), (0, 0), (0, q.shape[3] - end), (0, 0)]
+        d_q.append(_products("bkgst,bkth->bkgsh", d_logits, k[:, :, first:end]) * scale)
+        beyond = [(0, 0), (0, 0), (first, q.shape[3] - end), (0, 0)]
         d_k += jnp.pad(_products("bkgst,bkgsh->bkth", d_logits, queries), beyond)
         weights = weights.astype(v.dtype)
         d_v += jnp.pad(_products("bkgst,bkgsh->bkth", weights, d_attended), beyond)
@@ -327,6 +378,7 @@ def cached_attention(
     k: Float[Array, "*BK m n"],
     v: Float[Array, "*BK T h"],
     q_positions: Int[Array, "B S"],
+    window: int = 0,
 ) -> Float[Array, "B K G S h"]:
     """Attention of new tokens over a cache of T slots, slot j holding position j.
 
@@ -334,13 +386,17 @@ def cached_attention(
     rejected drafts, is masked. Only the first slots of the cache are read, as many as the
     furthest query needs, rounded up to one of a few sizes. B and K may be one axis of the cache, or
     none where both are 1; its keys are then transposed, `[B K, h, T]`.
+
+    With a window w a query sees the last w positions up to its own, and slot j holds the newest
+    position written that is j modulo T: T may be less than the positions, but no less than w and
+    what may be written beyond the tokens that stay.
     """
     slots = v.shape[-2]
     sizes = [size for size in CACHE_SIZES if size < slots] + [slots]
 
     def over(size: int):
         def attend(q, k, v, q_positions):
-            visible = jnp.arange(size) <= q_positions[:, :, None]
+            visible = _visible(q_positions, size, slots, window)
             keys = k[..., :size] if k.ndim < 4 else k[..., :size, :].swapaxes(-1, -2)
             return _attend(q, keys, v[..., :size, :], visible)
 
@@ -348,8 +404,20 @@ def cached_attention(
 
     if len(sizes) == 1:
         return over(slots)(q, k, v, q_positions)
-    smallest = jnp.searchsorted(jnp.array(sizes), q_positions.max() + 1)
+    smallest = jnp.searchsorted(jnp.array(sizes), jnp.minimum(q_positions.max() + 1, slots))
     return jax.lax.switch(smallest, [over(size) for size in sizes], q, k, v, q_positions)
+
+
+def _visible(
+    q_positions: Int[Array, "B S"], size: int, slots: int, window: int
+) -> Bool[Array, "B S T"]:
+    """Returns which of the first `size` slots each query sees."""
+    queries = q_positions[:, :, None]
+    if not window:
+        return jnp.arange(size) <= queries
+    newest = q_positions[:, -1:, None]
+    held = newest - (newest - jnp.arange(size)) % slots  # negative where nothing is yet
+    return (0 <= held) & (held <= queries) & (queries - held < window)
 
 
 def _attend(

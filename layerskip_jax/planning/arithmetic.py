@@ -40,6 +40,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
         chip.platform,
         packing_mask=config.model.packing_mask,
         context=shape["context"],
+        window=config.model.sliding_window,
     )
     model = dataclasses.replace(config.model, attention=kernel)
     config = dataclasses.replace(config, model=model)

@@ -5,6 +5,8 @@ Only matrix products count, two operations a multiply-add. For one row of S toke
     projections of a layer    2 S D (2 H h + 2 K h)      queries, output; keys, values
     its MLP                   2 S (3 D F)
     its attention             2 S (S + 1) H h            scores and values, causal
+
+                              with a window w < S        2 (w (w + 1) + 2 w (S - w)) H h
     one exit                  2 M D V                    at the M positions that it is scored on
 
 The backward pass costs twice the forward one. Rows that a layer drops, and exits that are off,
@@ -38,7 +40,7 @@ from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights, scored_
 from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
-from layerskip_jax.ops.attention import computed_pairs
+from layerskip_jax.ops.attention import computed_pairs, seen_pairs
 from layerskip_jax.ops.remat import REMAT_POLICIES
 from layerskip_jax.training.exits import classifier_positions
 from layerskip_jax.training.muon import stacks
@@ -111,8 +113,9 @@ class CostModel:
         square = scores_again = 0.0
         if model.attention in ("auto", "xla"):
             whole = max(self.config.mesh.shape.context, 1) == 1
-            pairs = computed_pairs(length, whole)
-            square = attention * (2 * pairs / (length * (length + 1)) - 1)
+            windows = [kind.window for kind in model.layer_kinds]
+            computed = sum(computed_pairs(length, whole, window) for window in windows)
+            square = attention * (computed / sum(seen_pairs(length, w) for w in windows) - 1)
             # Its backward pass makes the scores, one product of two, a second time.
             scores_again = (attention + square) / 2
         # These save what their backward pass needs under the name that the policy keeps.
@@ -215,18 +218,25 @@ def _trained_share(model: ModelConfig, trainable: str) -> tuple[float, int]:
         return sum(
             leaf.size
             for path, leaf in leaves
-            if path[0].key in ("attention", "mlp") and not path[-1].key.endswith("_bias")
+            if path[0].key in ("attention", "mlp")
+            and not path[-1].key.endswith("_bias")
+            and path[-1].key != "scale"
         )
 
     return size(part) / size(shapes), int("layers" in part or "embedding" in part)
 
 
 def _layer_forward(model: ModelConfig, length: int) -> tuple[float, float, float]:
-    """Returns a layer's matrices, of them the down-projection, and attention, for one row."""
+    """Returns a layer's matrices, of them the down-projection, and attention, for one row.
+
+    Attention is the mean of the layers', where some see a window and others all.
+    """
     width = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     down = 2.0 * length * model.ffn_dim * model.model_dim
     matrices = 2.0 * length * model.model_dim * width + 3 * down
-    attention = 2.0 * length * (length + 1) * model.num_heads * model.head_dim
+    kinds = model.layer_kinds
+    pairs = sum(seen_pairs(length, kind.window) for kind in kinds) / len(kinds)
+    attention = 4.0 * pairs * model.num_heads * model.head_dim
     return matrices, down, attention
 
 

@@ -179,6 +179,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         platform,
         packing_mask=config.model.packing_mask,
         context=context,
+        window=config.model.sliding_window,
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
     attend = PackedAttention(

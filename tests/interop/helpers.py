@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from layerskip_jax.interop.huggingface import to_hugging_face
+from layerskip_jax.interop.huggingface import to_hugging_face, to_hugging_face_config
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition
 
@@ -65,11 +65,23 @@ FAMILIES = {
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     ),
     "mistral": (
-        transformers.MistralConfig, {"num_key_value_heads": 2, "sliding_window": None},
+        transformers.MistralConfig, {"num_key_value_heads": 2, "sliding_window": 9},
     ),
     "qwen2": (
         transformers.Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True},
     ),
+    "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 12}),
+    "qwen3 with windows": (
+        transformers.Qwen3Config,
+        {
+            "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 9,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config, {"num_key_value_heads": 2, "no_rope_layer_interval": 2},
+    ),
+    "olmo2": (transformers.Olmo2Config, {"num_key_value_heads": 2}),
 }  # fmt: skip
 
 
@@ -99,7 +111,9 @@ def write_gguf(
     tokens=None,
 ):
     """Writes a model as llama.cpp's converter does: rotated pairs of q and k side by side."""
-    writer = gguf.GGUFWriter(path, "qwen2" if config.qkv_bias else "llama")
+    architecture = to_hugging_face_config(config, eos_token_id=0)["model_type"]
+    architecture = "llama" if architecture == "mistral" else architecture
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_sequence_length)
     writer.add_embedding_length(config.model_dim)
@@ -108,6 +122,10 @@ def write_gguf(
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
     tokenizer = json.loads(tokenizer_file.read_text())["model"]
     vocab = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
     vocab += [f"<unused {i}>" for i in range((tokens or config.vocab_size) - len(vocab))]
@@ -124,12 +142,16 @@ def write_gguf(
         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+        "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     }  # fmt: skip
+    if architecture == "olmo2":
+        names["post_attention_layernorm"] = "post_attention_norm"
+        names["post_feedforward_layernorm"] = "post_ffw_norm"
     for name, value in to_hugging_face(parameters, config):
         stem, kind = name.rsplit(".", 1)
         if stem.startswith("model.layers."):
             _, _, layer, stem = stem.split(".", 3)
-            if stem[10:] in ("q_proj", "k_proj") and not config.qkv_bias:
+            if stem[10:] in ("q_proj", "k_proj") and architecture in ("llama", "smollm3"):
                 heads = value.reshape(-1, 2, config.head_dim // 2, value.shape[1])
                 value = heads.swapaxes(1, 2).reshape(value.shape)
             target = f"blk.{layer}.{names[stem]}.{kind}"

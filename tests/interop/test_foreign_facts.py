@@ -28,6 +28,9 @@ CLASSES = {
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "smollm3": transformers.SmolLM3Config,
+    "olmo2": transformers.Olmo2Config,
 }
 SAID = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -64,7 +67,7 @@ def set_tensors(folder, change):
 
 
 def assert_same(family, settings):
-    """Our shapes and rotary frequencies are those of the class of transformers."""
+    """Our shapes, kinds of layers and frequencies are those of the class of transformers."""
     ours = from_hugging_face_config({"model_type": family, **settings}, "there")
     theirs = CLASSES[family].from_dict(json.loads(json.dumps(settings)))
     names = {
@@ -77,8 +80,21 @@ def assert_same(family, settings):
         assert getattr(ours, field) == getattr(theirs, name), name
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == width
+    kinds = [(kind.window, kind.rotary) for kind in ours.layer_kinds]
+    assert kinds == list(zip(*kinds_there(theirs, family), strict=True))
     frequencies = LlamaRotaryEmbedding(theirs).inv_freq
     np.testing.assert_allclose(rope_frequencies(ours), frequencies, rtol=2e-5)
+
+
+def kinds_there(theirs, family):
+    """Returns the window of every layer there, 0 where it hides nothing, and where it rotates."""
+    layers, window = theirs.num_hidden_layers, getattr(theirs, "sliding_window", None)
+    types = ["sliding_attention"] * layers
+    if family != "mistral":
+        types = getattr(theirs, "layer_types", None) or ["full_attention"] * layers
+    hides = window is not None and window < theirs.max_position_embeddings
+    windows = [window if hides and kind == "sliding_attention" else 0 for kind in types]
+    return windows, [bool(x) for x in getattr(theirs, "no_rope_layers", [1] * layers)[:layers]]
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -87,11 +103,14 @@ def test_every_default_is_that_of_the_class_in_transformers(family):
     theirs = CLASSES[family]()
     defaults = dict(FAMILIES[family].defaults)
     assert defaults.pop("rope_theta") == theirs.rope_parameters["rope_theta"]
-    if family == "qwen2":
+    if family in ("qwen2", "qwen3"):
         assert defaults.pop("sliding_window") == 4096  # None there, for it is not used
-    if family == "llama":  # which works these out at once
+    if family in ("llama", "olmo2"):  # which work these out at once
         assert defaults.pop("num_key_value_heads") is None
-    assert defaults.pop("head_dim") is None
+    if family == "smollm3":
+        assert defaults.pop("no_rope_layers") is None
+    if family != "qwen3":
+        assert defaults.pop("head_dim") is None
     assert defaults == {name: getattr(theirs, name) for name in defaults}
     for name in SAID:
         without = {key: value for key, value in SAID.items() if key != name}
@@ -124,12 +143,13 @@ def test_the_page_of_weights_lists_every_key_that_is_read():
     read = {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
     for family in CLASSES:
         settings = Recorder(SAID | {"model_type": family, "rope_scaling": SCALED})
-        settings["use_sliding_window"] = family == "qwen2"
+        settings["use_sliding_window"] = family in ("qwen2", "qwen3")
         from_hugging_face_config(settings, "there")
         read |= settings.read
     assert listed == read
 
 
+SOME_SLIDE = ["sliding_attention", "full_attention", "sliding_attention"]
 SCALED = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
@@ -170,6 +190,15 @@ def test_what_is_null_or_said_twice_means_what_it_does_there(settings):
         ("qwen2", {"use_sliding_window": False, "sliding_window": 16}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16}),  # from layer 28 on
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
+        ("mistral", {"max_position_embeddings": 8192}),
+        ("mistral", {"sliding_window": 16}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "layer_types": SOME_SLIDE}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 16, "layer_types": SOME_SLIDE}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 0]}),  # more than there are layers
+        ("smollm3", {"no_rope_layers": [0, 0, 0]}),
+        ("smollm3", {"no_rope_layer_interval": 3}),
+        ("olmo2", {"num_key_value_heads": None}),
     ],
     ids=str,
 )
@@ -180,20 +209,26 @@ def test_each_family_reads_its_own_keys(family, settings):
 @pytest.mark.parametrize(
     "family, settings, message",
     [
-        ("mistral", {"max_position_embeddings": 8192}, "sliding_window=4096 limits .* of 8192"),
-        ("mistral", {"sliding_window": 0}, "sliding_window=0 limits"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0 lets a token see nothing"),
+        ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, "of a Mistral"),
+        ("olmo2", {"sliding_window": 16}, "sliding_window=16 limits"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=true puts biases"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is below 1"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "does not say 0 or 1 of its 3 layers"),
+        ("smollm3", {"no_rope_layers": [0, 1, 1]}, r"no_rope_layers sets layers \[1\] apart"),
+        (
+            "qwen3",
+            {"use_sliding_window": False, "layer_types": SOME_SLIDE},
+            "'sliding_attention', and no sliding_window is in use",
+        ),
         ("llama", {"sliding_window": 4096}, "sliding_window=4096 limits"),
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
-            "sliding_window=16 limits",
+            r"layer_types sets layers \[1, 2\] apart, which are not every n-th",
         ),
         ("qwen2", {"layer_types": ["full_attention"] * 2}, "does not list its 3 layers"),
-        (
-            "qwen2",
-            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-            "layer_types has 'sliding_attention'",
-        ),
+        ("qwen2", {"layer_types": ["full_attention"] * 2 + ["chunked"]}, "has 'chunked'"),
         ("llama", {"head_dim": 0}, "head_dim=0"),
         ("llama", {"num_key_value_heads": 0}, "num_kv_heads=0 must be at least 1"),
         ("llama", {"num_key_value_heads": True}, "num_key_value_heads=True is no integer"),

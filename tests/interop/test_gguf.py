@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import gguf
+import jax
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -131,7 +133,6 @@ def test_a_special_token_is_read_where_it_is_asked_for(tmp_path):
         ([("uint16", "split.count", 3), ("uint16", "split.no", 1)], "is part 2 of 3; join them"),
         ([("rope_dimension_count", 4)], "rope.dimension_count=4 is not the width of a head, 8"),
         ([("value_length", 4)], "attention.value_length=4 is not the width"),
-        ([("sliding_window", 16)], "attention.sliding_window=16 limits"),
         ([("rope_scaling_type", gguf.RopeScalingType.YARN)], "rope scaling 'yarn' is none of"),
         ([("head_count_kv", [4, 2, 4])], r"attention.head_count_kv=\[4, 2, 4\] differs from layer"),
         ([("head_count_kv", 3)], "num_kv_heads=3 must divide num_heads=4"),
@@ -176,3 +177,29 @@ def test_more_tokens_than_rows_are_rows_of_padding(tmp_path, tokenizer_file):
     model = open_pretrained(tmp_path / "m.gguf")
     assert model.config == dataclasses.replace(config, pad_vocab_to_multiple_of=320)
     assert model.parameters()["embedding"].shape == (320, 32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 9},
+        {"qk_norm": "head", "head_dim": 6},
+        {"no_rope_every": 4, "tie_embeddings": True},
+        {"qk_norm": "all", "norm_position": "after"},
+    ],
+    ids=["mistral", "qwen3", "smollm3", "olmo2"],
+)
+def test_each_family_is_read(changes, tmp_path, tokenizer_file):
+    config = dataclasses.replace(CONFIG, num_layers=4, dtype="bfloat16", **changes)
+    _, parameters = random_parameters(config)
+    write_gguf(tmp_path / "model.gguf", config, parameters, tokenizer_file)
+    found = open_pretrained(tmp_path / "model.gguf")
+    assert found.config == config
+    jax.tree.map(np.testing.assert_array_equal, found.parameters(), parameters)
+
+
+def test_a_window_of_olmo_is_refused(tmp_path):
+    """It is OLMo 3's, some of whose layers see all, which the file does not say."""
+    path = sentencepiece(tmp_path / "m.gguf", ("sliding_window", 16), arch="olmo2")
+    with pytest.raises(UserError, match=r"attention.sliding_window=16, which OLMo 3"):
+        GGUF(path)

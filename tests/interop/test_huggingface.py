@@ -50,15 +50,25 @@ ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         MeshShape(data=2, fsdp=2, tensor=2),
     ],
 )
-@pytest.mark.parametrize("tied, biases", [(False, False), (True, False), (False, True)])
-def test_there_and_back_is_bit_equal(tied, biases, shape):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qkv_bias": True},
+        {"qk_norm": "head"},
+        {"qk_norm": "all", "norm_position": "after"},
+    ],
+    ids=str,
+)
+def test_there_and_back_is_bit_equal(changes, shape):
     """On one device and on meshes, where each device reads its own part."""
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied, head_dim=6, qkv_bias=biases)
+    config = dataclasses.replace(CONFIG, head_dim=6, **changes)
     definition, parameters = random_parameters(config)
     tensors = dict(to_hugging_face(parameters, config))
     assert {name: tensor.shape for name, tensor in tensors.items()} == tensor_shapes(config)
-    assert ("lm_head.weight" in tensors) is not tied
-    assert ("model.layers.0.self_attn.q_proj.bias" in tensors) is biases
+    assert ("lm_head.weight" in tensors) is not config.tie_embeddings
+    assert ("model.layers.0.self_attn.q_proj.bias" in tensors) is config.qkv_bias
     shardings, read = ONE_DEVICE, collections.defaultdict(set)
     if shape is not None:
         shardings = parameter_shardings(
@@ -118,16 +128,32 @@ def test_every_wrong_tensor_is_listed():
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
 
+# By family of transformers, what makes a model of it. Some have layers of several kinds.
+OF_FAMILIES = [
+    ("llama", {}),
+    ("llama", {"tie_embeddings": True}),
+    ("mistral", {"sliding_window": 9}),
+    ("qwen2", {"qkv_bias": True}),
+    ("qwen2", {"qkv_bias": True, "sliding_window": 9, "full_attention_every": 2}),
+    ("qwen3", {"qk_norm": "head"}),
+    ("qwen3", {"qk_norm": "head", "sliding_window": 9}),
+    ("smollm3", {"no_rope_every": 2, "tie_embeddings": True}),
+    ("smollm3", {"no_rope_every": 1}),
+    ("smollm3", {"sliding_window": 9, "full_attention_every": 3}),
+    ("olmo2", {"qk_norm": "all", "norm_position": "after"}),
+]
+
+
 @pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling("linear", 4.0), LLAMA3])
-@pytest.mark.parametrize("tied, biases", [(False, False), (True, False), (False, True)])
-def test_the_config_goes_there_and_back(tied, biases, scaling):
-    config = dataclasses.replace(
-        CONFIG, tie_embeddings=tied, qkv_bias=biases, rope_scaling=scaling, dtype="bfloat16"
-    )
+@pytest.mark.parametrize("family, changes", OF_FAMILIES, ids=str)
+def test_the_config_goes_there_and_back(family, changes, scaling):
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling, dtype="bfloat16", **changes)
     settings = to_hugging_face_config(config, eos_token_id=0)
+    assert settings["model_type"] == family
     assert from_hugging_face_config(settings, "here") == config
     # as transformers 4 wrote it
-    old = {k: v for k, v in settings.items() if k not in ("rope_parameters", "dtype", "head_dim")}
+    without = {"rope_parameters", "dtype"} | ({"head_dim"} if family != "qwen3" else set())
+    old = {k: v for k, v in settings.items() if k not in without}
     if old.get("rope_scaling"):
         old["rope_scaling"] = {
             "type" if k == "rope_type" else k: v for k, v in old["rope_scaling"].items()
@@ -138,7 +164,7 @@ def test_the_config_goes_there_and_back(tied, biases, scaling):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' is none of llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' is none of llama, mistral, qwen2, qwen3, smol"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn' is none of"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3' lacks factor, high_freq_factor"),
         ({"sliding_window": 4096}, "sliding_window=4096 limits what a token sees"),
@@ -166,6 +192,23 @@ def test_config_states_what_either_transformers_reads():
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert config["head_dim"] == 8 and config["num_key_value_heads"] == 2
     json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"qk_norm": "all"}, "qk_norm='all'"),
+        ({"qk_norm": "head", "no_rope_every": 4}, "qk_norm='head', no_rope_every=4"),
+        (
+            {"norm_position": "after", "qk_norm": "all", "sliding_window": 8},
+            "qk_norm='all', norm_position='after', sliding_window=8",
+        ),
+    ],
+)
+def test_a_model_of_no_family_is_not_exported(changes, said):
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(UserError, match=f"no family of transformers .* has {said} together"):
+        to_hugging_face_config(config, eos_token_id=0)
 
 
 def test_a_shape_that_llama_refuses_is_an_error():

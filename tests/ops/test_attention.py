@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from layerskip_jax.distributed.mesh import MeshShape, make_mesh
-from layerskip_jax.ops.attention import PackedAttention, choose_kernel
+from layerskip_jax.ops.attention import (
+    PackedAttention,
+    choose_kernel,
+    computed_pairs,
+    seen_pairs,
+)
 from layerskip_jax.schema import ConfigError
 
 KERNELS = ("xla", "splash", "triton")
@@ -20,12 +25,13 @@ def _case(length, heads=4, kv_heads=2, width=16, rows=2, documents=3):
     return tuple(np.asarray(x, np.float32) for x in (q, k, v, w)) + (segments.astype(np.int32),)
 
 
-def _reference(q, k, v, segments):
+def _reference(q, k, v, segments, window=0):
     """The definition, one query at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b, s, n in np.ndindex(*q.shape[:3]):
-        seen = [t for t in range(s + 1) if segments[b, t] == segments[b, s]]
+        first = max(0, s - window + 1) if window else 0
+        seen = [t for t in range(first, s + 1) if segments[b, t] == segments[b, s]]
         group = n // (q.shape[2] // k.shape[2])
         scores = k[b, seen, group] @ q[b, s, n] * q.shape[-1] ** -0.5
         weights = np.exp(scores - scores.max())
@@ -55,6 +61,43 @@ def test_a_kernel_equals_the_definition(kernel, length):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("length, window", [(24, 1), (131, 20), (256, 130), (300, 40)])
+def test_a_window_equals_the_definition(kernel, length, window):
+    q, k, v, w, segments = _case(length)
+    attend = PackedAttention(kernel, window=window, interpret=True)
+    value, gradients = _value_and_gradients(attend, q, k, v, w, segments)
+    np.testing.assert_allclose(value, _reference(q, k, v, segments, window), atol=2e-6)
+    _, expected = _value_and_gradients(_windowed(window), q, k, v, w, segments)
+    for a, b in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def _windowed(window):
+    """Returns the definition again, for its gradients: all pairs, of which some are masked."""
+
+    def attend(q, k, v, segments):
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        scores = jnp.einsum("bqnh,bknh->bnqk", q, k) * q.shape[-1] ** -0.5
+        distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
+        seen = (0 <= distance) & (distance < window)
+        seen = seen & (segments[:, :, None] == segments[:, None])
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bnqk,bknh->bqnh", weights, v)
+
+    return attend
+
+
+def test_pairs_of_a_window_by_hand():
+    assert seen_pairs(8) == 36
+    assert seen_pairs(8, 3) == 1 + 2 + 6 * 3
+    assert seen_pairs(8, 8) == seen_pairs(8, 100) == 36
+    assert computed_pairs(8, True, 3) == 64  # too short to part
+    # Of 128 queries each: the first sees 128 keys, the others those and 29 before them.
+    assert computed_pairs(512, True, 30) == 128 * (128 + 3 * 157)
+    assert computed_pairs(512, False, 30) == 512 * 512
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_packed_documents_equal_documents_alone(kernel):
     q, k, v, _, _ = _case(96, rows=1)
@@ -76,29 +119,32 @@ def test_without_packing_mask_documents_see_earlier_ones(kernel):
 
 
 @pytest.mark.parametrize(
-    "kernel, shape",
+    "kernel, shape, window",
     [
-        ("xla", MeshShape(data=2, context=2, tensor=2)),
-        ("splash", MeshShape(data=2, context=2, tensor=2)),
-        ("splash", MeshShape(data=2, context=4)),
-        ("triton", MeshShape(data=2, fsdp=2, tensor=2)),
+        ("xla", MeshShape(data=2, context=2, tensor=2), 0),
+        ("xla", MeshShape(data=2, context=2, tensor=2), 70),
+        ("splash", MeshShape(data=2, context=2, tensor=2), 0),
+        ("splash", MeshShape(data=2, context=4), 0),
+        ("splash", MeshShape(data=2, context=4), 70),
+        ("triton", MeshShape(data=2, fsdp=2, tensor=2), 0),
     ],
     ids=str,
 )
-def test_devices_share_rows_positions_and_heads(kernel, shape):
+def test_devices_share_rows_positions_and_heads(kernel, shape, window):
     q, k, v, w, segments = _case(264, rows=4)
     axes = ("data", "fsdp"), ("context",), ("tensor",)
-    expected, wanted = _value_and_gradients(PackedAttention("xla"), q, k, v, w, segments)
+    alone = PackedAttention("xla", window=window)
+    expected, wanted = _value_and_gradients(alone, q, k, v, w, segments)
     with jax.set_mesh(make_mesh(shape)):
-        attend = PackedAttention(kernel, True, *axes, interpret=True)
+        attend = PackedAttention(kernel, True, *axes, window=window, interpret=True)
         value, gradients = _value_and_gradients(attend, q, k, v, w, segments)
     np.testing.assert_allclose(value, expected, atol=2e-6)
     for a, b in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def _choose(name, platform, packing_mask=True, context=1):
-    return choose_kernel(name, platform, packing_mask=packing_mask, context=context)
+def _choose(name, platform, packing_mask=True, context=1, window=0):
+    return choose_kernel(name, platform, packing_mask=packing_mask, context=context, window=window)
 
 
 def test_auto_takes_what_the_machine_has():
@@ -108,6 +154,12 @@ def test_auto_takes_what_the_machine_has():
     assert _choose("auto", "gpu", packing_mask=False) == "cudnn"
     assert _choose("auto", "gpu", context=2) == "xla"
     assert _choose("xla", "tpu") == "xla"
+    # `triton` has no window
+    assert _choose("auto", "gpu", window=8) == "xla"
+    assert _choose("auto", "gpu", packing_mask=False, window=8) == "cudnn"
+    assert _choose("auto", "tpu", window=8) == "splash"
+    with pytest.raises(ConfigError, match="'triton' has no sliding window, .*sliding_window=8"):
+        _choose("triton", "gpu", window=8)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,27 @@ def test_gather_gives_the_losses_and_gradients_of_mask_on_one_device(masked, rem
     _assert_equal(_loss_and_gradients("gather", MeshShape(1, 1, 1), 1, remat=remat), masked)
 
 
+KINDS = {
+    "num_layers": 4, "sliding_window": 3, "full_attention_every": 2, "no_rope_every": 3,
+    "qk_norm": "all", "norm_position": "after",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "remat, shape, devices",
+    [
+        ("save_attention", MeshShape(1, 1, 1), 1),
+        ("none", MeshShape(2, 2, 2), 8),
+        ("full", MeshShape(data=2, context=2, tensor=2), 8),
+    ],
+    ids=str,
+)
+def test_layers_of_several_kinds_are_dropped_alike(remat, shape, devices):
+    """With windows, norms over heads that devices share, and layers without positions."""
+    expected = _loss_and_gradients("mask", MeshShape(1, 1, 1), 1, **KINDS)
+    _assert_equal(_loss_and_gradients("gather", shape, devices, remat=remat, **KINDS), expected)
+
+
 def test_offload_computes_and_holds_what_full_does():
     """Beside the layers' inputs; here the host's memory is the device's and counts as well."""
     products, memory = {}, {}
