@@ -7,6 +7,7 @@ float32; they are cast where they are used. `decoding.weights` lays the same lay
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,13 +160,14 @@ class TracedKind:
     Numbers, since they stand beside parameters, which have gradients.
 
     Attributes:
-      sees_all: 1 in a layer without the window, else 0; `[L]` before the scan.
+      sees_all: 1 in a layer without the window, else 0; `[L]` before the scan. In a tree of
+        shapes or shardings, its own.
       rotary: 1 in a layer with rotary positions, else 0; `[L]` before the scan.
       window: of those that have one, 0 where none does.
     """
 
-    sees_all: Float[Array, "..."]
-    rotary: Float[Array, "..."]
+    sees_all: Any
+    rotary: Any
     window: int = dataclasses.field(metadata={"static": True})
 
 
@@ -271,10 +273,15 @@ class Block(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KindedBlock:
-    """A block that knows its kind, called as a block; or all of them, stacked for a scan."""
+    """A block that knows its kind, called as a block; or all of them, stacked for a scan.
 
-    block: Block
-    kind: LayerKind | TracedKind
+    Attributes:
+      block: a `Block`.
+      kind: a `LayerKind` or a `TracedKind`.
+    """
+
+    block: Any
+    kind: Any
 
     def __call__(self, x, cos, sin, segment_ids, residual_scale=None):
         """Runs the block; arguments as there."""

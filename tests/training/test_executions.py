@@ -64,13 +64,13 @@ def masked():
     return _loss_and_gradients("mask", MeshShape(1, 1, 1), 1)
 
 
-def _assert_equal(results, expected):
+def _assert_equal(results, expected, tolerance=1e-6):
     for (loss, run, gradients), (loss_, run_, gradients_) in zip(results, expected, strict=True):
         assert run == run_ < 1
         np.testing.assert_allclose(loss, loss_, rtol=1e-6)
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients_))
         for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients_), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * largest)
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
@@ -88,15 +88,15 @@ KINDS = {
     "remat, shape, devices",
     [
         ("save_attention", MeshShape(1, 1, 1), 1),
-        ("none", MeshShape(2, 2, 2), 8),
         ("full", MeshShape(data=2, context=2, tensor=2), 8),
     ],
     ids=str,
 )
 def test_layers_of_several_kinds_are_dropped_alike(remat, shape, devices):
-    """With windows, norms over heads that devices share, and layers without positions."""
+    """With windows, layers without positions, and norms over heads, which devices sum in parts."""
     expected = _loss_and_gradients("mask", MeshShape(1, 1, 1), 1, **KINDS)
-    _assert_equal(_loss_and_gradients("gather", shape, devices, remat=remat, **KINDS), expected)
+    results = _loss_and_gradients("gather", shape, devices, remat=remat, **KINDS)
+    _assert_equal(results, expected, tolerance=4e-6)
 
 
 def test_offload_computes_and_holds_what_full_does():

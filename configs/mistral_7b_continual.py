@@ -1,0 +1,37 @@
+r"""Continual pretraining of Mistral 7B with LayerSkip.
+
+    layerskip prepare --source=TEXT --output=data/mistral_7b_continual --sequence-length=8192 \
+        --tokenizer=tokenizer.json
+    layerskip train --config=configs/mistral_7b_continual.py --workdir=runs/mistral_7b_continual \
+        --config.data.path=data/mistral_7b_continual
+
+Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B. A token sees the 4,096 before it, as in version 0.1; later versions have no window (set it to 0).
+Add `--config.init_from=FOLDER`, the Hugging Face folder of the published weights: without it the
+weights are random.
+"""
+
+from common import at_scale
+
+from layerskip_jax.config import as_variant
+
+TARGETS = {
+    "v5p": {
+        "mesh.topology": "v5p:4x4x4",
+        "mesh.shape.data": 4,
+        "mesh.shape.fsdp": 16,
+        "model.remat": "full",
+    },
+    "h100": {"mesh.topology": "h100:64", "model.remat": "full"},
+}
+
+
+def get_config(variant=""):
+    config = at_scale("Mistral 7B")
+    model = config.model
+    model.max_sequence_length = 8192
+    model.sliding_window = 4096
+    config.early_exit.rotation_interval = 8
+    config.early_exit.e_scale = 0.1
+    config.early_exit.exit_token_fraction = 0.25
+    config.optimizer.learning_rate = 3e-5
+    return as_variant(config, variant, TARGETS)
