@@ -5,7 +5,8 @@ r"""Continual pretraining of Mistral 7B with LayerSkip.
     layerskip train --config=configs/mistral_7b_continual.py --workdir=runs/mistral_7b_continual \
         --config.data.path=data/mistral_7b_continual
 
-Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B. A token sees the 4,096 before it, as in version 0.1; later versions have no window (set it to 0).
+Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B.
+A token sees the 4,096 up to itself, as in version 0.1; later versions have no window: set 0.
 Add `--config.init_from=FOLDER`, the Hugging Face folder of the published weights: without it the
 weights are random.
 """

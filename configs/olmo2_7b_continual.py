@@ -5,7 +5,8 @@ r"""Continual pretraining of OLMo 2 7B with LayerSkip.
     layerskip train --config=configs/olmo2_7b_continual.py --workdir=runs/olmo2_7b_continual \
         --config.data.path=data/olmo2_7b_continual
 
-Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B. Norms come after attention and MLP, and over all heads of the queries and the keys.
+Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B.
+Norms come after attention and MLP, and over all heads of the queries and the keys.
 Add `--config.init_from=FOLDER`, the Hugging Face folder of the published weights: without it the
 weights are random.
 """

@@ -5,7 +5,8 @@ r"""Continual pretraining of Qwen3 8B with LayerSkip.
     layerskip train --config=configs/qwen3_8b_continual.py --workdir=runs/qwen3_8b_continual \
         --config.data.path=data/qwen3_8b_continual
 
-Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B. Queries and keys are normed head by head.
+Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B.
+Queries and keys are normed head by head.
 Add `--config.init_from=FOLDER`, the Hugging Face folder of the published weights: without it the
 weights are random.
 """

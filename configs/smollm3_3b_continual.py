@@ -5,7 +5,8 @@ r"""Continual pretraining of SmolLM3 3B with LayerSkip.
     layerskip train --config=configs/smollm3_3b_continual.py --workdir=runs/smollm3_3b_continual \
         --config.data.path=data/smollm3_3b_continual
 
-Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B. Every fourth layer is without rotary positions.
+Nobody has published LayerSkip for this model: the settings are those of Llama 3 8B.
+Every fourth layer is without rotary positions.
 Add `--config.init_from=FOLDER`, the Hugging Face folder of the published weights: without it the
 weights are random.
 """

@@ -116,9 +116,9 @@ class Family:
 
     Attributes:
       architecture: its class in transformers.
-      fields: the fields of `ModelConfig` that make it what it is; others of `_OF_FAMILIES` are at
+      fields: the fields of `ModelConfig` that make it what it is; others of `OF_FAMILIES` are at
         their defaults.
-      varies: those of `_OF_FAMILIES` that differ from one model of it to another.
+      varies: those of `OF_FAMILIES` that differ from one model of it to another.
       settings: returns what only its `config.json` has, of a model.
       defaults: what its configuration class takes for a key that `config.json` leaves out, for
         every key that is read.
@@ -132,7 +132,7 @@ class Family:
 
     def has(self, config: ModelConfig) -> bool:
         """Whether a model is of this family."""
-        wanted = {name: getattr(_PLAIN, name) for name in _OF_FAMILIES} | self.fields
+        wanted = {name: getattr(_PLAIN, name) for name in OF_FAMILIES} | self.fields
         return all(
             getattr(config, name) == value
             for name, value in wanted.items()
@@ -141,7 +141,7 @@ class Family:
 
 
 # The fields in which families differ.
-_OF_FAMILIES = (
+OF_FAMILIES = (
     "qkv_bias", "qk_norm", "norm_position", "no_rope_every", "sliding_window",
     "full_attention_every",
 )  # fmt: skip
@@ -540,7 +540,7 @@ def to_hugging_face_config(
     if found is None:
         said = ", ".join(
             f"{name}={getattr(config, name)!r}"
-            for name in _OF_FAMILIES
+            for name in OF_FAMILIES
             if getattr(config, name) != getattr(_PLAIN, name)
         )
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from layerskip_jax.config import RunConfig
+from layerskip_jax.interop.huggingface import OF_FAMILIES
 from layerskip_jax.model.config import ModelConfig
 
 _NAME = "A LayerSkip model"
@@ -146,6 +147,16 @@ def _front_matter(exits: list[dict[str, Any]], data: dict[str, Any] | None) -> M
     )
 
 
+def _of_family(model: ModelConfig) -> dict[str, str]:
+    """Returns what differs from Llama, by the names of the settings."""
+    plain = ModelConfig()
+    return {
+        name.replace("_", " "): str(getattr(model, name))
+        for name in OF_FAMILIES
+        if getattr(model, name) != getattr(plain, name)
+    }
+
+
 def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> dict[str, Any]:
     dropout, exits = config.layer_dropout, config.early_exit
     settings = {
@@ -156,6 +167,7 @@ def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> d
         "key/value heads": model.num_kv_heads,
         "vocabulary": model.vocab_size,
         "context": f"{model.max_sequence_length} tokens",
+        **_of_family(model),
         "tied embeddings": "yes" if model.tie_embeddings else "no",
         "stored as": dtype,
     }

@@ -31,6 +31,7 @@ from layerskip_jax.evaluation.inspection import (
     token_texts,
 )
 from layerskip_jax.model.definition import ModelDefinition
+from layerskip_jax.model.transformer import Transformer
 from layerskip_jax.schema import ConfigError
 from tests.helpers import random_batch, small_model
 
@@ -129,6 +130,19 @@ def slow_choices(model, batch):
     batch = jax.tree.map(jnp.asarray, batch)
     rows = model.row_inputs(batch.positions, batch.segment_ids)
     return model.scan_layers(model.embed(batch.tokens), rows, visit, None)[1]
+
+
+def test_layers_of_several_kinds_are_read_as_they_train():
+    config = small_model(
+        sliding_window=3, full_attention_every=2, no_rope_every=3, qk_norm="all",
+        norm_position="after",
+    )  # fmt: skip
+    model, batch = Transformer(config, jax.random.key(0)), random_batch(3)
+    seen = read_exits(
+        decoder_weights(model), config, batch.tokens, batch.positions, batch.segment_ids, top=1
+    )
+    p = jax.nn.softmax(slow_choices(model, batch))
+    np.testing.assert_allclose(seen.probabilities[..., 0], p.max(axis=-1), atol=1e-5)
 
 
 def test_exits_of_packed_windows_are_those_of_the_training_side(model, weights):

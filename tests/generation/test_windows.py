@@ -7,6 +7,7 @@ import pytest
 
 from layerskip_jax.decoding import autoregressive
 from layerskip_jax.decoding.cache import empty_cache, layer_slots
+from layerskip_jax.distributed.mesh import MeshShape, make_mesh
 from layerskip_jax.generation.generator import Generator
 from layerskip_jax.model.transformer import Transformer
 from tests.helpers import small_model
@@ -72,6 +73,13 @@ def test_slots_by_hand():
 def test_decoding_beyond_the_window_is_what_its_definition_says(generator, expected, mode):
     """In a batch of rows of different lengths."""
     assert generator.generate(PROMPTS, NEW, **MODES[mode]).tokens == expected
+
+
+def test_a_mesh_decodes_alike(model, expected):
+    """Rows over two devices, heads over two."""
+    mesh = make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])
+    drafts = Generator(model, mesh=mesh).generate(PROMPTS, NEW, **MODES["drafts"])
+    assert drafts.tokens == expected
 
 
 def test_a_generation_holds_no_more_than_the_windows(generator):
