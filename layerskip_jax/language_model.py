@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from layerskip_jax.data.text import (
     Row,
     encode_prompt,
+    reading_special_tokens,
     stop_sequences,
     stop_texts,
 )
@@ -259,9 +260,7 @@ class LanguageModel:
     @functools.cached_property
     def reading_special_tokens(self) -> Tokenizer:
         """A copy of the tokenizer to which a special token spelled out in a text is that token."""
-        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-        tokenizer.encode_special_tokens = False
-        return tokenizer
+        return reading_special_tokens(self.tokenizer)
 
     def _request(self, draft, exit_layer, exit_when, stop, options) -> tuple[tuple[str, ...], dict]:
         """Returns the stop texts, and what the generator is asked."""

@@ -70,17 +70,17 @@ def write_figures(path: Path, figures: Any) -> None:
         write_json(path, figures)
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, leave_out: str = "") -> None:
+def add_fields(parser: argparse.ArgumentParser, cls: type, *leave_out: str) -> None:
     """Adds an option for each field of a dataclass, with its default and its docstring's entry.
 
     Args:
       parser: what to add them to.
       cls: the dataclass; a tuple field `things` becomes `--thing`, which may be repeated.
-      leave_out: a field that is no option.
+      leave_out: fields that are no options.
     """
     _, _, meanings = read_docstring(cls)
     for field in dataclasses.fields(cls):
-        if field.name == leave_out:
+        if field.name in leave_out:
             continue
         default, name = field.default, field.name
         shown = ", ".join(default) if isinstance(default, tuple) else default

@@ -5,6 +5,9 @@ glob of files, or `tfds:NAME_OR_FOLDER[:SPLIT]` for a TFDS data set on this disk
 format. A document is a file, a line of a .jsonl file or a TFDS example. Documents are split into
 training and validation, tokenized by a byte-level BPE trained on the former, and packed. The output
 appears when it is complete; prepared already, it is left as it is.
+
+With --prompt-field and --completion-field, or --messages-field for chats, only completions are
+learned. Documents are not cut then; those that are longer than a window are left out.
 """
 
 import dataclasses
@@ -25,9 +28,11 @@ from layerskip_jax.data.corpus import FORMATS
 from layerskip_jax.data.manifest import Manifest, PrepareOptions
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
-from layerskip_jax.interop.pretrained import end_token_ids
+from layerskip_jax.interop.chat import ChatTemplate, chat_template
+from layerskip_jax.interop.pretrained import end_token_ids, published_files
 from layerskip_jax.run_folder.object_store import is_remote
 from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run
+from layerskip_jax.schema import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.epilog = f"files that are found in a folder: {', '.join(FORMATS)}"
     add = parser.add_argument
     add("--output", type=local_path, required=True, help="folder to make")
-    add_fields(parser, PrepareOptions, leave_out="tokenizer_sha256")
+    add_fields(parser, PrepareOptions, "tokenizer_sha256", "chat_template_sha256")
     add(
         "--tokenizer",
         help="existing tokenizer to use instead: a tokenizer.json, or a model's or run's folder",
@@ -44,7 +49,7 @@ def main(argv: list[str]) -> int:
     add("--overwrite", action="store_true", help="replace prepared data in --output")
     add("--json", type=figures_file, help="also write the figures to this file")
     options = parser.parse_args(argv)
-    existing = {}  # what an existing tokenizer decides
+    existing, chat = {}, None  # what an existing tokenizer decides
     if options.tokenizer is not None:
         model = Path(options.tokenizer)
         if is_remote(options.tokenizer):  # a run's, whose small files are downloaded
@@ -52,13 +57,21 @@ def main(argv: list[str]) -> int:
             model = run.path
         options.tokenizer = model / "tokenizer.json" if model.is_dir() else model
         tokenizer = load_tokenizer(options.tokenizer)
+        if options.messages_field:
+            chat = _chat_template(model, tokenizer)
         usual = [tokenizer.token_to_id(token) for token in END_TOKENS]
         if not options.end_token and all(token is None for token in usual):
             options.end_token = _end_token_of_model(model, tokenizer)
         existing = {"vocab_size": 0, "tokenizer_sha256": file_sha256(options.tokenizer)}
+        if chat is not None:
+            existing["chat_template_sha256"] = chat.sha256
     request = PrepareOptions(**given_fields(options, PrepareOptions) | existing)
     manifest = prepare(
-        request, options.output, tokenizer_file=options.tokenizer, overwrite=options.overwrite
+        request,
+        options.output,
+        tokenizer_file=options.tokenizer,
+        chat_turns=None if chat is None else chat.turns,
+        overwrite=options.overwrite,
     )
     _print(manifest, options.output)
     if options.json:
@@ -75,6 +88,23 @@ def _end_token_of_model(folder: Path, tokenizer: Tokenizer) -> str:
     files = {"config.json": (folder / "config.json").read_bytes()}
     ids = end_token_ids(files, folder)
     return (tokenizer.id_to_token(ids[0]) or "") if ids else ""
+
+
+def _chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """Returns the chat template of a model's folder, or of the model that a run began from.
+
+    Raises:
+      UserError: there is none.
+    """
+    run = RunFolder(folder) if is_run(folder) else None
+    files = run.published_files() if run else published_files(folder)
+    template = chat_template(files, run.published if run else folder, tokenizer)
+    if template is None:
+        raise UserError(
+            f"--tokenizer={folder} has no chat template beside it, by which --messages-field could "
+            "be written; name the folder of a model that was trained on chats"
+        )
+    return template
 
 
 def figures(manifest: Manifest) -> dict:
@@ -95,15 +125,19 @@ def figures(manifest: Manifest) -> dict:
 
 def _print(manifest: Manifest, output: Path) -> None:
     headings = ("documents", "bytes", "tokens", "windows")
+    if manifest.request.has_completions:
+        headings = ("documents", "over_long", "bytes", "tokens", "targets", "windows")
     splits = {name: manifest.split(name) for name in ("train", "validation")}
     table = make_table(
         f"{output}: {', '.join(manifest.request.sources)}",
-        ("", *headings),
+        ("", *(heading.replace("_", " ") for heading in headings)),
         [(name, *(f"{getattr(split, h):,}" for h in headings)) for name, split in splits.items()],
     )
     console = make_console()
     console.print(table)
     skipped = f"; {manifest.skipped_files} skipped" if manifest.skipped_files else ""
+    if manifest.request.has_completions:
+        skipped += f"; windows {manifest.train.filled(manifest.sequence_length):.1%} full"
     console.print(
         f"vocabulary {manifest.vocab_size:,}, windows of {manifest.sequence_length} tokens, "
         f"{manifest.train.bytes_per_token:.2f} bytes a token, "

@@ -33,6 +33,7 @@ class BatchSource:
       manifest: the folder's manifest, of a mixture the first one's.
       num_windows: windows in the split, of all folders.
       sequence_length: S.
+      whole_documents: whether no document goes on in the next window.
       batch_size: B.
       steps_per_epoch: batches until every window was seen, the last one in part if B does not
         divide their number.
@@ -79,6 +80,7 @@ class BatchSource:
         corpora = [(folder, self.manifest), *((path, read_manifest(path)) for path in mixture)]
         _check_mixture(corpora, weights)
         self.sequence_length = self.manifest.sequence_length
+        self.whole_documents = self.manifest.request.has_completions
         self._parts = [_Windows(path, manifest, split) for path, manifest in corpora]
         self._first = np.cumsum([0, *(part.count for part in self._parts)])
         self.num_windows = int(self._first[-1])

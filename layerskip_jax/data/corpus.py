@@ -1,7 +1,8 @@
 """Text on disk as a TFDS data set of documents, split by document.
 
-A document is a file, a line of a `.jsonl` file, or an example of a TFDS data set. Reading
-and writing need no TensorFlow: TFDS writes ArrayRecord and reads it back as a data source.
+A document is a file, a line of a `.jsonl` file, or an example of a TFDS data set; of prompts with
+completions, and of chats, it also says which parts of its text are completions. Reading and writing
+need no TensorFlow: TFDS writes ArrayRecord and reads it back as a data source.
 """
 
 import collections
@@ -11,13 +12,15 @@ import itertools
 import json
 import logging
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
+from layerskip_jax.data.completions import BadRecordError, ChatTurns, marked_texts
 from layerskip_jax.data.manifest import STANDARD_LIBRARY, PrepareOptions
 from layerskip_jax.data.shards import read_in_order
 from layerskip_jax.run_folder.atomic import remedy
@@ -38,11 +41,13 @@ class Document(NamedTuple):
         a corpus can be moved, or joined by another, without reshuffling.
       key: the path with the source's number, unique among all.
       text: never blank.
+      completions: where each completion begins and ends in the text; none of plain text.
     """
 
     path: str
     key: str
     text: str
+    completions: tuple[tuple[int, int], ...] = ()
 
 
 class CorpusReader:
@@ -53,9 +58,21 @@ class CorpusReader:
       skipped: files, lines and examples left out by the last reading as they hold no text.
     """
 
-    def __init__(self, options: PrepareOptions):
-        """Takes what `layerskip prepare` takes; nothing is read yet."""
+    def __init__(self, options: PrepareOptions, chat_turns: ChatTurns | None = None):
+        """Takes what `layerskip prepare` takes; nothing is read yet.
+
+        Args:
+          options: what to read, and how.
+          chat_turns: the chat template, for `messages_field`.
+        """
         self.options = options
+        self._chat_turns = chat_turns
+        # Plain files have no fields.
+        self._formats = {
+            ending: read
+            for ending, read in FORMATS.items()
+            if not options.has_completions or read is CorpusReader._json_lines
+        }
         self._last_draw: int | None = None
         self.skipped: list[str] = []
         self._told: set[str] = set()
@@ -103,10 +120,10 @@ class CorpusReader:
         found_by: dict[Path, str] = {}
         for number, source in enumerate(self.options.sources):
             if source.startswith(TFDS_PREFIX):
-                for path, text in self._dataset(source):
-                    yield Document(path, f"{number}:{path}", text)
+                for document in self._dataset(source):
+                    yield document._replace(key=f"{number}:{document.key}")
                 continue
-            root, files, others = _files(source)
+            root, files, others = _files(source, self._formats)
             self._say_left_out(source, others)
             for file in files:
                 # Read twice, a text could end up on both sides of the split.
@@ -122,11 +139,16 @@ class CorpusReader:
                 found_by[real] = source
                 if not is_text(str(file)):
                     name = as_bytes(str(file))
-                    self._bad(name, f"{name} has a name that is not UTF-8; rename it")
+                    self.leave_out(name, f"{name} has a name that is not UTF-8; rename it")
                     continue
-                read = FORMATS.get(file.suffix.lower(), CorpusReader._file)
-                for path, text in read(self, str(file.relative_to(root)), file):
-                    yield Document(path, f"{number}:{path}", text)
+                read = self._formats.get(file.suffix.lower(), CorpusReader._file)
+                if self.options.has_completions and read is CorpusReader._file:
+                    raise UserError(
+                        f"{file} is plain text and has no fields; name .jsonl files that have "
+                        f"{' and '.join(map(repr, self.options.fields))}"
+                    )
+                for document in read(self, str(file.relative_to(root)), file):
+                    yield document._replace(key=f"{number}:{document.key}")
 
     def _say_left_out(self, source: str, others: list[Path]) -> None:
         """Says once that a folder has files of other kinds."""
@@ -139,38 +161,40 @@ class CorpusReader:
             source,
             len(others),
             ", ".join(f"{kind} {count}" for kind, count in kinds),
-            ", ".join(FORMATS),
+            ", ".join(self._formats),
         )
 
-    def _bad(self, name: str, message: str, error: Exception | None = None) -> None:
-        """Counts what cannot be read, or fails."""
+    def leave_out(self, name: str, message: str, error: Exception | None = None) -> None:
+        """Counts what cannot be read or tokenized, or fails."""
         if not self.options.skip_bad_files:
             raise UserError(f"{message}, or pass --skip-bad-files") from error
         self.skipped.append(name)
 
-    def _file(self, path: str, file: Path) -> Iterator[tuple[str, str]]:
-        """Yields the one document of a file, as path and text."""
+    def _file(self, path: str, file: Path) -> Iterator[Document]:
+        """Yields the one document of a file; its key is the path still, as in what is below."""
         try:
             text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            self._bad(str(file), _not_utf8(file, error.start, error.reason), error)
+            self.leave_out(str(file), _not_utf8(file, error.start, error.reason), error)
         except OSError as error:
             raise _unread(file, error) from error
         else:
             if text.strip():
-                yield path, text
+                yield Document(path, path, text)
 
-    def _json_lines(self, path: str, file: Path) -> Iterator[tuple[str, str]]:
+    def _json_lines(self, path: str, file: Path) -> Iterator[Document]:
         offset = 0
         try:
             # As bytes, since only b"\n" ends a line there: JSON strings may hold the other
             # characters that Python takes for ends of lines.
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
-                    text = self._json_text(f"{file}:{number}", file, offset, line)
+                    name, place = f"{file}:{number}", f"{path}:{number}"
+                    if self.options.has_completions:
+                        yield from self._json_record(name, place, file, offset, line)
+                    elif (text := self._json_text(name, file, offset, line)).strip():
+                        yield Document(place, place, text)
                     offset += len(line)
-                    if text.strip():
-                        yield f"{path}:{number}", text
         except OSError as error:
             raise _unread(file, error) from error
 
@@ -183,9 +207,9 @@ class CorpusReader:
             text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
             return text
         except UnicodeDecodeError as error:
-            self._bad(name, _not_utf8(file, offset + error.start, error.reason), error)
+            self.leave_out(name, _not_utf8(file, offset + error.start, error.reason), error)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            self._bad(
+            self.leave_out(
                 name,
                 f"{name} is no JSON object with text in its field {self.options.jsonl_field!r} "
                 f"({error!r}); name the field with --jsonl-field",
@@ -193,7 +217,30 @@ class CorpusReader:
             )
         return ""
 
-    def _dataset(self, source: str) -> Iterator[tuple[str, str]]:
+    def _json_record(
+        self, name: str, path: str, file: Path, offset: int, line: bytes
+    ) -> Iterator[Document]:
+        """Yields the documents of a line with fields, none where it is empty or left out."""
+        if not line.strip():
+            return
+        try:
+            record = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+            yield from self._record(path, record)
+        except UnicodeDecodeError as error:
+            self.leave_out(name, _not_utf8(file, offset + error.start, error.reason), error)
+        except (ValueError, RecursionError) as error:
+            self.leave_out(
+                name, f"{name} is no JSON object ({error}); correct it, leave it out", error
+            )
+        except BadRecordError as error:
+            self.leave_out(name, f"{name} {error}; correct it, leave it out", error)
+
+    def _record(self, path: str, record: object) -> Iterator[Document]:
+        found = marked_texts(record, self.options, self._chat_turns)
+        for number, (text, completions) in enumerate(found):
+            yield Document(path, f"{path}#{number}" if number else path, text, completions)
+
+    def _dataset(self, source: str) -> Iterator[Document]:
         folder, _, split = source.removeprefix(TFDS_PREFIX).partition(":")
         split = split or "train"
         try:
@@ -208,22 +255,43 @@ class CorpusReader:
                 f"--source={source}: {folder} is no folder or name of a TFDS data set on this "
                 f"disk, in array_record format, with the split {split!r} ({error})"
             ) from error
+        if self.options.messages_field:
+            raise UserError(
+                f"--messages-field={self.options.messages_field!r} is of .jsonl files; write the "
+                f"chats of --source={source} as such"
+            )
         for number, example in enumerate(read_examples(builder, split)):
+            path = f"{builder.name}:{split}:{number}"
+            if self.options.has_completions:
+                yield from self._example(f"--source={source}: example {number}", path, example)
+                continue
             if not isinstance(example.get(self.options.text_field), bytes):
                 raise UserError(
                     f"--source={source} has no text in a field {self.options.text_field!r}; its "
                     f"fields are {', '.join(sorted(example))}: name one with --text-field"
                 )
-            path = f"{builder.name}:{split}:{number}"
             try:
                 text = example[self.options.text_field].decode("utf-8")
             except UnicodeDecodeError as error:
-                self._bad(
+                self.leave_out(
                     path, f"--source={source}: example {number} is not UTF-8 ({error})", error
                 )
                 continue
             if text.strip():
-                yield path, text
+                yield Document(path, path, text)
+
+    def _example(self, name: str, path: str, example: Mapping[str, Any]) -> Iterator[Document]:
+        """Yields the documents of a TFDS example with fields, none where it is left out."""
+        try:
+            texts = {
+                field: value.decode("utf-8") if isinstance(value, bytes) else value
+                for field, value in example.items()
+            }
+            yield from self._record(path, texts)
+        except UnicodeDecodeError as error:
+            self.leave_out(path, f"{name} is not UTF-8 ({error})", error)
+        except BadRecordError as error:
+            self.leave_out(path, f"{name} {error}; correct it, leave it out", error)
 
 
 # How the files of each ending are read: from the reader, the path of the documents and the file.
@@ -242,8 +310,15 @@ def _not_utf8(file: Path, offset: int, reason: str) -> str:
     return f"{file} is not UTF-8 text: {reason} at byte {offset}; convert it, leave it out"
 
 
-def _files(source: str) -> tuple[Path, list[Path], list[Path]]:
-    """Returns the folder that paths are relative to, its files, sorted, and those left out."""
+def _files(
+    source: str, endings: Collection[str] = tuple(FORMATS)
+) -> tuple[Path, list[Path], list[Path]]:
+    """Returns the folder that paths are relative to, its files, sorted, and those left out.
+
+    Args:
+      source: `stdlib`, or a folder, file or glob.
+      endings: of the files that a folder is searched for.
+    """
     others: list[Path] = []
     if source == STANDARD_LIBRARY:
         root = Path(sysconfig.get_path("stdlib"))
@@ -258,8 +333,8 @@ def _files(source: str) -> tuple[Path, list[Path], list[Path]]:
         # Like a glob, this passes by what is hidden, such as .git or .venv.
         root, found = path, (path / f for f in glob.glob("**", root_dir=path, recursive=True))
         files = [file for file in found if file.is_file()]
-        others = [file for file in files if file.suffix.lower() not in FORMATS]
-        files = [file for file in files if file.suffix.lower() in FORMATS]
+        others = [file for file in files if file.suffix.lower() not in endings]
+        files = [file for file in files if file.suffix.lower() in endings]
     elif path.is_file():
         root, files = path.parent, [path]
     elif glob.has_magic(source):
@@ -270,7 +345,7 @@ def _files(source: str) -> tuple[Path, list[Path], list[Path]]:
         raise UserError(f"--source={source}: there is no such file or folder")
     if not files:
         raise UserError(
-            f"--source={source} matches no file; a folder is searched for {', '.join(FORMATS)}"
+            f"--source={source} matches no file; a folder is searched for {', '.join(endings)}"
         )
     return root, sorted(files), others
 
@@ -309,10 +384,15 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {"path": tfds.features.Text(), "text": tfds.features.Text()}
+        features = {"path": tfds.features.Text(), "text": tfds.features.Text()}
+        if self._reader.options.has_completions:
+            # Where each begins and ends, in characters of the text.
+            features["completions"] = tfds.features.Tensor(shape=(None, 2), dtype=np.int64)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Text documents.",
+            features=tfds.features.FeaturesDict(features),
         )
-        return tfds.core.DatasetInfo(builder=self, description="Text documents.", features=features)
 
     def _split_generators(self, dl_manager):
         return {name: self._generate_examples(validation=name == "validation") for name in SPLITS}
@@ -325,7 +405,10 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
             if held_out == validation:
                 taken += 1
                 # By the key TFDS orders what it writes, in the same order each time.
-                yield document.key, {"path": document.path, "text": document.text}
+                example = {"path": document.path, "text": document.text}
+                if options.has_completions:
+                    example["completions"] = np.array(document.completions, np.int64)
+                yield document.key, example
         if total == 0:
             raise UserError(f"--source={', '.join(options.sources)}: every document is blank")
         if taken == 0:

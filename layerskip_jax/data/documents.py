@@ -48,7 +48,7 @@ def first_tokens(
             continue
         for segment in range(1, int(segments.max()) + 1):
             part = tokens[segments == segment]
-            if segment > 1 or number == 0:
+            if segment > 1 or number == 0 or source.whole_documents:
                 text = []
                 texts.append(text)
             elif number > 0:

@@ -33,7 +33,13 @@ class PrepareOptions:
         no limit.
       jsonl_field: field of a .jsonl line that holds the text.
       text_field: field of a TFDS example that holds the text.
-      skip_bad_files: leave out what is not UTF-8 text, instead of failing.
+      prompt_field: field of a .jsonl line or TFDS example that holds a prompt; with
+        --completion-field, and no plain text then.
+      completion_field: field that holds what is to be learned after the prompt.
+      messages_field: field of a .jsonl line that holds a chat, whose assistant's turns are
+        learned; written by the chat template of the --tokenizer's folder.
+      chat_template_sha256: of that template and its special tokens, or "".
+      skip_bad_files: leave out what is not UTF-8 text, or lacks such a field, instead of failing.
       seed: of the split, and of the draw by --max-bytes.
     """
 
@@ -46,6 +52,10 @@ class PrepareOptions:
     max_bytes: int = 0
     jsonl_field: str = "text"
     text_field: str = "text"
+    prompt_field: str = ""
+    completion_field: str = ""
+    messages_field: str = ""
+    chat_template_sha256: str = ""
     skip_bad_files: bool = False
     seed: int = 0
 
@@ -63,6 +73,47 @@ class PrepareOptions:
             f"--vocab-size={size} is too small: the bytes and the end token alone take "
             f"{SMALLEST_VOCABULARY}",
         )
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        prompt, completion, messages = (
+            self.prompt_field, self.completion_field, self.messages_field,
+        )  # fmt: skip
+        require(
+            bool(prompt) == bool(completion),
+            f"--prompt-field={prompt!r} and --completion-field={completion!r} belong together; "
+            "give both, or none for plain text",
+        )
+        require(
+            not (prompt and messages),
+            f"--messages-field={messages!r} takes the place of --prompt-field={prompt!r} and "
+            f"--completion-field={completion!r}; give one or the other",
+        )
+        require(
+            prompt == "" or prompt != completion,
+            f"--prompt-field and --completion-field are both {prompt!r}; name two fields",
+        )
+        require(
+            not self.has_completions or STANDARD_LIBRARY not in self.sources,
+            f"--source={STANDARD_LIBRARY} is plain text and has no fields; name .jsonl files that "
+            f"have {' and '.join(map(repr, self.fields))}",
+        )
+        require(
+            messages == "" or self.chat_template_sha256 != "",
+            f"--messages-field={messages!r} needs a chat template; name a model's folder that has "
+            "one with --tokenizer",
+        )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields with what is to be learned, where documents are not plain text."""
+        named = (self.prompt_field, self.completion_field, self.messages_field)
+        return tuple(field for field in named if field)
+
+    @property
+    def has_completions(self) -> bool:
+        """Whether only completions are learned, and documents stay whole."""
+        return bool(self.fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +138,13 @@ class Split:
     """Counts of one split.
 
     Attributes:
-      documents: documents that are not blank.
+      documents: documents that are not blank; where they stay whole, those that fit a window.
       bytes: length of their UTF-8 text.
       tokens: with one end token a document, and those that the tokenizer begins it with.
       windows: packed windows.
       shards: the files they are in.
+      over_long: documents left out since they are longer than a window.
+      targets: tokens of completions, end tokens included; -1 of plain text, which is all learned.
     """
 
     documents: int
@@ -99,11 +152,17 @@ class Split:
     tokens: int
     windows: int
     shards: tuple[Shard, ...]
+    over_long: int = 0
+    targets: int = -1
 
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text a token stands for, on average."""
         return self.bytes / self.tokens
+
+    def filled(self, sequence_length: int) -> float:
+        """Returns the share of its windows' tokens that are no padding, of whole documents."""
+        return self.tokens / max(self.windows * (sequence_length + 1), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +181,8 @@ class Manifest:
       validation: counts of the held-out documents.
       skipped_files: files, lines and examples left out because they hold no UTF-8 text.
       largest_token: the largest id in the windows of either split; -1 where it was not counted.
-      unigram_entropy_nats: entropy of the validation tokens' own frequencies, nats a token.
+      unigram_entropy_nats: entropy of the frequencies of the validation set's own tokens, where
+        only completions are learned of those, in nats a token.
         No model that ignores the context has a lower validation loss.
       fingerprint: SHA-256 that identifies the windows and the tokenizer.
     """

@@ -1,17 +1,29 @@
-"""Documents packed into fixed windows, without losing a token.
+"""Documents packed into fixed windows of S + 1 tokens, of which S are inputs and S are targets.
 
-The documents of a split, each followed by the end token, form one stream. A window holds
-S + 1 tokens of it, of which S are inputs and S are targets, and shares its first token with
-the end of the window before: every token of the stream but the first is a target once.
-Segment ids number the documents within a window from 1; 0 is padding. A document that goes
-on in the next window is segment 1 there and its positions start again.
+Plain text loses no token (`pack`). The documents of a split, each followed by the end token, form
+one stream. A window shares its first token with the end of the window before: every token of the
+stream but the first is a target once. A document that goes on in the next window is segment 1
+there and its positions start again.
+
+Prompts with completions stay whole (`pack_whole`): a window holds whole documents, and shares
+nothing with others.
+
+Segment ids number the documents within a window from 1; 0 is padding. Of a token that is never a
+target, one of a prompt, the window has the segment id with a minus sign.
 """
 
+import bisect
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
+
+Tokens = Int32[np.ndarray, "tokens"]
+
+
+# Windows that are filled at the same time: with so many, documents of all lengths find a place.
+OPEN_WINDOWS = 64
 
 
 class Rows(NamedTuple):
@@ -20,7 +32,7 @@ class Rows(NamedTuple):
     Attributes:
       tokens: inputs.
       targets: the token after each input.
-      valid: which targets count: those in the same document as their input.
+      valid: which targets count: those in the same document as their input, but for prompts.
       segment_ids: document of each input within its window, from 1; 0 is padding.
       positions: the position of each input within its document's part of the window, from 0.
     """
@@ -32,8 +44,20 @@ class Rows(NamedTuple):
     positions: Int32[np.ndarray, "B S"]
 
 
+class Completed(NamedTuple):
+    """A document of which some tokens are learned, the end token included.
+
+    Attributes:
+      tokens: its ids.
+      is_target: which of them are targets: those of completions.
+    """
+
+    tokens: Tokens
+    is_target: Bool[np.ndarray, "tokens"]
+
+
 def pack(
-    documents: Iterable[Int32[np.ndarray, "tokens"]], sequence_length: int, end_token_id: int
+    documents: Iterable[Tokens], sequence_length: int, end_token_id: int
 ) -> Iterator[Int32[np.ndarray, "2 S1"]]:
     """Cuts documents into windows of S + 1 tokens (row 0) and segment ids (row 1).
 
@@ -66,13 +90,65 @@ def pack(
         )
 
 
+def pack_whole(
+    documents: Iterable[Completed], sequence_length: int, end_token_id: int
+) -> Iterator[Int32[np.ndarray, "2 S1"]]:
+    """Lays whole documents into windows of S + 1 tokens, as `pack` does it but for what it cuts.
+
+    A document goes where it leaves the least room among `OPEN_WINDOWS` windows (best fit); where
+    none has room for it, the fullest is given away for an empty one. The same documents in the
+    same order give the same windows. What is left of a window is padding.
+
+    Args:
+      documents: none longer than a window.
+      sequence_length: S.
+      end_token_id: what padding is made of.
+    """
+    size = sequence_length + 1
+    # By the room that is left, least first; of equal ones the older first.
+    rooms: list[int] = []
+    contents: list[list[Completed]] = []
+    for document in documents:
+        needed = len(document.tokens)
+        at = bisect.bisect_left(rooms, needed)
+        if at == len(rooms):
+            if len(rooms) == OPEN_WINDOWS:
+                rooms.pop(0)
+                yield _window(contents.pop(0), size, end_token_id)
+            room, held = size, []
+        else:
+            room, held = rooms.pop(at), contents.pop(at)
+        room -= needed
+        held.append(document)
+        if room == 0:
+            yield _window(held, size, end_token_id)
+            continue
+        at = bisect.bisect_right(rooms, room)
+        rooms.insert(at, room)
+        contents.insert(at, held)
+    for held in contents:
+        yield _window(held, size, end_token_id)
+
+
+def _window(documents: list[Completed], size: int, end_token_id: int) -> Int32[np.ndarray, "2 S1"]:
+    window = np.stack([np.full(size, end_token_id, np.int32), np.zeros(size, np.int32)])
+    start = 0
+    for segment, document in enumerate(documents, start=1):
+        part = slice(start, start + len(document.tokens))
+        window[0, part] = document.tokens
+        window[1, part] = np.where(document.is_target, segment, -segment)
+        start = part.stop
+    return window
+
+
 def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Rows:
     """Returns the inputs, targets, segments and positions of packed windows.
 
     Positions are not stored: they follow from the segments. The target of a document's end
-    token, the first token of the next document, is not valid; the end token itself is.
+    token, the first token of the next document, is not valid; the end token itself is. Nor is a
+    token of a prompt.
     """
-    tokens, segments = windows[:, 0], windows[:, 1]
+    tokens, segments = windows[:, 0], np.abs(windows[:, 1])
     inputs = segments[:, :-1]
     index = np.arange(inputs.shape[1])
     starts = np.diff(inputs, axis=1, prepend=-1) != 0
@@ -80,7 +156,7 @@ def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Rows:
     return Rows(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        valid=(inputs == segments[:, 1:]) & (inputs > 0),
+        valid=(inputs == segments[:, 1:]) & (windows[:, 1, 1:] > 0),
         segment_ids=inputs,
         positions=(index - first).astype(np.int32),
     )

@@ -10,7 +10,8 @@ one starts again. The folder holds
     corpus/            the documents, as a TFDS data set
 
 A record is one packed window, `[2, S + 1]` int32 in native byte order: tokens, then segment
-ids (`packing.py`). Positions are derived from the segment ids when a window is read.
+ids (`packing.py`). Positions, and which tokens are targets, are derived from the segment ids when
+a window is read.
 """
 
 import contextlib
@@ -22,20 +23,22 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 from tokenizers import Tokenizer
 
 from layerskip_jax.data import manifest as manifests
+from layerskip_jax.data.completions import ChatTurns, add_completion, ended
 from layerskip_jax.data.corpus import SPLITS, CorpusReader, TextCorpus, read_examples
 from layerskip_jax.data.manifest import Manifest, PrepareOptions, Shard, Split
-from layerskip_jax.data.packing import pack
-from layerskip_jax.data.text import begin_tokens
+from layerskip_jax.data.packing import Completed, Tokens, pack, pack_whole
+from layerskip_jax.data.text import begin_tokens, begun, completion_ids, reading_special_tokens
 from layerskip_jax.data.tokenizer import (
     end_token_of,
     file_sha256,
@@ -47,6 +50,7 @@ from layerskip_jax.run_folder.atomic import staged_folder
 from layerskip_jax.schema import UserError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE,
@@ -59,11 +63,23 @@ CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 4 << 20
 
 @dataclasses.dataclass
 class _Counts:
-    """What is counted while a split is packed; `histogram` holds the tokens of each id."""
+    """What is counted while a split is packed.
+
+    Attributes:
+      histogram: the tokens of each id, end tokens included.
+      targets: the same of completions alone; None of plain text.
+      documents: those that are packed.
+      bytes: of their texts.
+      over_long: documents that no window holds.
+      longest: tokens of the longest of these.
+    """
 
     histogram: Int64[np.ndarray, "V"]
+    targets: Int64[np.ndarray, "V"] | None = None
     documents: int = 0
     bytes: int = 0
+    over_long: int = 0
+    longest: int = 0
 
 
 def prepare(
@@ -71,6 +87,7 @@ def prepare(
     output: Path,
     *,
     tokenizer_file: Path | None = None,
+    chat_turns: ChatTurns | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Prepares what `request` asks for in the folder `output`.
@@ -80,6 +97,7 @@ def prepare(
       output: the folder. If it already holds what `request` makes, nothing is done; whether
         the text of the sources has changed since is not looked at.
       tokenizer_file: an existing tokenizer.json to use instead of training one.
+      chat_turns: the chat template of which the request has the hash.
       overwrite: whether to prepare in any case, and replace prepared data in `output` once
         the new data is complete.
 
@@ -102,7 +120,7 @@ def prepare(
             )
 
     with staged_folder(output, check) as folder, _disk_errors():
-        return _write(request, folder, tokenizer_file)
+        return _write(request, folder, tokenizer_file, chat_turns)
 
 
 def _require_same(request: PrepareOptions, existing: PrepareOptions, output: Path) -> None:
@@ -129,8 +147,13 @@ def _disk_errors() -> Iterator[None]:
         raise
 
 
-def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -> Manifest:
-    reader = CorpusReader(request)
+def _write(
+    request: PrepareOptions,
+    folder: Path,
+    tokenizer_file: Path | None,
+    chat_turns: ChatTurns | None,
+) -> Manifest:
+    reader = CorpusReader(request, chat_turns)
     target = folder / manifests.TOKENIZER_FILE
     if tokenizer_file is not None:
         shutil.copyfile(tokenizer_file, target)
@@ -150,10 +173,16 @@ def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -
     for name in SPLITS:
         logger.info("packing %s", name)
         counts = _Counts(np.zeros(vocab_size, np.int64))
-        tokens = _tokenized(_texts(corpus, name), tokenizer, counts)
-        windows = pack(tokens, request.sequence_length, end_token_id)
+        length = request.sequence_length
+        if request.has_completions:
+            counts.targets = np.zeros_like(counts.histogram)
+            completed = _completed(read_examples(corpus, name), reader, tokenizer, end_token_id)
+            windows = pack_whole(_fitting(completed, length + 1, counts), length, end_token_id)
+        else:
+            tokens = _tokenized(_texts(corpus, name), tokenizer, end_token_id, counts)
+            windows = pack(tokens, length, end_token_id)
         shards = tuple(_write_shards(windows, folder, name))
-        counts.histogram[end_token_id] += counts.documents
+        _say_over_long(name, counts, length)
         largest_token = max([largest_token, *np.flatnonzero(counts.histogram)[-1:].tolist()])
         splits[name] = Split(
             documents=counts.documents,
@@ -161,6 +190,8 @@ def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -
             tokens=int(counts.histogram.sum()),
             windows=sum(shard.windows for shard in shards),
             shards=shards,
+            over_long=counts.over_long,
+            targets=-1 if counts.targets is None else int(counts.targets.sum()),
         )
     tokenizer_sha256 = file_sha256(target)
     manifest = Manifest(
@@ -174,7 +205,9 @@ def _write(request: PrepareOptions, folder: Path, tokenizer_file: Path | None) -
         skipped_files=len(reader.skipped),
         largest_token=largest_token,
         # The last counts are those of the validation split.
-        unigram_entropy_nats=_entropy(counts.histogram),
+        unigram_entropy_nats=_entropy(
+            counts.histogram if counts.targets is None else counts.targets
+        ),
         fingerprint=manifests.fingerprint(tokenizer_sha256, *splits.values()),
         **splits,
     )
@@ -198,12 +231,17 @@ def _texts(corpus: TextCorpus, split: str) -> Iterator[str]:
         yield example["text"].decode("utf-8")
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Groups texts so that a group is many of them, but no more than fits in memory."""
+def _chunks(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Groups texts so that a group is many of them, but no more than fits in memory.
+
+    Args:
+      items: the texts, or what each is part of.
+      size: returns the length of one.
+    """
     chunk, characters = [], 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
+    for item in items:
+        chunk.append(item)
+        characters += size(item)
         if len(chunk) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -212,17 +250,104 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _tokenized(
-    texts: Iterable[str], tokenizer: Tokenizer, counts: _Counts
-) -> Iterator[Int32[np.ndarray, "tokens"]]:
-    """Yields the token ids of each text, begun as the tokenizer begins one, and counts them."""
+    texts: Iterable[str], tokenizer: Tokenizer, end_token_id: int, counts: _Counts
+) -> Iterator[Tokens]:
+    """Yields the token ids of each text, begun as the tokenizer begins one.
+
+    Counts them, and the end token that will follow each text.
+    """
     begin = begin_tokens(tokenizer)
-    for chunk in _chunks(texts):
+    for chunk in _chunks(texts, len):
         encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
         documents = [np.array(begin + encoding.ids, np.int32) for encoding in encodings]
         counts.documents += len(chunk)
         counts.bytes += sum(len(text.encode()) for text in chunk)
         counts.histogram += np.bincount(np.concatenate(documents), minlength=len(counts.histogram))
+        counts.histogram[end_token_id] += len(chunk)
         yield from documents
+
+
+def _completed(
+    examples: Iterable[dict], reader: CorpusReader, tokenizer: Tokenizer, end_token_id: int
+) -> Iterator[tuple[Completed, int]]:
+    """Yields the documents of each example, each with the bytes of its text.
+
+    What comes before a completion has the ids that `generate` makes of it as a prompt. Special
+    tokens that a chat's template writes, or a message spells out, are those tokens, as there.
+    """
+    is_chat = bool(reader.options.messages_field)
+    if is_chat:
+        tokenizer = reading_special_tokens(tokenizer)
+    begin = [] if is_chat else begin_tokens(tokenizer)
+    for chunk in _chunks(examples, lambda example: len(example["text"])):
+        texts = [example["text"].decode("utf-8") for example in chunk]
+        parts = [example["completions"].tolist() for example in chunk]
+        # Of each completion what comes before it, and that with it.
+        beginnings = [
+            text[:end]
+            for text, spans in zip(texts, parts, strict=True)
+            for span in spans
+            for end in span
+        ]
+        encodings = tokenizer.encode_batch_fast(beginnings, add_special_tokens=False)
+        ids = iter(begun(begin, encoding.ids) for encoding in encodings)
+        for example, text, spans in zip(chunk, texts, parts, strict=True):
+            documents: list[Completed] = []
+            unsaid = False
+            for start, end in spans:
+                prompt, whole = next(ids), next(ids)
+                completion = completion_ids(tokenizer, text[start:end], prompt, whole)
+                if completion is None:
+                    path = example["path"].decode()
+                    reader.leave_out(
+                        path,
+                        f"{path}: the tokenizer has no tokens that say {text[start:end]!r} after "
+                        f"{text[:start]!r}; part them where a word ends, leave it out",
+                    )
+                    unsaid = True
+                else:
+                    add_completion(documents, prompt, completion)
+            if unsaid:
+                continue
+            size = len(text.encode())
+            for document in documents:
+                yield ended(document, tokenizer, end_token_id), size
+                size = 0  # of the text they share
+
+
+def _fitting(
+    documents: Iterable[tuple[Completed, int]], size: int, counts: _Counts
+) -> Iterator[Completed]:
+    """Yields the documents of at most `size` tokens and counts them, and those that are longer."""
+    for document, text_bytes in documents:
+        tokens, is_target = document
+        if len(tokens) > size:
+            counts.over_long += 1
+            counts.longest = max(counts.longest, len(tokens))
+            continue
+        counts.documents += 1
+        counts.bytes += text_bytes
+        np.add.at(counts.histogram, tokens, 1)
+        np.add.at(counts.targets, tokens[is_target], 1)
+        yield document
+
+
+def _say_over_long(split: str, counts: _Counts, sequence_length: int) -> None:
+    """Logs how many documents were left out.
+
+    Raises:
+      UserError: all of them were.
+    """
+    if not counts.over_long:
+        return
+    about = (
+        f"{counts.over_long:,} of the {split} split's {counts.over_long + counts.documents:,} "
+        f"documents are longer than --sequence-length={sequence_length} and the token after it, "
+        f"the longest {counts.longest:,} tokens"
+    )
+    if not counts.documents:
+        raise UserError(f"{about}; none is left, so give a longer one")
+    logger.warning("%s; they are left out", about)
 
 
 def _write_shards(windows: Iterator[np.ndarray], folder: Path, split: str) -> Iterator[Shard]:

@@ -16,6 +16,7 @@ from layerskip_jax.schema import require
 # Tokens before new ones that are decoded with them. A few, since what a decoder does at a token
 # depends on its neighbours; not all, or a text of n tokens would take n^2.
 CONTEXT = 8
+BEFORE = "\na.0 "  # what a completion may be encoded after
 CHARACTER = 4  # bytes that one has at most in UTF-8, each perhaps a token
 UNFINISHED = "\ufffd"  # what decoders make of bytes that are no character, or not yet
 
@@ -33,8 +34,52 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     What a text begins with is put there once, also where the text spells it and the tokenizer
     reads special tokens as such.
     """
-    begin, ids = begin_tokens(tokenizer), tokenizer.encode(text, add_special_tokens=False).ids
+    return begun(begin_tokens(tokenizer), tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def begun(begin: list[int], ids: list[int]) -> list[int]:
+    """Returns a text's ids after those that every text begins with, unless they are there."""
     return ids if ids[: len(begin)] == begin else begin + ids
+
+
+def reading_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns a copy to which a special token spelled out in a text is that token."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = False
+    return copy
+
+
+def completion_ids(
+    tokenizer: Tokenizer, completion: str, prompt_ids: list[int], whole_ids: list[int]
+) -> list[int] | None:
+    """Returns the ids that say a completion after its prompt, whose ids stay as they are.
+
+    They are the rest of the whole text's ids, where those begin with the prompt's. Where a token
+    would reach over the boundary they are the completion's own, encoded alone, or after a character
+    in place of the prompt where a tokenizer puts a space before a text. Either way the ids of
+    prompt and completion decode to what those of the whole text do.
+
+    Args:
+      tokenizer: of all ids.
+      completion: what follows the prompt.
+      prompt_ids: those that `generate` would make of the prompt.
+      whole_ids: those of prompt and completion in one.
+
+    Returns:
+      None where the tokenizer has no such ids.
+    """
+    count = len(prompt_ids)
+    if whole_ids[:count] == prompt_ids and len(whole_ids) > count:
+        return whole_ids[count:]
+    said = tokenizer.decode(whole_ids, skip_special_tokens=False)
+    for before in ("", *BEFORE):
+        around = tokenizer.encode(before, add_special_tokens=False).ids
+        within = tokenizer.encode(before + completion, add_special_tokens=False).ids
+        ids = within[len(around) :]
+        if within[: len(around)] == around and ids:
+            if tokenizer.decode(prompt_ids + ids, skip_special_tokens=False) == said:
+                return ids
+    return None
 
 
 class Continuation:

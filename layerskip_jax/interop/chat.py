@@ -1,6 +1,7 @@
 """Chats: turns of several speakers as the one text that a model was trained on."""
 
 import datetime
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,12 +88,7 @@ class ChatTemplate:
         Raises:
           ConfigError: a message lacks one of them, or the template refuses the chat.
         """
-        require(len(messages) > 0, "the chat has no message; give at least one")
-        for message in messages:
-            require(
-                isinstance(message, Mapping) and {"role", "content"} <= message.keys(),
-                f"message {message!r} must have a role and a content",
-            )
+        self._check(messages)
         if not continue_last:
             return self._render(messages, add_generation_prompt=True)
         *before, last = messages
@@ -110,6 +106,53 @@ class ChatTemplate:
         # A template may have written the message before as well.
         text = text.replace(f"{_MARK} ", "").replace(_MARK, "")
         return text if rest.startswith(" ") else text.rstrip()
+
+    def turns(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+        """Returns the turns of the assistant, each with the prompt that asks for it.
+
+        Args:
+          messages: each with `role` and `content`. An assistant's at the very beginning has no
+            prompt, and is no turn here.
+
+        Returns:
+          Of each turn what `render` makes of the messages before it, and what the template writes
+          of the turn after that, up to where the next one begins.
+
+        Raises:
+          ConfigError: see `render`; or a turn is empty, or the template writes a turn otherwise
+            than after its prompt.
+        """
+        self._check(messages)
+        found = []
+        for index, message in enumerate(messages):
+            if index == 0 or message["role"] != "assistant":
+                continue
+            content = message["content"]
+            said = content.strip() if isinstance(content, str) else content
+            require(bool(said or message.get("tool_calls")), f"message {message!r} is empty")
+            prompt = self.render(messages[:index])
+            whole = self._render(messages[: index + 1], add_generation_prompt=False)
+            require(
+                whole.startswith(prompt) and len(whole) > len(prompt),
+                f"the model's chat template does not write message {message!r} after what it asks "
+                "for it with",
+            )
+            found.append((prompt, whole[len(prompt) :]))
+        return found
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the template and its tokens, in hexadecimal."""
+        return hashlib.sha256(json.dumps([self.text, self._tokens]).encode()).hexdigest()
+
+    @staticmethod
+    def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+        require(len(messages) > 0, "the chat has no message; give at least one")
+        for message in messages:
+            require(
+                isinstance(message, Mapping) and {"role", "content"} <= message.keys(),
+                f"message {message!r} must have a role and a content",
+            )
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         try:

@@ -137,7 +137,7 @@ def open_pretrained(path: str | PurePath) -> Pretrained:
             "tokenizer.json that is read here"
         )
     tokenizer = load_tokenizer(path / "tokenizer.json")
-    files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+    files = published_files(path)
     said = parse_json(files.get("tokenizer_config.json", b"{}"), path / "tokenizer_config.json")
     begins = bool(begin_tokens(tokenizer))
     if said.get("add_bos_token", begins) not in (None, begins):
@@ -151,6 +151,11 @@ def open_pretrained(path: str | PurePath) -> Pretrained:
     text = (path / "tokenizer.json").read_text(encoding="utf-8")
     model = _checked(path, config, tokenizer, end_token_id, text, read, files)
     return _with_exits(model, path / EXITS_FILE)
+
+
+def published_files(folder: Path) -> dict[str, bytes]:
+    """Returns those of `FILES` that a folder has, by name."""
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
 def _with_exits(model: Pretrained, file: Path) -> Pretrained:

@@ -1,8 +1,10 @@
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_jax.data.packing import pack, unpack
+from layerskip_jax.data.packing import OPEN_WINDOWS, Completed, pack, pack_whole, unpack
 
 END = 0
 
@@ -82,3 +84,88 @@ def test_segments_count_from_one_and_positions_count_within_them(documents, leng
         for segment in np.unique(segments):
             count = (segments == segment).sum()
             assert positions[segments == segment].tolist() == list(range(count))
+
+
+def completed(prompt, completion):
+    """Returns a document of a prompt, a completion and the end token."""
+    tokens = np.array([*prompt, *completion, END], np.int32)
+    return Completed(tokens, np.arange(len(tokens)) >= len(prompt))
+
+
+def whole(documents, length):
+    windows = list(pack_whole(iter(documents), length, END))
+    return np.stack(windows) if windows else np.zeros((0, 2, length + 1), np.int32)
+
+
+def test_only_completions_are_targets():
+    windows = whole([completed([5, 6], [7]), completed([8], [9, 4])], 8)
+    np.testing.assert_array_equal(
+        windows, [[[5, 6, 7, 0, 8, 9, 4, 0, 0], [-1, -1, 1, 1, -2, 2, 2, 2, 0]]]
+    )
+    rows = unpack(windows)
+    np.testing.assert_array_equal(rows.tokens, [[5, 6, 7, 0, 8, 9, 4, 0]])
+    np.testing.assert_array_equal(rows.targets, [[6, 7, 0, 8, 9, 4, 0, 0]])
+    np.testing.assert_array_equal(rows.valid, [[0, 1, 1, 0, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(rows.segment_ids, [[1, 1, 1, 1, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 3, 0, 1, 2, 3]])
+
+
+def test_a_document_goes_where_it_leaves_the_least_room():
+    # Windows of 8: the last of 2 goes after the one of 6, not after the one of 5.
+    windows = whole([completed([5], [1] * n) for n in (3, 4, 0)], 7)
+    np.testing.assert_array_equal(windows[0, 0], [5, 1, 1, 1, 1, 0, 5, 0])
+    np.testing.assert_array_equal(windows[1, 0], [5, 1, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(windows[1, 1], [-1, 1, 1, 1, 1, 0, 0, 0])
+
+
+def test_the_fullest_window_makes_room_and_is_not_held_back():
+    # None fits beside another, so that one window is given away for each past so many.
+    taken = 0
+
+    def documents():
+        nonlocal taken
+        for number in itertools.count():
+            taken += 1
+            yield completed([1], [2] * (4 if number == 5 else 3))
+
+    windows = pack_whole(documents(), 7, END)
+    assert next(windows)[0].tolist() == [1, 2, 2, 2, 2, 0, 0, 0]
+    assert next(windows)[0].tolist() == [1, 2, 2, 2, 0, 0, 0, 0]
+    assert taken == OPEN_WINDOWS + 2
+
+
+lengths = st.tuples(st.integers(1, 8), st.integers(1, 5))
+
+
+@settings(deadline=None)
+@given(st.lists(lengths, max_size=200), st.integers(13, 30))
+def test_whole_documents_lose_nothing_and_completions_are_targets_once(sizes, length):
+    # Every token has an id of its own, above the end token.
+    number = itertools.count(1)
+    documents = [
+        completed(*([next(number) for _ in range(size)] for size in pair)) for pair in sizes
+    ]
+    windows = whole(documents, length)
+    rows = unpack(windows)
+    found = []
+    for tokens, marks in windows:
+        count = int(np.abs(marks).max())
+        for segment in range(1, count + 1):
+            part = np.flatnonzero(np.abs(marks) == segment)
+            assert part.tolist() == list(range(part[0], part[-1] + 1))  # not cut
+            found.append((tokens[part].tolist(), (marks[part] > 0).tolist()))
+        assert (tokens[marks == 0] == END).all()
+    expected = [(d.tokens.tolist(), d.is_target.tolist()) for d in documents]
+    assert sorted(found) == sorted(expected)
+    targets = rows.targets[rows.valid].tolist()
+    learned = [token for d in documents for token in d.tokens[d.is_target].tolist()]
+    assert sorted(targets) == sorted(learned)
+    # The input of each is the token before it in its document.
+    before = {}
+    for d in documents:
+        before |= dict(zip(d.tokens[1:-1].tolist(), d.tokens[:-2].tolist(), strict=True))
+    for token, target in zip(rows.tokens[rows.valid], rows.targets[rows.valid], strict=True):
+        assert target == END or before[int(target)] == token
+    # Two windows that are half empty would have been one.
+    assert len(windows) <= 2 * sum(len(d.tokens) for d in documents) // (length + 1) + 1
+    np.testing.assert_array_equal(windows, whole(documents, length))

@@ -22,6 +22,7 @@ from layerskip_jax.data.text import (
     Continuation,
     Row,
     begin_tokens,
+    completion_ids,
     encode_prompt,
     stop_sequences,
     stop_texts,
@@ -132,6 +133,38 @@ def _written(made, prompt, tokens, cuts=(), **ends):
         pieces.append(row.add(tokens[begun:cut]))
         begun = max(begun, cut)
     return row, [*pieces, row.finish()]
+
+
+@kinds
+@few
+@given(data=st.data())
+def test_a_completion_s_ids_say_it_after_the_prompt_s_own(kind, data):
+    made = tokenizer(kind)
+    prompt, completion = "a " + data.draw(words), data.draw(words) + "z"
+    prompt_ids, whole_ids = (
+        made.encode(text, add_special_tokens=False).ids for text in (prompt, prompt + completion)
+    )
+    ids = completion_ids(made, completion, prompt_ids, whole_ids)
+    said = made.decode(whole_ids, skip_special_tokens=False)
+    if ids is None:  # only of text that the tokenizer does not keep anyway
+        assert said != prompt + completion and kind not in LOSSLESS
+        return
+    assert ids
+    assert made.decode(prompt_ids + ids, skip_special_tokens=False) == said
+    if kind in LOSSLESS:
+        assert Continuation(made, prompt_ids).peek(ids) == completion
+
+
+def test_a_token_over_the_boundary_is_parted_there():
+    made = tokenizer("byte-level")
+    prompt, whole = made.encode("the ca").ids, made.encode("the cat").ids
+    assert whole[: len(prompt)] != prompt
+    assert completion_ids(made, "t", prompt, whole) == made.encode("t").ids
+    made = tokenizer("llama 2")  # which puts a space before what is encoded alone
+    prompt, whole = made.encode("the ca").ids, made.encode("the cat").ids
+    assert whole[: len(prompt)] != prompt
+    [token] = completion_ids(made, "t", prompt, whole)
+    assert made.id_to_token(token) == "t"
 
 
 @kinds
