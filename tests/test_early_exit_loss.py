@@ -240,3 +240,37 @@ def test_alternating_curriculum_turns_all_exits_on_at_odd_steps():
     np.testing.assert_allclose(ee.exit_weights(even, 3, 0, 10), [0, 0, 1])
     np.testing.assert_allclose(ee.exit_weights(even, 3, 1, 10), [1 / 3] * 3, rtol=1e-6)
     assert ee.max_active_exits(even, 3) == 3
+
+
+def test_sampled_positions_are_right_on_average_where_most_targets_are_masked():
+    """Of every window 2 of 4 positions, 1 in each half: all draws there are, each as likely."""
+    random = np.random.default_rng(0)
+    early, last = (jnp.asarray(random.normal(size=shape)) for shape in ((2, 3, 4, 5), (3, 4, 5)))
+    head = jnp.asarray(random.normal(size=(5, 7)), jnp.float32)
+    targets = jnp.asarray(random.integers(0, 7, (3, 4)))
+    # One completion at the end of a row, one of two tokens, and a row of prompts.
+    valid = jnp.array([[0, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
+    config = ee.EarlyExitConfig(exit_token_fraction=0.5)
+    draws = {
+        tuple(ee.sample_positions(jax.random.key(seed), config, 4).ravel().tolist())
+        for seed in range(64)
+    }
+    assert draws == {(0, 2), (0, 3), (1, 2), (1, 3)}
+
+    def loss(early, positions):
+        if positions is not None:
+            early = early[:, :, positions]
+        value, _ = ee.early_exit_loss(
+            early, last, head, targets, valid, jnp.array([0.5, 0.3, 0.2]), valid.sum(),
+            positions=positions, chunk=2,
+        )  # fmt: skip
+        return value
+
+    function = jax.jit(jax.value_and_grad(loss))
+    sampled = [function(early, jnp.array(positions)) for positions in sorted(draws)]
+    assert all(np.isfinite(gradient).all() for _, gradient in sampled)
+    value, gradient = jax.tree.map(lambda *parts: sum(parts) / len(parts), *sampled)
+    expected, by_all = function(early, None)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, by_all, atol=1e-7)
+    assert not gradient[:, 2].any()

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layerskip_jax.config import TrainingConfig
+from layerskip_jax.data.packing import Completed, pack_whole, unpack
 from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.early_exit_loss import EarlyExitConfig
 from layerskip_jax.layer_dropout import LayerDropoutConfig
@@ -150,6 +152,69 @@ def test_every_layer_has_a_finite_gradient(exits):
             assert (sizes > 0).all(), (path, sizes)
         else:
             assert np.abs(gradient).max() > 0, path
+
+
+def test_masked_prompts_have_the_gradient_of_the_completions_alone():
+    """By hand: each document by itself, and the log-probability of its completion's tokens."""
+    random = np.random.default_rng(0)
+    documents = []
+    for prompt, completion in ((4, 5), (3, 2), (6, 3), (4, 1), (2, 3), (1, 4), (2, 7)):
+        tokens = random.integers(1, 64, prompt + completion).astype(np.int32)
+        documents.append(Completed(tokens, np.arange(len(tokens)) >= prompt))
+    windows = list(pack_whole(iter(documents), SEQUENCE, 0))
+    # Microbatches with more targets and with fewer, and one with none: a prompt, and padding.
+    prompt = Completed(random.integers(1, 64, 9).astype(np.int32), np.zeros(9, bool))
+    [alone] = pack_whole([prompt], SEQUENCE, 0)
+    windows += [alone, alone, np.zeros((2, SEQUENCE + 1), np.int32)]
+    rows = Batch(*unpack(np.stack(windows)))
+    counts = rows.valid.reshape(len(windows) // 2, -1).sum(axis=1)
+    assert len(set(counts.tolist())) > 2 and counts[-1] == 0
+    config = small_run(
+        early_exit=EarlyExitConfig("all", depth_weight="uniform", e_scale=1.0),
+        layer_dropout=LayerDropoutConfig(row_groups=len(counts)),
+        training=TrainingConfig(
+            steps=20, batch_size=len(windows), gradient_accumulation=len(counts)
+        ),
+    )
+    setup = make_setup(config, jax.devices()[:1])
+    seen = {}
+
+    def gradients(state, batch):
+        step = make_train_step(
+            setup.definition, config, setup.optimizer, lambda g: seen.update(g) or g
+        )
+        return step(state, batch)[1], dict(seen)
+
+    with jax.set_mesh(setup.mesh):
+        state = setup.init()
+        metrics, found = jax.jit(gradients)(state, setup.placement.place(rows))
+
+    def by_hand(parameters):
+        model, total, count = setup.definition.model(parameters), 0.0, 0
+        for length in (5, 9):  # those of a length as rows, one to each
+            alike = [document for document in documents if len(document.tokens) == length]
+            ids = jnp.stack([document.tokens for document in alike])
+            positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
+            inputs = model.row_inputs(positions, jnp.ones_like(ids))
+            _, states = model.scan_layers(model.embed(ids), inputs, lambda c, _, x: (c, x), None)
+            log_p = jax.nn.log_softmax(model.final_norm(states) @ model.head_weight)
+            for row, (tokens, is_target) in enumerate(alike):
+                for place in np.flatnonzero(is_target).tolist():
+                    total -= log_p[:, row, place - 1, tokens[place]].mean()  # over the exits
+                    count += 1
+        return total / count
+
+    with jax.set_mesh(setup.mesh):
+        loss, expected = jax.jit(jax.value_and_grad(by_hand))(state.parameters)
+    assert metrics.valid_tokens == sum(int(d.is_target.sum()) for d in documents)
+    assert metrics.left_out == 1
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-6)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(expected):
+        ours = found
+        for key in path:
+            ours = ours[key.key]
+        assert np.abs(gradient).max() > 0
+        np.testing.assert_allclose(ours, gradient, rtol=1e-4, atol=1e-7, err_msg=str(path))
 
 
 def test_a_batch_without_a_valid_token_moves_nothing_but_decay():
