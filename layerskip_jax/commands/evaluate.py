@@ -3,6 +3,10 @@
 With `--choices=FILE.jsonl` it is accuracy instead, at every exit and under each exit policy over
 a grid of thresholds. Each line is `{"prompt": TEXT, "choices": [TEXT, ...], "answer": INDEX or
 TEXT}`; a choice's score is the log-likelihood of its tokens after the prompt.
+
+With `--completions=FILE.jsonl` it is exact match, of the greedy completions of a quarter, a half
+and all of the layers. Each line has a prompt and the completion that is wanted, as `prepare
+--prompt-field --completion-field` reads them.
 """
 
 import dataclasses
@@ -13,6 +17,7 @@ import jax
 from layerskip_jax.commands.arguments import (
     add_on_damaged,
     make_run_parser,
+    numbers,
     prepared_data,
     write_figures,
 )
@@ -23,6 +28,7 @@ from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.decoding.exit_policy import POLICIES, candidate_exits
 from layerskip_jax.distributed.mesh import MeshShape
 from layerskip_jax.evaluation.choices import CHOICE_SCORES, read_questions, score_choices
+from layerskip_jax.evaluation.completions import chosen_exits, exact_match, read_completions
 from layerskip_jax.language_model import load
 from layerskip_jax.layer_dropout import LayerDropoutConfig
 from layerskip_jax.report.choice_figure import choice_figure
@@ -125,8 +131,22 @@ def main(argv: list[str]) -> int:
         "--choice-score", choices=CHOICE_SCORES,
         help="of the log-probabilities of a choice's tokens (default: sum)",
     )  # fmt: skip
+    parser.add_argument(
+        "--completions", type=Path, help="prompts with their completions, as JSON lines"
+    )
+    parser.add_argument("--prompt-field", help="of --completions (default: prompt)")
+    parser.add_argument("--completion-field", help="of --completions (default: completion)")
+    parser.add_argument(
+        "--exits", type=numbers, metavar="E,...", help="of --completions (default: L/4, L/2, L)"
+    )
     add_on_damaged(parser)
     options = parser.parse_args(argv)
+    if options.completions is not None:
+        return _completions(options)
+    for name in ("prompt_field", "completion_field", "exits"):
+        option = f"--{name.replace('_', '-')}"
+        given = getattr(options, name) is not None
+        require(not given, f"{option} says nothing without --completions")
     if options.choices is not None:
         return _choices(options)
     require(options.choice_score is None, "--choice-score says nothing without --choices")
@@ -229,6 +249,72 @@ def _choices(options) -> int:
     with named_writes(folder.choices_figure):
         write_text(folder.choices_figure, svg_text(choice_figure(result)))
     folder.upload()
+    if options.json:
+        write_figures(options.json, result)
+    return 0
+
+
+def evaluate_completions(
+    workdir: str | PurePath,
+    file: Path,
+    *,
+    step: int | None = None,
+    exits: tuple[int, ...] | None = None,
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+) -> dict:
+    """Returns what `exact_match` does of a run, with its `step` and the number of `completions`.
+
+    Args:
+      workdir: the run's folder.
+      file: see `read_completions`, like the fields.
+      step: the checkpoint; None takes the newest.
+      exits: in layers; see `chosen_exits`.
+      prompt_field: the field with the prompt.
+      completion_field: the field with the completion.
+
+    Raises:
+      ConfigError: an exit is none of the model's.
+      UserError: no such run or checkpoint, or the file is not as it must be.
+    """
+    folder, config = open_run(workdir)
+    exits = chosen_exits(config.model.num_layers, exits)
+    wanted = read_completions(
+        file,
+        load_tokenizer(folder.tokenizer_file),
+        context=config.model.max_sequence_length,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
+    )
+    checkpoints = Checkpoints(folder.checkpoints)
+    step = checkpoints.require_step(step)
+    checkpoints.close()
+    found = exact_match(load(workdir, step=step), wanted, exits)
+    return {"step": step, "completions": len(wanted), "exits": found}
+
+
+def _completions(options) -> int:
+    """Runs `--completions`, and prints it."""
+    for name, value in (
+        ("--data", options.data), ("--batches", options.batches or None),
+        ("--choices", options.choices), ("--choice-score", options.choice_score),
+        ("--on-damaged", options.on_damaged),
+    ):  # fmt: skip
+        require(value is None, f"{name} says nothing with --completions; leave it out")
+    result = evaluate_completions(
+        options.workdir,
+        options.completions,
+        step=options.step,
+        exits=options.exits,
+        prompt_field=options.prompt_field or "prompt",
+        completion_field=options.completion_field or "completion",
+    )
+    table = make_table(
+        f"Greedy completions of {result['completions']:,} prompts, step {result['step']}",
+        ("layers", "right", "exact match"),
+        [(str(e["layers"]), f"{e['right']:,}", f"{e['exact_match']:.1%}") for e in result["exits"]],
+    )
+    make_console().print(table)
     if options.json:
         write_figures(options.json, result)
     return 0
