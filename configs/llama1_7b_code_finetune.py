@@ -8,6 +8,8 @@ r"""Finetuning Llama 1 7B on code with LayerSkip, 5.2B tokens.
 LayerSkip, section 5: p_max .1 constant in time, rotating exits with R = 16, e_scale 1; 32 GPUs
 with 4 sequences each, 10k steps at 1e-4. Self-speculative decoding ran at 1.83 times plain
 decoding there (HumanEval, E = 8, G = 6).
+The code is plain text, all of it learned: no part of it is a prompt, and HumanEval's are beginnings
+of such text.
 The paper starts from the published weights. Add
 `--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
 """

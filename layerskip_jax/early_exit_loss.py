@@ -315,10 +315,11 @@ def sample_positions(
 ) -> Int[Array, "G m"] | None:
     """Draws the positions that early exits are scored on, ascending; None takes all of them.
 
-    Every position is drawn with the same probability M / S. Rows and exits share the draw, so
-    that taking it is a slice of the sequence for the whole batch. The window is cut into G equal
-    strata with M / G positions drawn in each, so that devices which share the window among them
-    have as many of their own: G is the largest divisor of both M and S up to `MAX_STRATA`.
+    Every position is drawn with the same probability M / S, whether its target counts or not: the
+    loss is right on average, but varies more where few targets count. Rows and exits share the
+    draw, so that taking it is a slice of the sequence for the whole batch. The window is cut into G
+    equal strata with M / G positions drawn in each, so that devices which share the window among
+    them have as many of their own: G is the largest divisor of both M and S up to `MAX_STRATA`.
     """
     count = scored_positions(config, length)
     if count == length:

@@ -72,7 +72,7 @@ def bench(monkeypatch, tmp_path):
 
 def test_every_benchmark_starts_from_any_folder(tmp_path):
     """By its path alone: in one process, as starting jax for each would take seconds."""
-    no_benchmarks = ("harness", "prompts")
+    no_benchmarks = ("harness", "prompts", "doctests")
     names = sorted(p.name for p in BENCHMARKS.glob("*.py") if p.stem not in no_benchmarks)
     assert names == [
         "ablation.py", "decode.py", "frontier.py", "guards.py", "policies.py",

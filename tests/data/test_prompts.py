@@ -113,3 +113,43 @@ def test_the_script_writes_prompts_of_each_task(tmp_path, monkeypatch):
     sources = [path.read_bytes() for path in [*library.glob("*.py"), *library.glob("[a-z]*/*.py")]]
     assert all(any(text.encode() in source for source in sources) for text in found["code"])
     del sys.modules["prompts"]
+
+
+def test_doctests_are_prompts_with_answers_and_no_prompt_is_held_out_and_learned(
+    tmp_path, monkeypatch
+):
+    library = tmp_path / "library"
+    for number in range(40):
+        file = library / f"part{number % 2}" / f"m{number}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            f'"""Adds.\n\n>>> {number} + 1\n{number + 1}\n>>> x = {number}\n'
+            '>>> for i in range(2):\n...     print(i)\n0\n1\n>>> "é"\n\'é\'\n"""\n'
+        )
+    (library / "site-packages").mkdir()
+    (library / "site-packages" / "m.py").write_text('"\\n>>> 5\\n5\\n"\n')
+    (library / "broken.py").write_text("def (\n")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = __import__("doctests")
+    monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(library))
+    texts = []
+    for folder in ("a", "b"):
+        figures = tmp_path / f"{folder}.json"
+        assert script.main([f"--output={tmp_path / folder}", f"--json={figures}"]) == 0
+        texts.append({f.name: f.read_text() for f in sorted((tmp_path / folder).iterdir())})
+    assert texts[0] == texts[1]
+    found = {
+        name.removesuffix(".jsonl"): [json.loads(line) for line in text.splitlines()]
+        for name, text in texts[0].items()
+    }
+    assert json.loads(figures.read_text()) == {f"{k}_examples": len(v) for k, v in found.items()}
+    learned = {line["prompt"] for line in found["train"]}
+    for name in ("same-files", "other-files"):
+        assert found[name] and not learned & {line["prompt"] for line in found[name]}
+    files = [{line["file"] for line in found[name]} for name in ("train", "other-files")]
+    assert not files[0] & files[1]
+    answers = {line["prompt"]: line["completion"] for lines in found.values() for line in lines}
+    assert answers[">>> for i in range(2):\n...     print(i)\n"] == "0\n1"
+    assert {answers[f">>> {n} + 1\n"] for n in range(40)} == {str(n + 1) for n in range(40)}
+    assert len(answers) == 42  # what answers nothing is no example
+    del sys.modules["doctests"]
