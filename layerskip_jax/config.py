@@ -7,6 +7,7 @@ ConfigDict. The dataclasses below hold the defaults and the ranges; nothing else
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import runpy
 import sys
@@ -109,6 +110,9 @@ class DataConfig:
       mixture: further such folders, prepared with the same tokenizer, to mix with it.
       weights: shares of the rows that come from `path` and from each of `mixture`, all above 0;
         empty without a mixture.
+      validation: further such folders, prepared with the same tokenizer, whose validation splits
+        are evaluated beside it; each goes by its folder's name. Their windows may have another
+        length.
       prefetch: batches read ahead in the background, at least 1.
       on_damaged: what a damaged record does to the run: `stop` it, or `skip` the record, which
         then trains nothing, and in an evaluation counts nothing, and is logged and counted.
@@ -117,6 +121,7 @@ class DataConfig:
     path: str = ""
     mixture: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    validation: tuple[str, ...] = ()
     prefetch: int = 4
     on_damaged: str = "stop"
 
@@ -125,6 +130,54 @@ class DataConfig:
             require_range(f"weights[{number}]", weight, "(0, inf)")
         require_choice("on_damaged", self.on_damaged, ON_DAMAGED)
         require(self.prefetch >= 1, f"prefetch={self.prefetch} must be at least 1")
+        names = [folder_name(path) for path in self.validation]
+        for path, name in zip(self.validation, names, strict=True):
+            require(path.strip() != "", f"validation={self.validation} names a folder ''")
+            require(
+                names.count(name) == 1,
+                f"validation={self.validation} has more than one folder {name!r}, and a set goes "
+                "by its folder's name; rename one, or link to it by another name",
+            )
+
+
+def folder_name(path: str) -> str:
+    """Returns the last part of a path, also of one that ends with a slash or dots."""
+    return Path(os.path.abspath(path)).name
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Tasks of EleutherAI's lm-eval (`pip install lm_eval`) that a run is evaluated on.
+
+    The parameters are taken as they lie in training, so log-likelihoods are scored on all devices
+    and processes. A task that generates runs on the first device, which has to have room for the
+    model a second time, and only where there is one process.
+
+    Attributes:
+      tasks: their names; empty evaluates none.
+      include_path: folder of their YAML files; empty, or for a name it does not have, takes
+        lm-eval's own, whose texts may have to be downloaded.
+      every: steps between two such evaluations, at least 0; 0 evaluates at the end only.
+      exits: the exits to evaluate, in layers run, each at least 1; empty takes the last one.
+      limit: documents of each task, at least 0; 0 takes all.
+      batch_size: rows scored at once, at least 1, rounded up to a multiple of the batch's shards.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include_path: str = ""
+    every: int = 0
+    exits: tuple[int, ...] = ()
+    limit: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self):
+        for name in ("tasks", "exits"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"{name}={values} names one twice")
+        for layers in self.exits:
+            require_count("exits", layers, 1)
+        for name, least in {"every": 0, "limit": 0, "batch_size": 1}.items():
+            require_count(name, getattr(self, name), least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +372,7 @@ class RunConfig:
       early_exit: which exits learn, and how much.
       optimizer: which it is, and its learning rate.
       training: the length of the run and what it reports.
+      evaluation: tasks that the run is evaluated on.
       checkpoint: when the run is saved.
       guards: what the run does when a step goes wrong.
       mesh: how the run is laid out on its devices.
@@ -335,6 +389,7 @@ class RunConfig:
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = changeable(EvaluationConfig())
     checkpoint: CheckpointConfig = changeable(CheckpointConfig())
     guards: GuardsConfig = changeable(GuardsConfig())
     mesh: MeshConfig = changeable(MeshConfig())

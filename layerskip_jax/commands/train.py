@@ -11,11 +11,13 @@ them.
 import os
 
 from layerskip_jax.commands.arguments import split_config_arguments
-from layerskip_jax.config import load_config
+from layerskip_jax.commands.lm_eval import lm_eval_needed
+from layerskip_jax.config import RunConfig, load_config
 from layerskip_jax.distributed.processes import start_processes
 from layerskip_jax.hardware.chips import GPU_MEMORY
 from layerskip_jax.run_folder.paths import require_own_folder
 from layerskip_jax.training.initialize import open_initial
+from layerskip_jax.training.tasks import OpenTasks
 from layerskip_jax.training.train import train
 
 
@@ -30,4 +32,13 @@ def main(argv: list[str]) -> int:
     config = load_config(config_arguments)
     require_own_folder(options.workdir)
     initial = open_initial(config, options.workdir) if config.init_from else None
-    return train(config, options.workdir, initial)
+    return train(config, options.workdir, initial, _open_tasks(config))
+
+
+def _open_tasks(config: RunConfig) -> OpenTasks | None:
+    """Returns what opens the run's tasks; lm-eval is imported only where there are any."""
+    if not config.evaluation.tasks:
+        return None
+    with lm_eval_needed(f"config.evaluation.tasks={config.evaluation.tasks}: lm-eval"):
+        from layerskip_jax.evaluation.training_tasks import TrainingTasks
+    return TrainingTasks

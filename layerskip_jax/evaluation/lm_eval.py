@@ -14,12 +14,14 @@ Importing this module registers the model `layerskip`; `layerskip lm-eval` does 
 `--apply_chat_template` writes the questions as chats, by the model's own template.
 """
 
+import abc
 import collections
 import functools
 import hashlib
 import logging
 import math
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from layerskip_jax.data.text import begin_tokens, encode_prompt
@@ -116,83 +119,63 @@ def score(
     )
 
 
-@register_model("layerskip")
-class LayerSkipLM(TemplateLM):
-    """Scores with the first `exit` layers, and generates with them or with drafts."""
+class ExitLM(TemplateLM):
+    """What the harness asks of a model, answered from scored tokens and completed texts.
+
+    Attributes:
+      max_length: the context used, in tokens.
+      tokenizer: reads special tokens that a text spells out, as chat templates need it.
+    """
 
     def __init__(
         self,
-        path: str,
-        exit: int | None = None,  # the harness's own word on the command line
-        draft: str | None = None,
-        exit_when: str | None = None,
-        kv: str = DEFAULT_KV,
-        dtype: str | None = None,
-        max_length: int | None = None,
+        tokenizer: Tokenizer,
+        end_token: int,
+        *,
+        dtype: str,
+        max_length: int,
+        batch_size: int,
         seed: int = 0,
-        batch_size: int | str = 1,
-        max_batch_size: int | str | None = None,
-        device: str | None = None,
-        **others: Any,
+        chat: ChatTemplate | None = None,
+        multiple: int = CHUNK,
     ):
-        """Loads the model; see the module for the arguments.
+        """Takes what all such models have.
 
-        Raises:
-          ConfigError, UserError: naming the argument.
+        Args:
+          tokenizer: reads special tokens.
+          end_token: the token that ends a document.
+          dtype: what is computed in.
+          max_length: the context, in tokens.
+          batch_size: rows scored at once.
+          seed: of what is drawn.
+          chat: the model's chat template, if it has one.
+          multiple: what the number of scored positions is a multiple of, itself one of `CHUNK`.
         """
         super().__init__()
-        require(
-            not others,
-            f"model argument {next(iter(others), '')} is none of this model's; they are path, "
-            "exit, draft, exit_when, kv, dtype, max_length and seed",
-        )
-        require(
-            device in (None, UNSAID_DEVICE),
-            f"device={device}: jax chooses it; leave it out and set JAX_PLATFORMS, as to cpu",
-        )
-        require(
-            max_batch_size is None,
-            f"max_batch_size={max_batch_size} has no meaning without batch_size=auto; leave it out",
-        )
-        exit, max_length = _whole("exit", exit), _whole("max_length", max_length)
-        self._seed, self._told = _whole("seed", seed), False
-        self._model = load(path, dtype=dtype)
-        config = self._model.generator.config
-        layers = config.num_layers
-        require(exit is None or 1 <= exit <= layers, f"exit={exit} must be in 1..{layers}")
-        # The last exit is the whole model, which may draft.
-        self._exit = None if exit is None or exit == layers else exit
-        self._draft = parse_draft(draft)
-        require(
-            self._exit is None or self._draft is None,
-            f"exit={exit} decodes with those layers alone; leave it or draft={draft} out",
-        )
-        self._depth: dict[str, Any] = {"exit_when": exit_when, "kv": kv}
-        if exit_when is not None:
-            require(
-                self._exit is None and self._draft is None,
-                f"exit_when={exit_when} decides how deep each token runs; leave it or exit and "
-                "draft out",
-            )
-            self._model.check_policy(exit_when, kv=kv)
-        else:
-            require(kv == DEFAULT_KV, f"kv={kv} has no meaning without exit_when; leave it out")
-        context = config.max_sequence_length
-        require(max_length is None or max_length >= 1, f"max_length={max_length} must be above 0")
-        self.max_length = min(max_length or context, context)
-        require(
-            str(batch_size).isdigit() and int(batch_size) >= 1,
-            f"batch_size={batch_size} must be a number of rows",
-        )
-        self._batch_size = int(batch_size)
-        # Special tokens in a text are read as such, as chat templates need it.
-        self.tokenizer = self._model.reading_special_tokens
-        self._begin = begin_tokens(self.tokenizer)
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._end_token, self._chat_template, self._dtype = end_token, chat, dtype
+        self._batch_size, self._multiple = batch_size, multiple
+        self._seed, self._told = seed, False
+        self._begin = begin_tokens(tokenizer)
+
+    @abc.abstractmethod
+    def _score(
+        self, tokens: Int[np.ndarray, "B S"]
+    ) -> tuple[Float[np.ndarray, "A B S1"], Float[np.ndarray, "A B S1"]]:
+        """Returns what `score` does, of each of the exits that are asked for."""
+
+    @abc.abstractmethod
+    def _complete(self, ids: list[int], count: int, until: list[str], sampling: dict) -> str:
+        """Continues a prompt by up to so many tokens, up to a stop text."""
+
+    def _each(self, items: Sequence, quiet: bool, what: str) -> Iterable:
+        """Yields what takes long, with a progress bar."""
+        return tqdm(items, disable=quiet, desc=what)
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a document."""
-        return self._model.end_token
+        return self._end_token
 
     @property
     def prefix_token_id(self) -> int:
@@ -202,7 +185,7 @@ class LayerSkipLM(TemplateLM):
     @functools.cached_property
     def tokenizer_name(self) -> str:
         """A name of tokenizer and chat template; the harness keeps prepared requests by it."""
-        chat = self._model.chat
+        chat = self._chat_template
         about = f"{self.tokenizer.to_str()}{'' if chat is None else chat.text}"
         return f"layerskip-{hashlib.blake2b(about.encode(), digest_size=8).hexdigest()}"
 
@@ -252,12 +235,12 @@ class LayerSkipLM(TemplateLM):
 
     @property
     def _chat(self) -> ChatTemplate:
-        if self._model.chat is None:
+        if self._chat_template is None:
             raise ConfigError(
                 "the model has no chat template, so it was not trained on chats; leave "
                 "--apply_chat_template out"
             )
-        return self._model.chat
+        return self._chat_template
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Returns the tokens of a text, begun as the tokenizer begins one unless told otherwise."""
@@ -269,40 +252,46 @@ class LayerSkipLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        """Returns log-probability, and whether it is the greedy choice, of each continuation.
+        """Returns log-probability, and whether it is the greedy choice, of each continuation."""
+        results = [answers[0] for answers in self._answers(requests, disable_tqdm)]
+        for (key, _, _), answer in zip(requests, results, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return results
+
+    def _answers(self, requests: list, quiet: bool) -> list[list[tuple[float, bool]]]:
+        """Returns the same of each exit that is scored.
 
         A context that leaves no room loses its beginning; a continuation that has none itself is
         impossible for this model, of log-probability -inf. Both are said.
         """
         self._say_too_long([(len(context), len(answer)) for _, context, answer in requests])
-        weights, config = self._model.generator.weights, self._model.generator.config
-        layers = self._exit or config.num_layers
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
         results: list = [None] * len(requests)
-        size = self._batch_size
+        size, multiple = self._batch_size, self._multiple
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        for batch in tqdm(batches, disable=disable_tqdm, desc="log-likelihoods"):
+        for batch in self._each(batches, quiet, "log-likelihoods"):
             rows = [(requests[i][1] + requests[i][2])[-(self.max_length + 1) :] for i in batch]
             width = bucket(max(map(len, rows)), self.max_length)
-            tokens = np.zeros((size, -(-width // CHUNK) * CHUNK + 1), np.int32)
+            tokens = np.zeros((size, -(-width // multiple) * multiple + 1), np.int32)
             for row, ids in zip(tokens, rows, strict=False):
                 row[: len(ids)] = ids
-            found = jax.device_get(score(weights, tokens, config=config, num_layers=layers))
-            for i, ids, chosen, likeliest in zip(batch, rows, *found, strict=False):
+            chosen, likeliest = self._score(tokens)
+            for row, (i, ids) in enumerate(zip(batch, rows, strict=True)):
                 # Of the continuation only; the score of token n stands at n - 1.
                 part = slice(max(len(ids) - 1 - len(requests[i][2]), 0), len(ids) - 1)
-                if not np.isfinite(chosen[part]).all():
+                if not np.isfinite(chosen[:, row, part]).all():
                     raise UserError(
-                        f"a log-probability is not finite in {config.dtype}, although every weight "
+                        f"a log-probability is not finite in {self._dtype}, although every weight "
                         "is; compute in float32 (--model_args dtype=float32)"
                     )
-                answer = float(chosen[part].sum()), bool((chosen[part] == likeliest[part]).all())
-                if len(requests[i][2]) > self.max_length:
-                    answer = -math.inf, False
-                results[i] = answer
-                key = requests[i][0]
-                if key is not None:
-                    self.cache_hook.add_partial("loglikelihood", key, answer)
+                fits = len(requests[i][2]) <= self.max_length
+                results[i] = [
+                    (float(ours.sum()), bool((ours == most).all())) if fits else (-math.inf, False)
+                    for ours, most in zip(
+                        chosen[:, row, part], likeliest[:, row, part], strict=True
+                    )
+                ]
         return results
 
     def _say_too_long(self, lengths: list[tuple[int, int]]) -> None:
@@ -351,7 +340,7 @@ class LayerSkipLM(TemplateLM):
                 task, self.max_length, documents,
             )  # fmt: skip
         results, met = [], collections.Counter()
-        pairs = zip(tqdm(requests, disable=disable_tqdm, desc="generating"), asked, strict=True)
+        pairs = zip(self._each(requests, disable_tqdm, "generating"), asked, strict=True)
         for request, (count, until, sampling) in pairs:
             if count >= self.max_length:
                 results.append("")
@@ -364,13 +353,14 @@ class LayerSkipLM(TemplateLM):
                 drawn = hashlib.blake2b(f"{met[key]} {key}".encode(), digest_size=4)
                 sampling = sampling | {"seed": int.from_bytes(drawn.digest())}
                 met[key] += 1
-            [text] = self._model.complete(
-                [ids], count, draft=self._draft, exit_layer=self._exit, stop=until, **self._depth,
-                **sampling,
-            ).texts  # fmt: skip
+            text = self._complete(ids, count, until, sampling)
             results.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return results
+
+    def check_generation(self, given: dict[str, Any]) -> None:
+        """Raises ConfigError where a task's options for generation cannot be honoured."""
+        self._asked(given)
 
     def _asked(self, given: dict[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
         """Returns the most new tokens, the stop texts, and how to draw: nothing if greedily.
@@ -401,3 +391,93 @@ class LayerSkipLM(TemplateLM):
                 "task or --gen_kwargs",
             )
         return count, until, sampling if draws and temperature != 0 else {}
+
+
+@register_model("layerskip")
+class LayerSkipLM(ExitLM):
+    """Scores with the first `exit` layers, and generates with them or with drafts."""
+
+    def __init__(
+        self,
+        path: str,
+        exit: int | None = None,  # the harness's own word on the command line
+        draft: str | None = None,
+        exit_when: str | None = None,
+        kv: str = DEFAULT_KV,
+        dtype: str | None = None,
+        max_length: int | None = None,
+        seed: int = 0,
+        batch_size: int | str = 1,
+        max_batch_size: int | str | None = None,
+        device: str | None = None,
+        **others: Any,
+    ):
+        """Loads the model; see the module for the arguments.
+
+        Raises:
+          ConfigError, UserError: naming the argument.
+        """
+        require(
+            not others,
+            f"model argument {next(iter(others), '')} is none of this model's; they are path, "
+            "exit, draft, exit_when, kv, dtype, max_length and seed",
+        )
+        require(
+            device in (None, UNSAID_DEVICE),
+            f"device={device}: jax chooses it; leave it out and set JAX_PLATFORMS, as to cpu",
+        )
+        require(
+            max_batch_size is None,
+            f"max_batch_size={max_batch_size} has no meaning without batch_size=auto; leave it out",
+        )
+        exit, max_length = _whole("exit", exit), _whole("max_length", max_length)
+        self._model = load(path, dtype=dtype)
+        config = self._model.generator.config
+        layers = config.num_layers
+        require(exit is None or 1 <= exit <= layers, f"exit={exit} must be in 1..{layers}")
+        # The last exit is the whole model, which may draft.
+        self._exit = None if exit is None or exit == layers else exit
+        self._draft = parse_draft(draft)
+        require(
+            self._exit is None or self._draft is None,
+            f"exit={exit} decodes with those layers alone; leave it or draft={draft} out",
+        )
+        self._depth: dict[str, Any] = {"exit_when": exit_when, "kv": kv}
+        if exit_when is not None:
+            require(
+                self._exit is None and self._draft is None,
+                f"exit_when={exit_when} decides how deep each token runs; leave it or exit and "
+                "draft out",
+            )
+            self._model.check_policy(exit_when, kv=kv)
+        else:
+            require(kv == DEFAULT_KV, f"kv={kv} has no meaning without exit_when; leave it out")
+        context = config.max_sequence_length
+        require(max_length is None or max_length >= 1, f"max_length={max_length} must be above 0")
+        require(
+            str(batch_size).isdigit() and int(batch_size) >= 1,
+            f"batch_size={batch_size} must be a number of rows",
+        )
+        super().__init__(
+            self._model.reading_special_tokens,
+            self._model.end_token,
+            dtype=config.dtype,
+            max_length=min(max_length or context, context),
+            batch_size=int(batch_size),
+            seed=_whole("seed", seed),
+            chat=self._model.chat,
+        )
+
+    def _score(self, tokens):
+        generator = self._model.generator
+        layers = self._exit or generator.config.num_layers
+        found = score(generator.weights, tokens, config=generator.config, num_layers=layers)
+        chosen, likeliest = jax.device_get(found)
+        return chosen[None], likeliest[None]
+
+    def _complete(self, ids, count, until, sampling):
+        [text] = self._model.complete(
+            [ids], count, draft=self._draft, exit_layer=self._exit, stop=until, **self._depth,
+            **sampling,
+        ).texts  # fmt: skip
+        return text

@@ -214,12 +214,27 @@ class Generator:
                 f"the model one of {self.config.vocab_size}; what one drafts must be the other's "
                 "tokens, so take two models of one tokenizer",
             )
+        self._draft_tokens = tokens
         self.weights = _lay_out(model, mesh, tokens)
         if draft_model is not None:
             try:
                 self.draft_weights = _lay_out(draft_model, mesh, tokens)
             except (ConfigError, UserError) as error:
                 raise type(error)(f"the draft model: {error}") from error
+
+    def reload(self, model: Transformer) -> None:
+        """Takes the parameters of another model of the same shapes; no program is made anew.
+
+        Raises:
+          UserError: a parameter is not finite.
+        """
+        self.weights = _lay_out(model, self._mesh, self._draft_tokens)
+
+    def unload(self) -> None:
+        """Gives the memory of the weights back, until `reload`."""
+        self.weights = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.weights
+        )
 
     def generate(
         self,

@@ -131,6 +131,7 @@ def build_page(run: RunRecord) -> str:
         headline=headline(run),
         drawn={key: _draw(run, draws) for key, draws in SECTIONS.items()},
         exit_rows=_exit_rows(run),
+        **_further(run),
         **_movement(run),
         **_layers(run),
         **_speculation(run),
@@ -164,6 +165,25 @@ def _exit_rows(run: RunRecord) -> list[Row]:
             cells += [amount(plain.get(layers)), times(run.to_last(plain, layers))]
         rows.append(("best" if layers == run.middle < run.num_layers else "", cells))
     return rows
+
+
+def _further(run: RunRecord) -> dict[str, Any]:
+    """Returns rows of the further validation sets by exit, and of tasks, with their columns."""
+    sets, scores = run.further_perplexities(), run.task_scores()
+    own = run.final_perplexities() if sets else {}
+    set_rows = [
+        ("", [str(e), amount(own.get(e)), *(amount(values.get(e)) for values in sets.values())])
+        for e in sorted(set().union(*sets.values()))
+    ]
+    exits = sorted(set().union(*scores.values()))
+    task_rows = [
+        ("", [f"{task}, {metric}", *(amount(values.get(e)) for e in exits)])
+        for (task, metric), values in scores.items()
+    ]
+    return {
+        "set_names": list(sets), "set_rows": set_rows, "task_exits": exits, "task_rows": task_rows,
+        "task_step": run.tasks[-1]["step"] if run.tasks else 0,
+    }  # fmt: skip
 
 
 def _movement(run: RunRecord) -> dict[str, Any]:

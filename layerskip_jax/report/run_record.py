@@ -28,6 +28,7 @@ class RunRecord:
       config: its whole configuration.
       metrics: one dict a logged step, by step; `read_run` takes no run without any.
       evaluations: one dict an evaluation that has exits, by step.
+      tasks: one dict an evaluation on tasks, by step.
       data: the manifest of the training data, or {}.
       speculation: what `layerskip sweep` measured, or {}.
       plain: perplexity by exit of the plain twin, or {}.
@@ -38,6 +39,7 @@ class RunRecord:
     config: RunConfig
     metrics: list[dict] = dataclasses.field(default_factory=list)
     evaluations: list[dict] = dataclasses.field(default_factory=list)
+    tasks: list[dict] = dataclasses.field(default_factory=list)
     data: dict = dataclasses.field(default_factory=dict)
     speculation: dict = dataclasses.field(default_factory=dict)
     plain: dict = dataclasses.field(default_factory=dict)
@@ -95,6 +97,23 @@ class RunRecord:
                 "run's `--config` goes on with it."
             )
         return perplexities(self.evaluations[-1])
+
+    def further_perplexities(self) -> dict[str, dict[int, float]]:
+        """Returns the same of each further validation set, by name; empty without any."""
+        sets = self.evaluations[-1].get("sets") if self.evaluations else None
+        sets = sets if isinstance(sets, dict) else {}
+        found = {str(name): perplexities({"exits": exits}) for name, exits in sets.items()}
+        return {name: values for name, values in found.items() if values}
+
+    def task_scores(self) -> dict[tuple[str, str], dict[int, float]]:
+        """Returns, by task and metric, the last scores by layers run; empty without any."""
+        scores: dict[tuple[str, str], dict[int, float]] = {}
+        for entry in (self.tasks[-1].get("exits") or []) if self.tasks else []:
+            for task, metrics in (entry.get("tasks") or {}).items():
+                for metric, value in metrics.items():
+                    if number(value) is not None:
+                        scores.setdefault((task, metric), {})[int(entry["layers"])] = value
+        return scores
 
     def plain_perplexities(self) -> dict[int, float]:
         """Returns perplexity by layers run of the plain twin, empty without one."""
@@ -200,6 +219,7 @@ def read_run(workdir: str | PurePath) -> RunRecord:
         config=config,
         metrics=metrics,
         evaluations=[e for e in _read_lines(folder.evaluations_file) if perplexities(e)],
+        tasks=_read_lines(folder.tasks_file),
         data=_read_object(folder.data_file),
         speculation=_read_object(folder.speculation_file),
         plain=_read_object(folder.path / "plain.json"),

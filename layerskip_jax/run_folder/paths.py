@@ -124,8 +124,16 @@ class RunFolder:
 
     @property
     def evaluations_file(self) -> Path:
-        """One JSON object an evaluation: step, and loss and perplexity by exit."""
+        """One JSON object an evaluation: step, and loss and perplexity by exit.
+
+        `sets` has the same of each of `config.data.validation`, by name, where there are any.
+        """
         return self.path / "evaluations.jsonl"
+
+    @property
+    def tasks_file(self) -> Path:
+        """One JSON object an evaluation on tasks: step, documents by task, metrics by exit."""
+        return self.path / "tasks.jsonl"
 
     @property
     def speculation_file(self) -> Path:
@@ -187,8 +195,8 @@ class RunFolder:
 # What other processes and later ones read of a run, beside its checkpoints.
 FILES_READ = (
     "config.json", "data.json", "tokenizer.json", "metrics.jsonl", "evaluations.jsonl",
-    "speculation.json", "skipped_batches.json", "wandb_run.txt", "plain.json", "layers_needed.json",
-    "exit_policies.json", "published/",
+    "tasks.jsonl", "speculation.json", "skipped_batches.json", "wandb_run.txt", "plain.json",
+    "layers_needed.json", "exit_policies.json", "published/",
 )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from layerskip_jax.config import RunConfig
+from layerskip_jax.config import RunConfig, folder_name
 from layerskip_jax.data.batches import BatchSource
+from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
 from layerskip_jax.distributed.processes import BatchPlacement
 from layerskip_jax.model.adapters import adapted
 from layerskip_jax.model.definition import ModelDefinition, Parameters
@@ -22,6 +23,7 @@ from layerskip_jax.ops.linear_cross_entropy import (
     Layout,
     linear_cross_entropy,
 )
+from layerskip_jax.schema import UserError
 from layerskip_jax.training.step import Batch
 
 
@@ -54,7 +56,7 @@ def make_exit_scorer(
 
             x = model.embed(batch.tokens)
             rows = model.row_inputs(batch.positions, batch.segment_ids)
-            _, nll = model.scan_layers(x, rows, read, None, _adapters(model))
+            _, nll = model.scan_layers(x, rows, read, None, exit_adapters(model))
             return total + nll, None
 
         zeros = jnp.zeros(definition.config.num_layers)
@@ -64,7 +66,7 @@ def make_exit_scorer(
     return score
 
 
-def _adapters(model: Transformer) -> tuple[Array, Array, Array] | None:
+def exit_adapters(model: Transformer) -> tuple[Array, Array, Array] | None:
     """Returns scales, A and B of all layers, the final norm and 0 where an exit has no adapter."""
     config = model.config
     if not config.exits.adapters:
@@ -106,23 +108,30 @@ def not_finite(exits: list[dict]) -> list[int]:
 
 
 class ValidationSet:
-    """The validation windows of a run, opened before anything is computed."""
+    """The validation windows of a run, opened before anything is computed.
 
-    def __init__(self, config: RunConfig):
+    Attributes:
+      sequence_length: S of the windows.
+    """
+
+    def __init__(self, config: RunConfig, path: str | None = None):
         """Opens them.
 
         Args:
           config: names the data, what becomes of damaged records, and the batch size.
+          path: prepared data; None takes `config.data.path`.
 
         Raises:
           UserError: there are none, or the index of their files is damaged.
         """
         self._config, self._opened = config, []
+        self._path = config.data.path if path is None else path
         self._whole = self._open(shuffle=False)
+        self.sequence_length = self._whole.sequence_length
 
     def _open(self, shuffle: bool) -> BatchSource:
         source = BatchSource(
-            self._config.data.path,
+            self._path,
             "validation",
             batch_size=self._config.training.batch_size,
             seed=0,
@@ -153,3 +162,33 @@ class ValidationSet:
         chosen = self._drawn if part else self._whole
         for step in range(limit if part else self._whole.steps_per_epoch):
             yield placement.place(Batch(*chosen.rows(step, placement.rows)))
+
+
+def open_further(config: RunConfig, manifest: Manifest) -> dict[str, ValidationSet]:
+    """Opens the sets of `config.data.validation`, by the names of their folders.
+
+    Args:
+      config: the run, its vocabulary known.
+      manifest: of the data that it trains on.
+
+    Raises:
+      UserError: a folder is not prepared, by another tokenizer, of windows too long for the model
+        or with a token that it does not have; or see `ValidationSet`.
+    """
+    sets, longest = {}, config.model.max_sequence_length
+    for path in config.data.validation:
+        theirs = read_manifest(path)
+        if theirs.tokenizer_sha256 != manifest.tokenizer_sha256:
+            raise UserError(
+                f"{path} of config.data.validation was prepared with another tokenizer than "
+                f"{config.data.path}; prepare it with "
+                f"--tokenizer={config.data.path}/{TOKENIZER_FILE}"
+            )
+        if theirs.sequence_length > longest:
+            raise UserError(
+                f"{path} of config.data.validation has windows of {theirs.sequence_length} tokens, "
+                f"longer than config.model.max_sequence_length={longest}; prepare shorter ones"
+            )
+        theirs.check_tokens(config.model.vocab_size, path)
+        sets[folder_name(path)] = ValidationSet(config, path)
+    return sets

@@ -98,11 +98,23 @@ class MetricsLog:
         elif self._writes:
             print(line, flush=True)
 
-    def evaluation(self, step: int, exits: list[dict]) -> None:
-        """Adds the losses of an evaluation to the curves."""
+    def evaluation(self, step: int, exits: list[dict], name: str = "") -> None:
+        """Adds the losses of an evaluation to the curves, those of a further set by its name."""
         if self._writes:
-            losses = {f"validation/loss_exit_{e['layers']:02d}": e["loss"] for e in exits}
+            prefix = f"validation/{name}/" if name else "validation/"
+            losses = {f"{prefix}loss_exit_{e['layers']:02d}": e["loss"] for e in exits}
             self._boards.add(losses, step)
+
+    def task_scores(self, step: int, exits: list[dict]) -> None:
+        """Adds what an evaluation on tasks returned to the curves."""
+        if self._writes:
+            values = {
+                f"tasks/{task}/{metric}_exit_{entry['layers']:02d}": value
+                for entry in exits
+                for task, metrics in entry["tasks"].items()
+                for metric, value in metrics.items()
+            }
+            self._boards.add(values, step)
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""

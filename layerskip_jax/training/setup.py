@@ -68,15 +68,20 @@ class TrainSetup:
         chip = chip_of(self.mesh.devices.flat[0])
         return compiler_options(chip, self.mesh.shape["slice"], self.config.compiler.options)
 
-    def check_sequence(self, length: int) -> None:
-        """Raises `ConfigError` unless the devices can share, and count, such windows."""
+    def check_sequence(self, length: int, evaluated: bool = False) -> None:
+        """Raises `ConfigError` unless the devices can share, and count, such windows.
+
+        Args:
+          length: their tokens.
+          evaluated: whether they are only evaluated, all positions scored at every exit.
+        """
         rows = self.config.training.batch_size
         require(
             rows * length <= LARGEST_INT32,
             f"config.training.batch_size={rows} windows of {length} tokens are more than the "
             f"{LARGEST_INT32} tokens that a step can count; take fewer",
         )
-        scored = scored_positions(self.config.early_exit, length)
+        scored = length if evaluated else scored_positions(self.config.early_exit, length)
         check_sequence(length, scored, self.mesh, self.config.mesh.rules)
 
     def _trained(self, parameters: Parameters) -> Parameters:

@@ -3,9 +3,10 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from layerskip_jax.distributed.processes import (
 from layerskip_jax.early_exit_loss import max_active_exits
 from layerskip_jax.hardware.chips import chip_of, peak_flops
 from layerskip_jax.hardware.compiler_options import compiler_table, keep_compiled
+from layerskip_jax.model.definition import Parameters
 from layerskip_jax.run_folder.atomic import to_json, unwritable, write_json
 from layerskip_jax.run_folder.claim import check_workdir, claim_workdir, claiming, opened_workdir
 from layerskip_jax.run_folder.lock import locked
@@ -36,6 +38,7 @@ from layerskip_jax.training.evaluation import (
     evaluate_exits,
     make_exit_scorer,
     not_finite,
+    open_further,
 )
 from layerskip_jax.training.flops import MFU_DEFINITION, CostModel
 from layerskip_jax.training.guards import Guards, RollBack, Watchdog
@@ -45,6 +48,7 @@ from layerskip_jax.training.metrics import MetricsLog
 from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch, StepMetrics, TrainState
+from layerskip_jax.training.tasks import OpenTasks, TaskScorer, Watch, opened_tasks
 from layerskip_jax.training.trackers import check_wandb
 
 logger = logging.getLogger(__name__)
@@ -54,7 +58,12 @@ logger = logging.getLogger(__name__)
 MANY_EPOCHS = 4
 
 
-def train(config: RunConfig, workdir: str | PurePath, initial: Initial | None = None) -> int:
+def train(
+    config: RunConfig,
+    workdir: str | PurePath,
+    initial: Initial | None = None,
+    open_tasks: OpenTasks | None = None,
+) -> int:
     """Trains a model, or goes on training it from its newest checkpoint.
 
     Args:
@@ -62,6 +71,7 @@ def train(config: RunConfig, workdir: str | PurePath, initial: Initial | None = 
       workdir: its folder, on a disk, gs:// or s3://. What lies there already must come from the
         same config and data.
       initial: what `config.init_from` names.
+      open_tasks: opens the tasks of `config.evaluation`, if there are any.
 
     Returns:
       0 when all steps are done, `RESTART_EXIT_CODE` when a signal ended it early.
@@ -71,19 +81,47 @@ def train(config: RunConfig, workdir: str | PurePath, initial: Initial | None = 
         every checkpoint is damaged, or when steps are no longer finite.
     """
     with opened_workdir(workdir) as folder:
-        return _train(config, folder, initial)
+        return _train(config, folder, initial, open_tasks)
 
 
-def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int:
+class _Evaluation(NamedTuple):
+    """What a run is evaluated on from time to time, and at its end.
+
+    Attributes:
+      every: steps between two; 0 for the end only.
+      done: the steps of which there is a record.
+      run: evaluates after that step, and writes the record.
+    """
+
+    every: int
+    done: set[int]
+    run: Callable[[int], None]
+
+    def is_due(self, step: int) -> bool:
+        """Whether to evaluate after `step`, which is not the last."""
+        return self.every > 0 and step % self.every == 0
+
+    def is_missing(self, step: int, starts_from_model: bool) -> bool:
+        """Whether a run that begins at `step` was to be evaluated there, and was not."""
+        due = self.every > 0 and starts_from_model if step == 0 else self.is_due(step)
+        return due and step not in self.done
+
+
+def _train(
+    config: RunConfig, folder: RunFolder, initial: Initial | None, open_tasks: OpenTasks | None
+) -> int:
     config, manifest, source = _open_data(config, folder, initial)
-    validation = ValidationSet(config)
+    validation, further = ValidationSet(config), open_further(config, manifest)
     check_wandb(config.training.wandb)
     _require_same_run(config, manifest, folder)
 
     # Mesh, model, shardings
     setup = make_setup(config)
     setup.check_sequence(source.sequence_length)
-    total_steps, every = config.training.steps, config.training.evaluate_every
+    for dataset in further.values():
+        setup.check_sequence(dataset.sequence_length, evaluated=True)
+    tasks = opened_tasks(setup, manifest, open_tasks)
+    total_steps = config.training.steps
     cost = CostModel(setup.config, source.sequence_length)
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
     clock = Clock()
@@ -97,7 +135,6 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
         # Restore
         checkpoints = _open_checkpoints(config, manifest, folder)
         state, first_step, left_out = _restore_or_init(setup, checkpoints, initial)
-        evaluated = _evaluated_steps(folder)
 
         # Compile, unless all steps are done
         step_function = None
@@ -136,17 +173,34 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
         def evaluate(step: int) -> None:
             # The first and the last evaluation take all of the validation set.
             limit = config.training.evaluate_batches if 0 < step < total_steps else 0
-            batches = watchdog.each(stop.each(validation.batches(setup.placement, limit)))
+            found = {}
             with clock.cause("evaluation"):
-                exits = evaluate_exits(scorer, state.parameters, batches)
+                for name, dataset in {"": validation, **further}.items():
+                    batches = watch(dataset.batches(setup.placement, limit))
+                    found[name] = evaluate_exits(scorer, state.parameters, batches)
             with writing():
-                _record_evaluation(folder, metrics_log, step, total_steps, exits)
+                _record_evaluation(folder, metrics_log, step, total_steps, found)
             metrics_log.restart_clock()
 
-        def is_missing(step: int) -> bool:
-            """Whether a run that begins at `step` was to be evaluated there, and was not."""
-            first = initial is not None if step == 0 else step % every == 0
-            return first and step not in evaluated
+        def evaluate_tasks(step: int) -> None:
+            with clock.cause("evaluation"):
+                scores = _task_scores(tasks, state.parameters, watch, step)
+            if scores is not None:
+                with writing():
+                    _record_tasks(folder, metrics_log, step, total_steps, scores)
+            metrics_log.restart_clock()
+
+        def watch(items: Iterable) -> Iterator:
+            return watchdog.each(stop.each(items))
+
+        evaluations = [
+            _Evaluation(
+                config.training.evaluate_every, _recorded(folder.evaluations_file), evaluate
+            )
+        ]
+        if tasks is not None:
+            done = _recorded(folder.tasks_file)
+            evaluations.append(_Evaluation(config.evaluation.every, done, evaluate_tasks))
 
         def save(step: int, force: bool = False) -> None:
             counts = {"left_out": metrics_log.left_out}
@@ -169,8 +223,10 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
                 source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
             ):
                 with suppress(Stopped):  # within an evaluation, which is made up later
-                    if every and first_step < total_steps and is_missing(first_step):
-                        evaluate(first_step)  # what a run starts from, or where it was killed
+                    for evaluation in evaluations if first_step < total_steps else ():
+                        # What a run starts from, or where it was killed.
+                        if evaluation.is_missing(first_step, initial is not None):
+                            evaluation.run(first_step)
                     clock.steps_begin()
                     for index, host_batch in watchdog.each(clock.each(batches, "data")):
                         profiler.before(index + 1)
@@ -184,11 +240,12 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
                             observe(*previous)
                             previous = None
                             save(step)
-                        if every and step % every == 0 and step < total_steps:
-                            if previous is not None:
-                                observe(*previous)
-                                previous = None
-                            evaluate(step)
+                        for evaluation in evaluations if step < total_steps else ():
+                            if evaluation.is_due(step):
+                                if previous is not None:
+                                    observe(*previous)
+                                    previous = None
+                                evaluation.run(step)
                         if stop.due():
                             break
                 if previous is not None:
@@ -197,15 +254,16 @@ def _train(config: RunConfig, folder: RunFolder, initial: Initial | None) -> int
                 with writing():
                     metrics_log.record(last_step)
 
-                # The last checkpoint and evaluation
+                # The last checkpoint and evaluations
                 if last_step > first_step:
                     save(last_step, force=True)
                 is_stopped = last_step < total_steps
-                if not is_stopped and total_steps not in evaluated:
-                    try:
-                        evaluate(last_step)
-                    except Stopped:
-                        is_stopped = True
+                try:
+                    for evaluation in evaluations if not is_stopped else ():
+                        if total_steps not in evaluation.done:
+                            evaluation.run(last_step)
+                except Stopped:
+                    is_stopped = True
                 watchdog.beat()
                 checkpoints.close()
         except RollBack as bad:
@@ -392,24 +450,71 @@ def _start_from(setup: TrainSetup, initial: Initial) -> TrainState:
 
 
 def _record_evaluation(
-    folder: RunFolder, metrics_log: MetricsLog, step: int, total_steps: int, exits: list[dict]
+    folder: RunFolder,
+    metrics_log: MetricsLog,
+    step: int,
+    total_steps: int,
+    found: dict[str, list[dict]],
 ) -> None:
-    """Says and writes down the loss and perplexity of each exit."""
-    metrics_log.evaluation(step, exits)
-    if wrong := not_finite(exits):
-        logger.warning("step %d: the validation loss of exits %s is not finite", step, wrong)
-    chosen = {len(exits) // 2, len(exits)}
-    text = "  ".join(
-        f"exit {e['layers']} {e['perplexity']:.2f}" for e in exits if e["layers"] in chosen
-    )
-    metrics_log.say(f"step {step}/{total_steps}  validation perplexity: {text}")
+    """Says and writes down the loss and perplexity of each exit, on each set by its name."""
+    for name, exits in found.items():
+        metrics_log.evaluation(step, exits, name)
+        place = f" on {name}" if name else ""
+        if wrong := not_finite(exits):
+            logger.warning(
+                "step %d: the validation loss%s of exits %s is not finite", step, place, wrong
+            )
+        chosen = {len(exits) // 2, len(exits)}
+        text = "  ".join(
+            f"exit {e['layers']} {e['perplexity']:.2f}" for e in exits if e["layers"] in chosen
+        )
+        metrics_log.say(f"step {step}/{total_steps}  validation perplexity{place}: {text}")
+    record: dict[str, Any] = {"step": step, "exits": found[""]}
+    if sets := {name: exits for name, exits in found.items() if name}:
+        record["sets"] = sets
+    _append(folder.evaluations_file, record)
+
+
+def _task_scores(
+    tasks: TaskScorer, parameters: Parameters, watch: Watch, step: int
+) -> dict[str, Any] | None:
+    """Returns what the tasks come to; None, and an error in the log, where one of them fails."""
+    try:
+        return tasks(parameters, watch)
+    except Stopped:
+        raise
+    except Exception as error:  # a task's own code may raise anything, and the run is whole
+        logger.error(
+            "step %d: the tasks of config.evaluation failed, and the run goes on (%s: %s)",
+            step, type(error).__name__, error, exc_info=error,
+        )  # fmt: skip
+        return None
+
+
+def _record_tasks(
+    folder: RunFolder, metrics_log: MetricsLog, step: int, total_steps: int, scores: dict[str, Any]
+) -> None:
+    """Says and writes down the metrics of each task at each exit."""
+    metrics_log.task_scores(step, scores["exits"])
+    for entry in scores["exits"]:
+        text = "  ".join(
+            f"{task} {', '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}"
+            for task, metrics in entry["tasks"].items()
+        )
+        metrics_log.say(f"step {step}/{total_steps}  tasks at exit {entry['layers']}: {text}")
+    _append(folder.tasks_file, {"step": step, **scores})
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a file of the run, in the first process."""
     if jax.process_index() == 0:
-        with folder.evaluations_file.open("a") as file:
-            file.write(to_json({"step": step, "exits": exits}) + "\n")
+        with path.open("a") as file:
+            file.write(to_json(record) + "\n")
 
 
-def _evaluated_steps(folder: RunFolder) -> set[int]:
-    return {record["step"] for record in read_json_lines(folder.evaluations_file)}
+def _recorded(path: Path) -> set[int]:
+    """Returns the steps of the records of a file."""
+    return {record["step"] for record in read_json_lines(path)}
 
 
 def _say_epochs(config: RunConfig, source: BatchSource) -> None:

@@ -15,6 +15,7 @@ import pytest
 from layerskip_jax.distributed.processes import RESTART_EXIT_CODE, VARIABLES
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
 from layerskip_jax.training.restore import load_run
+from tests.evaluation.conftest import tasks  # noqa: F401
 from tests.helpers import go_back
 from tests.training.test_train import REPOSITORY
 
@@ -101,6 +102,23 @@ def test_two_processes_train_as_one_does(whole, train, tmp_path):
         load_run(whole).parameters,
         load_run(tmp_path / "one").parameters,
     )
+
+
+@slow
+def test_two_processes_score_tasks_as_one_does(train, tasks, tmp_path, monkeypatch):  # noqa: F811
+    """Each asks all questions, and has all answers of the shards that the others hold."""
+    pytest.importorskip("lm_eval", reason="the test requirements install it")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    flags = [
+        "--config.training.steps=2", "--config.evaluation.tasks=('local_choice',)",
+        f"--config.evaluation.include_path={tasks}", "--config.evaluation.exits=(1, 4)",
+        "--config.evaluation.every=1",
+    ]  # fmt: skip
+    for processes in (1, 2):
+        workdir = f"--workdir={tmp_path / str(processes)}"
+        run(launch(processes, 4 // processes, [*train, *FSDP, *flags, workdir]))
+    one, two = (read_json_lines(RunFolder(tmp_path / name).tasks_file) for name in "12")
+    assert [record["step"] for record in one] == [1, 2] and one == two
 
 
 # Over 20 s, since up to four processes start at once, on two cores.
