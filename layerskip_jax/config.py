@@ -289,6 +289,11 @@ class TrainingConfig:
         of `steps`, the last step whole; of a mixture, over the windows of all its folders together.
         0 leaves it to `steps`.
       batch_size: windows per optimizer step, over all devices and accumulation steps, at least 1.
+      batch_ramp: steps, ascending from 1 on, from which on a batch has twice the windows, and
+        batch_size after the last of them: `(100, 300)` of 32 is 8 windows a step, 16 from step 100
+        (from 0) on and 32 from 300 on. The order of the windows is the same as without. The devices
+        and `layer_dropout.row_groups` divide the first batch too; microbatches are as few as have
+        no more windows than those of batch_size.
       gradient_accumulation: microbatches a step is computed in, at least 0; 0 takes as few as
         `rows_per_device` allows.
       rows_per_device: windows of a microbatch that one device may get, where
@@ -313,6 +318,7 @@ class TrainingConfig:
     steps: int = 1000
     epochs: float = 0.0
     batch_size: int = 32
+    batch_ramp: tuple[int, ...] = ()
     gradient_accumulation: int = changeable(1, was="accumulation")
     rows_per_device: int = changeable(0)
     loss_chunk: int = 128
@@ -328,6 +334,18 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "loss_chunk"):
             require_count(name, getattr(self, name), 1)
+        ramp = self.batch_ramp
+        for step in ramp:
+            require_count("batch_ramp", step, 1)
+        require(
+            list(ramp) == sorted(set(ramp)),
+            f"batch_ramp={ramp} must name later and later steps, each once",
+        )
+        require(
+            self.batch_size % 2 ** len(ramp) == 0,
+            f"batch_size={self.batch_size} cannot be reached by the {len(ramp)} doublings of "
+            f"batch_ramp={ramp}; make it a multiple of {2 ** len(ramp)}, or leave some out",
+        )
         try:
             re.compile(self.trainable)
         except re.error as error:

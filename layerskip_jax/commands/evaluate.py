@@ -97,7 +97,7 @@ def evaluate(
         ),
         mesh=MeshConfig(MeshShape(data=1, fsdp=-1), config.mesh.rules),
         training=dataclasses.replace(
-            training, batch_size=rows, gradient_accumulation=1, rows_per_device=0
+            training, batch_size=rows, batch_ramp=(), gradient_accumulation=1, rows_per_device=0
         ),
         layer_dropout=LayerDropoutConfig(),
     )

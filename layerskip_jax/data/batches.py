@@ -1,7 +1,8 @@
-"""Batch n of a run, as a function of (seed, n, batch size) and nothing else.
+"""Batch n of a run, as a function of (seed, n, batch sizes) and nothing else.
 
-A seeded permutation of all windows, drawn anew each epoch, is indexed at n B + row; of several
-corpora each has its own, and which one a row comes from follows from that index. Hosts, workers
+A seeded permutation of all windows, drawn anew each epoch, is indexed at n B + row, or at the
+windows of all batches before + row where the batch grows; of several corpora each has its own, and
+which one a row comes from follows from that index. Hosts, workers
 and devices do not enter the order, so a run goes on with the very same batches on any other
 machine. Grain does the shuffling, the mixing, the reading and the reading ahead.
 """
@@ -10,13 +11,14 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import grain
 import numpy as np
 
+from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
 from layerskip_jax.data.packing import Rows, unpack
 from layerskip_jax.data.shards import DamagedError, Shards
@@ -34,7 +36,7 @@ class BatchSource:
       num_windows: windows in the split, of all folders.
       sequence_length: S.
       whole_documents: whether no document goes on in the next window.
-      batch_size: B.
+      sizes: the rows of each batch.
       steps_per_epoch: batches until every window was seen, the last one in part if B does not
         divide their number.
       damaged: records that were read as padding so far, because they are damaged.
@@ -46,6 +48,7 @@ class BatchSource:
         split: str,
         *,
         batch_size: int,
+        batch_ramp: Sequence[int] = (),
         seed: int,
         shuffle: bool = True,
         skip_damaged: bool = False,
@@ -59,6 +62,7 @@ class BatchSource:
           folder: made by `layerskip prepare`.
           split: `train` or `validation`.
           batch_size: rows of a global batch.
+          batch_ramp: steps from which on a batch has twice the rows, and batch_size in the end.
           seed: the seed of the order.
           shuffle: whether to draw an order and go on for ever; otherwise the windows come
             once, as they lie, and rows past the last one are padding.
@@ -66,8 +70,9 @@ class BatchSource:
           mixture: further folders with the same tokenizer and sequence length.
           weights: shares of the rows that come from `folder` and from each of these; they need
             not add up to 1. Any run of rows has them nearly exactly.
-          skips: pairs (step, count): from that step on, so many batches of the order are passed
-            over. Those of later steps are on top of those of earlier ones.
+          skips: pairs (step, count): from that step on, the windows of so many batches are passed
+            over, of as many rows as the steps from there on have. Those of later steps are on top
+            of those of earlier ones.
 
         Raises:
           ConfigError: there are not as many weights as folders.
@@ -84,7 +89,7 @@ class BatchSource:
         self._parts = [_Windows(path, manifest, split) for path, manifest in corpora]
         self._first = np.cumsum([0, *(part.count for part in self._parts)])
         self.num_windows = int(self._first[-1])
-        self.batch_size = batch_size
+        self.sizes = BatchSizes(batch_size, tuple(batch_ramp))
         self.steps_per_epoch = -(-self.num_windows // batch_size)
         self._shuffle, self._skip_damaged = shuffle, skip_damaged
         self._skips = tuple(skips)
@@ -107,7 +112,7 @@ class BatchSource:
 
     def epochs(self, steps: int) -> list[tuple[str, float]]:
         """Returns each folder and how often so many steps read each of its windows."""
-        rows = steps * self.batch_size / sum(self._shares)
+        rows = self.sizes.before(steps) / sum(self._shares)
         return [
             (part.folder, rows * share / part.count)
             for part, share in zip(self._parts, self._shares, strict=True)
@@ -123,11 +128,11 @@ class BatchSource:
         Raises:
           UserError: a record is damaged and not to be skipped; names the file and the record.
         """
-        windows = []
-        for row in range(self.batch_size)[rows] if isinstance(rows, slice) else rows:
-            if not 0 <= row < self.batch_size:
-                raise IndexError(f"row {row} is not in a batch of {self.batch_size}")
-            index = self._position(step) * self.batch_size + row
+        windows, size, first = [], self.sizes.at(step), self._position(step)
+        for row in range(size)[rows] if isinstance(rows, slice) else rows:
+            if not 0 <= row < size:
+                raise IndexError(f"row {row} is not in a batch of {size}")
+            index = first + row
             if self._shuffle or index < self.num_windows:
                 windows.append(self._window(int(self._order[index])))
             else:
@@ -135,32 +140,35 @@ class BatchSource:
         return unpack(np.stack(windows))
 
     def _position(self, step: int) -> int:
-        """Returns which batch of the order `step` has."""
-        return step + sum(count for since, count in self._skips if step >= since)
+        """Returns where in the order the first row of batch `step` is."""
+        before = self.sizes.before
+        passed = (before(at + count) - before(at) for at, count in self._skips if step >= at)
+        return before(step) + sum(passed)
 
     def window_numbers(self, step: int) -> list[int]:
         """Returns the number, in the split, of the window in each row of batch `step`.
 
         Rows past the last window of an order that ends have no number and are left out.
         """
-        first = self._position(step) * self.batch_size
-        last = first + self.batch_size
+        first = self._position(step)
+        last = first + self.sizes.at(step)
         stop = last if self._shuffle else min(last, self.num_windows)
         return [int(self._order[index]) for index in range(first, stop)]
 
     def batch(self, step: int) -> Rows:
         """Returns the whole of batch `step`."""
-        return self.rows(step, range(self.batch_size))
+        return self.rows(step, slice(None))
 
     @contextmanager
     def prefetch(
-        self, steps: range, rows: Sequence[int] | slice, *, buffer_size: int = 4
+        self, steps: range, rows: Callable[[int], Sequence[int] | slice], *, buffer_size: int = 4
     ) -> Iterator[Iterator[tuple[int, Rows]]]:
         """Gives an iterator of `(step, rows of that batch)`, read ahead in the background.
 
-        At most `buffer_size` batches are held. Leaving the context ends the reading.
+        `rows` returns the rows to read of a step's batch. At most `buffer_size` batches are held.
+        Leaving the context ends the reading.
         """
-        dataset = grain.MapDataset.source(steps).map(lambda step: (step, self.rows(step, rows)))
+        dataset = grain.MapDataset.source(steps).map(lambda n: (n, self.rows(n, rows(n))))
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=buffer_size)
         iterator = iter(dataset.to_iter_dataset(options))
         try:

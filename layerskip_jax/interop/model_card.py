@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from layerskip_jax.config import RunConfig
+from layerskip_jax.config import RunConfig, TrainingConfig
+from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.interop.huggingface import OF_FAMILIES
 from layerskip_jax.model.config import ModelConfig
 
@@ -175,7 +176,7 @@ def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> d
         return settings
     return settings | {
         "optimizer steps": f"{step} of {config.training.steps}",
-        "windows a step": config.training.batch_size,
+        "windows a step": _batch(config.training),
         "learning rate": config.optimizer.learning_rate,
         "layer dropout": (
             f"up to {dropout.p_max}, {dropout.depth_schedule} over the layers, "
@@ -190,6 +191,14 @@ def _settings(config: RunConfig, model: ModelConfig, step: int, dtype: str) -> d
         ),
         "seed": config.seed,
     }
+
+
+def _batch(training: TrainingConfig) -> str:
+    """Returns the windows of a step."""
+    begins = BatchSizes.of(training).stages[0][1]
+    steps = ", ".join(map(str, training.batch_ramp))
+    ramp = f", from {begins} on, doubled at the steps {steps}" if steps else ""
+    return f"{training.batch_size}{ramp}"
 
 
 def _data(data: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
     kept = REMAT_POLICIES[model.remat].kept(model.model_dim, model.ffn_dim)
     per_value = tokens * model.num_layers * width / shape["tensor"]
     activations = 0.0 if training.trainable == "exits" else float(per_value * kept)
-    cost = CostModel(config, length)
+    cost = CostModel(config, length).at_full_batch
     _, early = cost.schedule
     frozen = training.trainable == "exits"
     count = len(model.exits.trained(model.num_layers)) if frozen else float(early.max())

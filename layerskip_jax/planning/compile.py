@@ -89,7 +89,7 @@ def _compile(config: RunConfig, topology: Topology, length: int) -> Plan:
                 raise
             message = str(error)
     seconds = time.monotonic() - start
-    cost = CostModel(setup.config, length)
+    cost = CostModel(setup.config, length).at_full_batch
     planned = cost.planned(0, config.training.steps)
     parameters, optimizer = _state_bytes(setup)
     limit = topology.chip.memory

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from layerskip_jax.config import RunConfig
+from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.distributed.mesh import AXES
 from layerskip_jax.hardware.topology import Topology
 from layerskip_jax.ops.remat import REMAT_POLICIES
@@ -131,7 +132,7 @@ def _layouts(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
             for fsdp in (left, left // 2, left // 4)
             if fsdp and left % fsdp == 0
         ]
-    batch = config.training.batch_size
+    batch, first = config.training.batch_size, BatchSizes.of(config.training).stages[0][1]
     for remat, (data, fsdp, context, tensor) in itertools.product(REMAT_POLICIES, meshes):
         if remat == "none":
             continue
@@ -140,12 +141,12 @@ def _layouts(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
         )
         shards = config.mesh.shape.slice * data * fsdp
         for accumulation in (1, 2, 4, 8, 16):
-            if batch % (shards * accumulation):
+            if batch % (shards * accumulation) or first % shards:
                 continue
             groups = config.layer_dropout.row_groups
             if config.layer_dropout.p_max and config.layer_dropout.execution == "gather":
                 groups = math.lcm(groups, shards * accumulation)
-                if batch % groups:
+                if first % groups:
                     continue
             yield dataclasses.replace(
                 config,

@@ -36,6 +36,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from layerskip_jax.config import RunConfig
+from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.early_exit_loss import EarlyExitConfig, exit_weights, scored_positions
 from layerskip_jax.layer_dropout import LayerDropoutConfig, drop_probabilities
 from layerskip_jax.model.config import ModelConfig
@@ -97,15 +98,18 @@ class CostModel:
     config: RunConfig
     sequence_length: int
 
-    def step(self, layers_run: float, early_exits: float | int) -> StepFlops:
+    def step(
+        self, layers_run: float, early_exits: float | int, rows: float | int | None = None
+    ) -> StepFlops:
         """Returns the cost of a step.
 
         Args:
           layers_run: share of (layer, row) pairs that are not dropped.
           early_exits: exits below the last layer that are scored.
+          rows: windows of its batch; None takes those of the full one.
         """
         model, length = self.config.model, self.sequence_length
-        rows = float(self.config.training.batch_size)
+        rows = float(self.config.training.batch_size if rows is None else rows)
         all_layers = rows * model.num_layers
         run = all_layers * layers_run
         matrices, down, attention = _layer_forward(model, length)
@@ -177,14 +181,25 @@ class CostModel:
             optimizer=0.0,
         )
 
-    def done(self, metrics: StepMetrics) -> StepFlops:
-        """Returns the cost of a step that was taken, from its metrics on the host."""
-        early = int((metrics.exit_weights[:-1] > 0).sum())
-        return self.step(float(metrics.layers_run), early)
+    @property
+    def sizes(self) -> BatchSizes:
+        """The windows of each step."""
+        return BatchSizes.of(self.config.training)
 
-    def plain(self) -> StepFlops:
-        """Returns the cost of a step that drops nothing and scores the last layer only."""
-        return self.step(1.0, 0)
+    @property
+    def at_full_batch(self) -> "CostModel":
+        """The same without a batch ramp: every step has the full batch."""
+        training = dataclasses.replace(self.config.training, batch_ramp=())
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, training=training))
+
+    def done(self, metrics: StepMetrics, rows: float | int | None = None) -> StepFlops:
+        """Returns the cost of a step that was taken, from its metrics on the host; see `step`."""
+        early = int((metrics.exit_weights[:-1] > 0).sum())
+        return self.step(float(metrics.layers_run), early, rows)
+
+    def plain(self, rows: float | int | None = None) -> StepFlops:
+        """Returns the cost of a step that drops nothing and scores the last layer; see `step`."""
+        return self.step(1.0, 0, rows)
 
     @property
     def schedule(self) -> tuple[Float[np.ndarray, "T"], Int[np.ndarray, "T"]]:
@@ -197,9 +212,15 @@ class CostModel:
 
     def planned(self, first: int, last: int) -> StepFlops:
         """Returns the mean cost of the steps first..last-1 by the schedules, over the draws."""
-        layers_run, early = self.schedule
+        layers_run, early = (of_steps[first:last] for of_steps in self.schedule)
+        if not self.config.training.batch_ramp:
+            return self.step(float(layers_run.mean(dtype=np.float64)), float(early.mean()))
+        # A step costs by its rows, times what it runs of them.
+        rows = self.sizes.between(first, last).astype(np.float64)
         return self.step(
-            float(layers_run[first:last].mean(dtype=np.float64)), float(early[first:last].mean())
+            float(np.average(layers_run, weights=rows)),
+            float(np.average(early, weights=rows)),
+            float(rows.mean()),
         )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layerskip_jax.config import RunConfig
+from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.interop.pretrained import Pretrained, open_pretrained
@@ -141,6 +142,14 @@ class _OfRun:
             _require_same_state(name, of(ours), of(theirs), self.folder.home)
         clips = [run.optimizer.clip_norm > 0 for run in (ours, theirs)]
         _require_same_state("optimizer.clip_norm > 0", *clips, self.folder.home)
+        seen = [BatchSizes.of(run.training).before(self.step) for run in (ours, theirs)]
+        if seen[0] != seen[1]:
+            logger.warning(
+                "the %d steps before this branch have %d windows by its own batch sizes, and had "
+                "%d in %s: it goes on in the order of the data from where its own are; a ramp "
+                "(config.training.batch_ramp) that ends in another size goes on from theirs",
+                self.step, *seen, self.folder.home,
+            )  # fmt: skip
         template = setup.abstract_state()
         checkpoints = Checkpoints(self.folder.checkpoints)
         checkpoints.require_step(self.step)

@@ -51,7 +51,6 @@ class MetricsLog:
         self._writes = jax.process_index() == 0
         self._total_steps = total_steps
         self._cost, self._peak_flops = cost, peak_flops
-        self._tokens_per_step = cost.config.training.batch_size * cost.sequence_length
         self._start = self._window_start = time.monotonic()
         self._window: list[StepMetrics] = []
         self._progress = None
@@ -141,20 +140,25 @@ class MetricsLog:
                 if weight > 0:
                     by_exit[int(layer) + 1].append(float(loss))
         last = window[-1]
-        flops = np.mean([self._cost.done(m).needed for m in window])
+        first = step - len(window)
+        sizes, length = self._cost.sizes, self._cost.sequence_length
+        rows = sizes.between(first, step)
+        flops = np.mean(
+            [self._cost.done(m, n).needed for m, n in zip(window, rows.tolist(), strict=True)]
+        )
         record = {
             "step": step,
             "loss": float(np.mean([m.loss for m in kept])),
             "exit_loss": {str(e): float(np.mean(by_exit[e])) for e in sorted(by_exit)},
-            "tokens": step * self._tokens_per_step,
-            "tokens_per_second": len(window) * self._tokens_per_step / seconds,
+            "tokens": sizes.before(step) * length,
+            "tokens_per_second": int(rows.sum()) * length / seconds,
             "gradient_norm": float(np.mean([m.gradient_norm for m in kept])),
             "learning_rate": float(last.learning_rate),
             "layers_run": float(np.mean([m.layers_run for m in window])),
             "skipped": int(sum(m.skipped for m in window)),
             "left_out": self.left_out,
             "step_flops": float(flops),
-            "step_flops_planned": self._cost.planned(step - len(window), step).needed,
+            "step_flops_planned": self._cost.planned(first, step).needed,
             "flops_per_second": float(flops * len(window) / seconds),
             "seconds": now - self._start,
             # One number for the batches of these steps, in their order.

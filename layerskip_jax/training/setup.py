@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax import layer_dropout
 from layerskip_jax.config import RunConfig
+from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.distributed.mesh import make_mesh, parts
 from layerskip_jax.distributed.processes import BatchPlacement
 from layerskip_jax.distributed.sharding import (
@@ -28,7 +29,7 @@ from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.ops.attention import PackedAttention, choose_kernel
 from layerskip_jax.ops.linear import contract, contract_tokens
 from layerskip_jax.ops.linear_cross_entropy import Layout
-from layerskip_jax.schema import LARGEST_INT32, require
+from layerskip_jax.schema import LARGEST_INT32, ConfigError, require
 from layerskip_jax.training.muon import Matrices
 from layerskip_jax.training.optimizer import make_optimizer
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
@@ -134,8 +135,26 @@ class TrainSetup:
         """
         start = time.monotonic()
         compiled = self.lower_step(sequence_length, guarded).compile(self.compiler_options)
-        logger.info("compiled the train step in %.1f s", time.monotonic() - start)
+        logger.info(
+            "compiled the train step for %d windows in %.1f s",
+            self.config.training.batch_size, time.monotonic() - start,
+        )  # fmt: skip
         return compiled
+
+    def of_batch(self, size: int) -> "TrainSetup":
+        """Returns the same for the steps of a batch ramp that have so many windows."""
+        training, mesh, rules = self.config.training, self.mesh, self.config.mesh.rules
+        if size == training.batch_size:
+            return self
+        count = _accumulation_of(self.config, size, parts(mesh, rules.batch))
+        training = dataclasses.replace(
+            training, batch_size=size, batch_ramp=(), gradient_accumulation=count
+        )
+        return dataclasses.replace(
+            self,
+            config=dataclasses.replace(self.config, training=training),
+            placement=BatchPlacement(mesh, rules.batch, rules.sequence, size, count),
+        )
 
     def lower_step(self, sequence_length: int, guarded: bool = True) -> jax.stages.Lowered:
         """Returns the step as `compile_step` compiles it, before the compiler has seen it."""
@@ -168,12 +187,8 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         training = dataclasses.replace(training, gradient_accumulation=count, rows_per_device=0)
         config = dataclasses.replace(config, training=training)
     shards = check_batch(training.batch_size, training.gradient_accumulation, mesh, rules)
-    layer_dropout.check_groups(
-        config.layer_dropout,
-        batch_size=training.batch_size,
-        batch_shards=shards,
-        accumulation=training.gradient_accumulation,
-    )
+    for _, size in BatchSizes.of(training).stages:
+        _check_size(config, size, shards)
     layer_dropout.check_layers(config.layer_dropout, config.model.num_layers)
     check_exits(config.early_exit, config.model.num_layers)
     config.model.exits.check_layers(config.model.num_layers)
@@ -217,6 +232,38 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
             mesh, rules.batch, rules.sequence, training.batch_size, training.gradient_accumulation
         ),
     )
+
+
+def _accumulation_of(config: RunConfig, size: int, shards: int) -> int:
+    """Returns the fewest microbatches of a ramp's batch that are no larger than the full one's.
+
+    Args:
+      config: the run, its accumulation resolved.
+      size: windows of the batch.
+      shards: of a batch.
+    """
+    training = config.training
+    rows = training.batch_size // training.gradient_accumulation // shards
+    return least_accumulation(size, rows, shards)
+
+
+def _check_size(config: RunConfig, size: int, shards: int) -> None:
+    """Raises `ConfigError` unless a batch of this size fits the devices and the dropout groups."""
+    try:
+        layer_dropout.check_groups(
+            config.layer_dropout,
+            batch_size=size,
+            batch_shards=shards,
+            accumulation=_accumulation_of(config, size, shards),
+        )
+    except ConfigError as error:
+        ramp = config.training.batch_ramp
+        if size == config.training.batch_size:
+            raise
+        raise ConfigError(
+            f"config.training.batch_ramp={ramp} has batches of {size} windows: {error}; or take "
+            "fewer doublings"
+        ) from error
 
 
 def _is_masked(leaf) -> bool:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -136,10 +135,12 @@ def _train(
         checkpoints = _open_checkpoints(config, manifest, folder)
         state, first_step, left_out = _restore_or_init(setup, checkpoints, initial)
 
-        # Compile, unless all steps are done
-        step_function = None
-        if first_step < total_steps:
-            step_function = setup.compile_step(source.sequence_length)
+        # Compile a step for each size of a batch that is to come
+        sizes = source.sizes
+        setups = {size: setup.of_batch(size) for size in sizes.within(first_step, total_steps)}
+        step_functions = {
+            size: of_size.compile_step(source.sequence_length) for size, of_size in setups.items()
+        }
         scorer = make_exit_scorer(
             setup.definition, chunk=config.training.loss_chunk, layout=setup.layout
         )
@@ -214,7 +215,11 @@ def _train(
 
         # Loop
         previous = None  # metrics of the step before, read while the next one runs
-        rows, steps = setup.placement.rows, range(first_step, total_steps)
+        steps = range(first_step, total_steps)
+
+        def rows(index: int) -> Sequence[int]:
+            return setups[sizes.at(index)].placement.rows
+
         try:
             with (
                 stop_requests() as stop,
@@ -230,8 +235,9 @@ def _train(
                     clock.steps_begin()
                     for index, host_batch in watchdog.each(clock.each(batches, "data")):
                         profiler.before(index + 1)
-                        batch = setup.placement.place(Batch(*host_batch))
-                        state, metrics = step_function(state, batch)
+                        size = sizes.at(index)
+                        batch = setups[size].placement.place(Batch(*host_batch))
+                        state, metrics = step_functions[size](state, batch)
                         step = index + 1
                         if previous is not None:
                             observe(*previous)
@@ -301,6 +307,7 @@ def _open_data(
         data.path,
         "train",
         batch_size=config.training.batch_size,
+        batch_ramp=config.training.batch_ramp,
         seed=config.seed,
         skip_damaged=data.on_damaged == "skip",
         mixture=data.mixture,
@@ -308,7 +315,7 @@ def _open_data(
         skips=folder.skips(),
     )
     if epochs := config.training.epochs:
-        steps = math.ceil(epochs * source.num_windows / config.training.batch_size)
+        steps = source.sizes.steps_for(epochs * source.num_windows)
         config = dataclasses.replace(
             config, training=dataclasses.replace(config.training, steps=steps)
         )
@@ -545,6 +552,8 @@ def _log_decisions(
         setup.definition.num_parameters / 1e6, source.num_windows, source.sequence_length,
         config.training.batch_size, config.training.gradient_accumulation,
     )  # fmt: skip
+    for (first, size), until in zip(source.sizes.stages, config.training.batch_ramp, strict=False):
+        logger.info("batch ramp: %d windows a step from step %d to %d", size, first + 1, until)
     _say_epochs(config, source)
     dropout, exits = config.layer_dropout, config.early_exit
     logger.info(
@@ -560,7 +569,8 @@ def _log_decisions(
             "depth_weight=%r and e_scale=%s (eq. 6 gives the first layer's exit none)",
             exits.curriculum, exits.layers, exits.depth_weight, exits.e_scale,
         )  # fmt: skip
-    planned, plain = cost.planned(0, config.training.steps), cost.plain()
+    steps = config.training.steps
+    planned, plain = cost.planned(0, steps), cost.plain(source.sizes.before(steps) / steps)
     logger.info(
         "planned: %.3g FLOPs a step on average, %.3f of a plain step's (layers %.3g, attention "
         "%.3g, exits %.3g); computed again or masked beside: %.3g; by the optimizer: %.3g",

@@ -25,6 +25,42 @@ def row_keys(batch):
     return [row.tobytes() for row in np.concatenate([batch.tokens, batch.segment_ids], axis=1)]
 
 
+def keys_in_order(batches, steps):
+    return [key for step in steps for key in row_keys(batches.batch(step))]
+
+
+def test_a_growing_batch_cuts_the_same_order_otherwise(prepared):
+    """2 rows for two steps, 4 for three, then 8: rows 0, 2, 4, 8, 12, 16, 24 begin batches."""
+    plain = source(prepared, batch_size=4)
+    growing = source(prepared, batch_size=8, batch_ramp=(2, 5))
+    assert [len(growing.batch(step).tokens) for step in range(7)] == [2, 2, 4, 4, 4, 8, 8]
+    assert keys_in_order(growing, range(7)) == keys_in_order(plain, range(8))
+    numbers = [number for step in range(8) for number in plain.window_numbers(step)]
+    assert growing.window_numbers(1) == numbers[2:4]
+    assert growing.window_numbers(5) == numbers[16:24]
+    assert_same(growing.rows(5, [3, 0]), type(plain.batch(4))(*(a[[3, 0]] for a in plain.batch(4))))
+    with growing.prefetch(range(1, 3), lambda step: range(2 + 2 * (step == 2))) as batches:
+        assert [len(rows.tokens) for _, rows in batches] == [2, 4]
+    with pytest.raises(IndexError, match="row 2 is not in a batch of 2"):
+        growing.rows(1, [2])
+    count = growing.num_windows
+    assert growing.epochs(7) == [(str(prepared), 32 / count)]
+
+
+def test_a_skip_leaves_out_the_rows_of_the_batches_that_were_bad(prepared):
+    """Steps 1 to 2, across the first doubling, had 2 + 4 rows; later step 2 alone, 4."""
+    plain = source(prepared, batch_size=1)
+    skipped = source(prepared, batch_size=8, batch_ramp=(2, 5), skips=[(1, 2), (2, 1)])
+
+    def rows(first, last):
+        return keys_in_order(plain, range(first, last))
+
+    assert keys_in_order(skipped, [0]) == rows(0, 2)
+    assert keys_in_order(skipped, [1]) == rows(2 + 6, 4 + 6)
+    assert keys_in_order(skipped, [2, 3]) == rows(4 + 6 + 4, 12 + 6 + 4)
+    assert keys_in_order(skipped, [5]) == rows(16 + 6 + 4, 24 + 6 + 4)
+
+
 def test_shapes_and_kinds(prepared):
     batch = source(prepared).batch(0)
     for name in ("tokens", "targets", "segment_ids", "positions"):
@@ -94,7 +130,7 @@ def test_every_validation_token_is_predicted_once(prepared):
 
 def test_prefetch_gives_what_rows_gives(prepared):
     reading = source(prepared)
-    with reading.prefetch(range(3, 9), [1, 4], buffer_size=2) as batches:
+    with reading.prefetch(range(3, 9), lambda _: [1, 4], buffer_size=2) as batches:
         fetched = list(batches)
     assert [step for step, _ in fetched] == list(range(3, 9))
     for step, batch in fetched:
@@ -102,9 +138,9 @@ def test_prefetch_gives_what_rows_gives(prepared):
 
 
 def test_prefetch_can_be_left_early_and_be_empty(prepared):
-    with source(prepared).prefetch(range(1000), slice(None)) as batches:
+    with source(prepared).prefetch(range(1000), lambda _: slice(None)) as batches:
         assert next(batches)[0] == 0
-    with source(prepared).prefetch(range(5, 5), slice(None)) as batches:
+    with source(prepared).prefetch(range(5, 5), lambda _: slice(None)) as batches:
         assert list(batches) == []
 
 
@@ -192,7 +228,7 @@ def test_a_damaged_record_is_named(prepared, tmp_path):
     damage(folder, 200, 264)
     with (
         pytest.raises(UserError, match=r"train-00000.array_record: record \d+ is damaged"),
-        source(folder).prefetch(range(200), slice(None)) as batches,
+        source(folder).prefetch(range(200), lambda _: slice(None)) as batches,
     ):
         list(batches)
 

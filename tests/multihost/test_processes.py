@@ -121,6 +121,20 @@ def test_two_processes_score_tasks_as_one_does(train, tasks, tmp_path, monkeypat
     assert [record["step"] for record in one] == [1, 2] and one == two
 
 
+@slow
+def test_two_processes_grow_their_batch_as_one_does(train, tmp_path):
+    """8 windows for two steps, then 16, then 32, a microbatch for each device's 6 or fewer."""
+    flags = [
+        "--config.training.steps=6", "--config.training.batch_size=32",
+        "--config.training.batch_ramp=(2, 4)",
+    ]  # fmt: skip
+    for processes in (1, 2):
+        workdir = f"--workdir={tmp_path / str(processes)}"
+        run(launch(processes, 4 // processes, [*train, *FSDP, *flags, workdir]))
+    assert records(tmp_path / "1") == records(tmp_path / "2")
+    assert [r["tokens"] for r in records(tmp_path / "2")][-1] == 12 * (2 * 8 + 2 * 16 + 2 * 32)
+
+
 # Over 20 s, since up to four processes start at once, on two cores.
 @pytest.mark.parametrize(
     "processes, devices, mesh, microbatches",
