@@ -9,7 +9,7 @@ so only where there is one process.
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from layerskip_jax.data.tokenizer import load_tokenizer
 from layerskip_jax.distributed.mesh import parts
 from layerskip_jax.evaluation.lm_eval import CHUNK, ExitLM
 from layerskip_jax.generation.generator import Generator
+from layerskip_jax.interop.pretrained import end_token_ids
 from layerskip_jax.language_model import LanguageModel
 from layerskip_jax.model.adapters import adapted
 from layerskip_jax.model.definition import ModelDefinition, Parameters
@@ -105,8 +106,14 @@ class TrainingLM(ExitLM):
       exit: the exit that is asked, in layers run.
     """
 
-    def __init__(self, setup: TrainSetup, tokenizer_file: Path, end_token: int):
-        """Takes the run's model, tokenizer and the token that ends a document."""
+    def __init__(
+        self,
+        setup: TrainSetup,
+        tokenizer_file: Path,
+        end_token: int,
+        more_end_tokens: Sequence[int] = (),
+    ):
+        """Takes the run's model and tokenizer, and the tokens that end a document or a text."""
         config, rules = setup.config, setup.config.mesh.rules
         tokenizer = load_tokenizer(tokenizer_file)
         tokenizer.encode_special_tokens = False
@@ -127,6 +134,7 @@ class TrainingLM(ExitLM):
         self._watch: Watch = iter
         self._known: dict[tuple, list[tuple[float, bool]]] = {}
         self._model: LanguageModel | None = None
+        self._more_end_tokens = more_end_tokens
         self._is_laid_out = False
 
     @contextlib.contextmanager
@@ -177,7 +185,9 @@ class TrainingLM(ExitLM):
         model = ModelDefinition(self._setup.config.model).model(parameters)
         if self._model is None:
             generator = Generator(model)
-            self._model = LanguageModel(generator, self.tokenizer, self._end_token, None)
+            self._model = LanguageModel(
+                generator, self.tokenizer, self._end_token, None, self._more_end_tokens
+            )
         else:
             self._model.generator.reload(model)
         self._is_laid_out = True
@@ -187,8 +197,13 @@ class TrainingLM(ExitLM):
 class TrainingTasks:
     """The tasks of a run, opened before it computes anything; a `training.tasks.TaskScorer`."""
 
-    def __init__(self, setup: TrainSetup, manifest: Manifest):
+    def __init__(self, setup: TrainSetup, manifest: Manifest, published: Mapping[str, bytes]):
         """Reads the tasks and their documents, and writes every question once.
+
+        Args:
+          setup: the run's.
+          manifest: of its data.
+          published: files of the model that it began from, which say what ends a text.
 
         Raises:
           UserError: there is no such task, it cannot be read, its questions cannot be written, or
@@ -197,7 +212,8 @@ class TrainingTasks:
         config = setup.config
         self._asked, self._exits = config.evaluation, task_exits(config)
         tokenizer_file = Path(config.data.path) / TOKENIZER_FILE
-        self._lm = TrainingLM(setup, tokenizer_file, manifest.end_token_id)
+        ends = end_token_ids(published, Path(config.init_from))
+        self._lm = TrainingLM(setup, tokenizer_file, manifest.end_token_id, ends)
         self._tasks = _load(self._asked)
         self._limit = self._asked.limit or None
         for name, task in self._tasks["tasks"].items():
@@ -207,7 +223,7 @@ class TrainingTasks:
         """Evaluates all tasks at all exits."""
         exits, documents = [], {}
         with self._lm.of(parameters, watch), _without_bars():
-            for exit_layer in self._exits:
+            for exit_layer in watch(self._exits):  # what the harness does itself takes time too
                 self._lm.exit = exit_layer
                 # Standard errors are left out: some are drawn by processes that are forked.
                 found = evaluate(

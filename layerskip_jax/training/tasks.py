@@ -3,7 +3,7 @@
 That room builds on this one, so it is handed in: `train(..., open_tasks=...)`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from layerskip_jax.config import RunConfig
@@ -20,13 +20,17 @@ Watch = Callable[[Iterable[Any]], Iterator[Any]]
 # takes long, it returns in every process alike `documents`, their number by task, and `exits`: for
 # each exit asked for, shallowest first, `layers` and `tasks`, by task a number by metric.
 TaskScorer = Callable[[Parameters, Watch], dict[str, Any]]
-# Opens the tasks of `config.evaluation` for a run and its data, before anything is computed;
-# raises UserError for those that cannot be had or scored.
-OpenTasks = Callable[[TrainSetup, Manifest], TaskScorer]
+# Opens the tasks of `config.evaluation` for a run, its data, and the files of the published model
+# that it began from, before anything is computed; raises UserError for those that cannot be had or
+# scored.
+OpenTasks = Callable[[TrainSetup, Manifest, Mapping[str, bytes]], TaskScorer]
 
 
 def opened_tasks(
-    setup: TrainSetup, manifest: Manifest, open_tasks: OpenTasks | None
+    setup: TrainSetup,
+    manifest: Manifest,
+    published: Mapping[str, bytes],
+    open_tasks: OpenTasks | None,
 ) -> TaskScorer | None:
     """Returns the tasks of a run, None where it has none.
 
@@ -47,7 +51,7 @@ def opened_tasks(
         f"config.evaluation.tasks={asked.tasks}: `layerskip train` evaluates them; a program of "
         "its own gives train() open_tasks=layerskip_jax.evaluation.training_tasks.TrainingTasks",
     )
-    return open_tasks(setup, manifest)
+    return open_tasks(setup, manifest, published)
 
 
 def task_exits(config: RunConfig) -> tuple[int, ...]:

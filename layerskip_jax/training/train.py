@@ -119,7 +119,8 @@ def _train(
     setup.check_sequence(source.sequence_length)
     for dataset in further.values():
         setup.check_sequence(dataset.sequence_length, evaluated=True)
-    tasks = opened_tasks(setup, manifest, open_tasks)
+    published = folder.published_files() or (initial.files if initial is not None else {})
+    tasks = opened_tasks(setup, manifest, published, open_tasks)
     total_steps = config.training.steps
     cost = CostModel(setup.config, source.sequence_length)
     peak = peak_flops(list(setup.mesh.devices.flat), config.training.peak_tflops)
@@ -554,6 +555,12 @@ def _log_decisions(
     )  # fmt: skip
     for (first, size), until in zip(source.sizes.stages, config.training.batch_ramp, strict=False):
         logger.info("batch ramp: %d windows a step from step %d to %d", size, first + 1, until)
+    if config.training.batch_ramp[-1:] >= (config.training.steps,):
+        logger.warning(
+            "config.training.batch_ramp=%s: the %d steps end before a batch has the %d windows of "
+            "config.training.batch_size",
+            config.training.batch_ramp, config.training.steps, config.training.batch_size,
+        )  # fmt: skip
     _say_epochs(config, source)
     dropout, exits = config.layer_dropout, config.early_exit
     logger.info(

@@ -269,7 +269,7 @@ def test_generation_is_refused_on_several_processes(finished, prepared, tasks, m
     setup = make_setup(config, jax.devices())
     monkeypatch.setattr(training_tasks.jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="task local_text generates, which a run does only in one"):
-        TrainingTasks(setup, read_manifest(prepared))
+        TrainingTasks(setup, read_manifest(prepared), {})
 
 
 def test_a_program_of_its_own_is_told_what_to_hand_in(finished, tmp_path):
