@@ -68,6 +68,11 @@ class OptimizerConfig:
       muon_rms: root mean square of an update by `muon` before its learning rate, in [0, 1]: 0.2 is
         about AdamW's, so that both take the same rates; 0 scales an update of m inputs and n
         outputs by sqrt(max(1, n / m)) instead.
+      width_transfer: the `model_dim` at which the rates were tuned, at least 0: a run of another
+        width draws and moves its parameters so that they hold there too (muP). The widths of MLP
+        and heads together are to grow with it. 0 takes rates as they are.
+      width_transfer_head_dim: the `head_dim` at which they were tuned, at least 0; 0 takes it to
+        be the model's. Above 0 only where `width_transfer` is.
     """
 
     name: str = "adamw"
@@ -84,6 +89,8 @@ class OptimizerConfig:
     muon_learning_rate: float = 0.0
     muon_momentum: float = 0.95
     muon_rms: float = 0.2
+    width_transfer: int = 0
+    width_transfer_head_dim: int = 0
 
     def __post_init__(self):
         require_choice("schedule", self.schedule, LEARNING_RATE_SCHEDULES)
@@ -95,6 +102,13 @@ class OptimizerConfig:
             "muon_learning_rate": "[0, inf)", "muon_momentum": "[0, 1)", "muon_rms": "[0, 1]",
         }.items():  # fmt: skip
             require_range(name, getattr(self, name), interval)
+        for name in ("width_transfer", "width_transfer_head_dim"):
+            require_count(name, getattr(self, name), 0)
+        require(
+            self.width_transfer > 0 or self.width_transfer_head_dim == 0,
+            f"width_transfer_head_dim={self.width_transfer_head_dim} is the size of a head at the "
+            "width_transfer where rates were tuned, and that is 0; set both, or neither",
+        )
 
 
 ON_DAMAGED = ("stop", "skip")

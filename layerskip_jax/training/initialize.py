@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from layerskip_jax.config import RunConfig
+from layerskip_jax.config import OptimizerConfig, RunConfig
 from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.data.manifest import Manifest, read_manifest
 from layerskip_jax.data.tokenizer import load_tokenizer
@@ -135,6 +135,7 @@ class _OfRun:
         ours, theirs = setup.config, self.run
         for name, of in {
             "optimizer.name": lambda run: run.optimizer.name,
+            "optimizer.width_transfer": lambda run: run.optimizer.width_transfer,
             "training.trainable": lambda run: run.training.trainable,
             "model.exits": lambda run: run.model.exits,
             "model.pad_vocab_to_multiple_of": lambda run: run.model.pad_vocab_to_multiple_of,
@@ -197,7 +198,7 @@ def open_initial(run: RunConfig, workdir: str | PurePath) -> _Published | _OfRun
 
     Raises:
       UserError: see `open_pretrained`; or there is no such checkpoint, or one is named of a model
-        that has none.
+        that has none; or its parameters were not drawn for the run's `width_transfer`.
     """
     source, step = run.init_from, run.init_step
     folder = run_folder(workdir)
@@ -207,6 +208,7 @@ def open_initial(run: RunConfig, workdir: str | PurePath) -> _Published | _OfRun
             return _Begun(open_run(workdir)[1].model)
     if is_run(as_path(source)):
         of_run, config = open_run(source)
+        _require_drawn_for(run.optimizer, config.optimizer, source)
         checkpoints = Checkpoints(of_run.checkpoints)
         checkpoints.require_step(step or None)
         checkpoints.close()
@@ -223,7 +225,19 @@ def open_initial(run: RunConfig, workdir: str | PurePath) -> _Published | _OfRun
             f"config.init_step={step} and config.init_state={run.init_state!r} are of a run, and "
             f"config.init_from={source} is none; leave them out"
         )
+    _require_drawn_for(run.optimizer, OptimizerConfig(), source)
     return _Published(open_pretrained(source))
+
+
+def _require_drawn_for(ours: OptimizerConfig, theirs: OptimizerConfig, source: str) -> None:
+    """Raises `UserError` where a run's rates would be for parameters that are drawn otherwise."""
+    for name in ("width_transfer", "width_transfer_head_dim"):
+        asked, had = getattr(ours, name), getattr(theirs, name)
+        if ours.width_transfer > 0 and asked != had:
+            raise UserError(
+                f"config.optimizer.{name}={asked} moves parameters that were drawn for it, and "
+                f"the model in config.init_from={source} was trained with {had}; set it to that"
+            )
 
 
 def _require_same_tokens(tokenizer, file: Path, source: AnyPath) -> None:

@@ -34,6 +34,7 @@ from layerskip_jax.distributed.sharding import ShardingRules
 from layerskip_jax.model.config import ModelConfig
 from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.training.trainable import ALL, trained
+from layerskip_jax.training.width_transfer import WidthTransfer
 
 TURNS = 5  # of the Newton-Schulz iteration, as published
 # Devices that hold copies take their share too; slices, a slower network apart, each do it all.
@@ -85,7 +86,7 @@ def is_matrix(names: Names) -> bool:
 
 
 def muon(
-    config: OptimizerConfig, rate: optax.Schedule, matrices: Matrices
+    config: OptimizerConfig, rate: optax.Schedule, matrices: Matrices, transfer: WidthTransfer
 ) -> optax.GradientTransformation:
     """Returns Muon for parameters that are all matrices of the layers.
 
@@ -93,11 +94,12 @@ def muon(
       config: `muon_learning_rate`, `muon_momentum` and `muon_rms` are Muon's own.
       rate: of the other parameters; Muon's has the same shape.
       matrices: how they lie on the devices.
+      transfer: what the width asks of their steps.
     """
     factor = config.muon_learning_rate / config.learning_rate or 1.0
     return optax.chain(
         _momentum(config.muon_momentum),
-        _orthogonalise(config.muon_rms, matrices),
+        transfer.of_muon(_orthogonalise(config.muon_rms, matrices)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(lambda step: factor * rate(step)),
     )

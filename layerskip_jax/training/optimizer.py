@@ -12,6 +12,7 @@ from layerskip_jax.model.definition import ModelDefinition, Parameters
 from layerskip_jax.schema import require_choice
 from layerskip_jax.training.muon import Matrices, muon
 from layerskip_jax.training.trainable import ALL, trained
+from layerskip_jax.training.width_transfer import WidthTransfer, is_vector, name_of
 
 Transformation = optax.GradientTransformation
 Mask = Callable[[Parameters], Parameters]
@@ -40,51 +41,68 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def _adamw(
-    config: OptimizerConfig, rate: optax.Schedule, decayed: Mask, matrices: Matrices
+    config: OptimizerConfig,
+    rate: optax.Schedule,
+    decayed: Mask,
+    matrices: Matrices,
+    transfer: WidthTransfer,
 ) -> Transformation:
-    return optax.adamw(
-        rate, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
+    # As `optax.adamw`, with what the width asks of a step between Adam and the decay.
+    return optax.chain(
+        transfer.of_adam(optax.scale_by_adam(config.beta1, config.beta2, config.eps)),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(rate),
     )
 
 
 def _muon(
-    config: OptimizerConfig, rate: optax.Schedule, decayed: Mask, matrices: Matrices
+    config: OptimizerConfig,
+    rate: optax.Schedule,
+    decayed: Mask,
+    matrices: Matrices,
+    transfer: WidthTransfer,
 ) -> Transformation:
     ways = {
-        "muon": muon(config, rate, matrices),
-        "adamw": _adamw(config, rate, decayed, matrices),
+        "muon": muon(config, rate, matrices, transfer),
+        "adamw": _adamw(config, rate, decayed, matrices, transfer),
     }
     return optax.partition(ways, matrices.labels)
 
 
-# By name, what makes it of its settings, its learning rate, which parameters decay, and which are
-# matrices of the layers. Its state is what its `init` makes: shardings, checkpoints and plans read
-# no more than that.
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule, Mask, Matrices], Transformation]]
+# By name, what makes it of its settings, its learning rate, which parameters decay, which are
+# matrices of the layers, and what the width asks of their steps. Its state is what its `init`
+# makes: shardings, checkpoints and plans read no more than that.
+OPTIMIZERS: dict[
+    str,
+    Callable[[OptimizerConfig, optax.Schedule, Mask, Matrices, WidthTransfer], Transformation],
+]
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, matrices: Matrices) -> Transformation:
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, matrices: Matrices, model: ModelConfig
+) -> Transformation:
     """Returns clipping followed by the optimizer; decay skips the scales of norms and the biases.
 
     Args:
       config: which optimizer, and its settings.
       total_steps: T.
       matrices: which parameters are matrices of the layers, and the devices that hold them.
+      model: whose parameters; its width counts where `width_transfer` is on.
 
     Raises:
       ConfigError: there is no optimizer of that name.
     """
     require_choice("config.optimizer.name", config.name, OPTIMIZERS)
 
-    def is_matrix(path, _) -> bool:
-        return not (path[-1].key == "scale" or path[-1].key.endswith("_bias"))
-
     def decayed(parameters: Parameters) -> Parameters:
-        return jax.tree_util.tree_map_with_path(is_matrix, parameters)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not is_vector(name_of(path)), parameters
+        )
 
     rate = learning_rate_schedule(config, total_steps)
-    optimizer = OPTIMIZERS[config.name](config, rate, decayed, matrices)
+    transfer = WidthTransfer(config, model)
+    optimizer = OPTIMIZERS[config.name](config, rate, decayed, matrices, transfer)
     if config.clip_norm == 0:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -108,5 +126,5 @@ def state_share(config: OptimizerConfig, model: ModelConfig, trainable: str = AL
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]  # not the count of steps
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    optimizer = make_optimizer(config, 1, Matrices(definition.logical_axes))
+    optimizer = make_optimizer(config, 1, Matrices(definition.logical_axes), model)
     return size(jax.eval_shape(optimizer.init, shapes)) / size(shapes)

@@ -34,6 +34,7 @@ from layerskip_jax.training.muon import Matrices
 from layerskip_jax.training.optimizer import make_optimizer
 from layerskip_jax.training.step import Batch, TrainState, make_train_step
 from layerskip_jax.training.trainable import check_trainable, trained
+from layerskip_jax.training.width_transfer import WidthTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ class TrainSetup:
         """Draws the first state, each device making its own shard; any mesh gives the same."""
 
         def make():
+            transfer = WidthTransfer(self.config.optimizer, self.config.model)
             parameters = self.definition.init(jax.random.key(self.config.seed))
+            parameters = transfer.drawn(parameters)
             return TrainState(
                 jnp.int32(0), parameters, self.optimizer.init(self._trained(parameters))
             )
@@ -210,7 +213,7 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
     definition = ModelDefinition(config.model, rules.constrain, attend, product)
     check_trainable(definition.shapes, training.trainable)
     matrices = Matrices(definition.logical_axes, mesh, rules, config.model.dtype)
-    optimizer = make_optimizer(config.optimizer, training.steps, matrices)
+    optimizer = make_optimizer(config.optimizer, training.steps, matrices, config.model)
     parameters = parameter_shardings(definition.shapes, definition.logical_axes, mesh, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
     # The moments of each parameter are laid out like the parameter itself.

@@ -62,7 +62,7 @@ def parameters():
 
 @pytest.fixture(scope="module")
 def alone(parameters):
-    optimizer = make_optimizer(MUON, 10, Matrices(ModelDefinition(MODEL).logical_axes))
+    optimizer = make_optimizer(MUON, 10, Matrices(ModelDefinition(MODEL).logical_axes), MODEL)
     return _updates(optimizer, parameters)
 
 
@@ -70,7 +70,7 @@ def alone(parameters):
 def test_the_matrices_of_the_layers_move_as_by_optax(parameters, changes):
     config = dataclasses.replace(MUON, **changes)
     ours = _updates(
-        make_optimizer(config, 10, Matrices(ModelDefinition(MODEL).logical_axes)), parameters
+        make_optimizer(config, 10, Matrices(ModelDefinition(MODEL).logical_axes), MODEL), parameters
     )
     rate = learning_rate_schedule(config, 10)
     factor = config.muon_learning_rate / config.learning_rate or 1.0
@@ -102,7 +102,7 @@ def test_the_matrices_of_the_layers_move_as_by_optax(parameters, changes):
 
 def test_all_else_moves_as_by_adamw(parameters, alone):
     adamw = dataclasses.replace(MUON, name="adamw")
-    optimizer = make_optimizer(adamw, 10, Matrices(ModelDefinition(MODEL).logical_axes))
+    optimizer = make_optimizer(adamw, 10, Matrices(ModelDefinition(MODEL).logical_axes), MODEL)
     for ours, theirs in zip(alone, _updates(optimizer, parameters), strict=True):
         for name in ("embedding", "head", "final_norm"):
             _assert_close(ours[name], theirs[name])

@@ -9,8 +9,10 @@ from layerskip_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
+from tests.helpers import small_model
 
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+MODEL = small_model()
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -41,7 +43,7 @@ def test_constant_without_warmup():
 
 def test_decay_leaves_the_norms_alone():
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
-    optimizer = make_optimizer(config, 10, Matrices({}))
+    optimizer = make_optimizer(config, 10, Matrices({}), MODEL)
     parameters = {"final_norm": {"scale": jnp.ones(2)}, "head": jnp.ones((2, 2))}
     zeros = {"final_norm": {"scale": jnp.zeros(2)}, "head": jnp.zeros((2, 2))}
     updates, _ = optimizer.update(zeros, optimizer.init(parameters), parameters)
@@ -65,7 +67,7 @@ def test_decay_leaves_the_norms_alone():
 def test_at_the_ends_of_their_ranges_settings_give_finite_updates(settings):
     """For gradients that are 0, small and large; Adam's update is within a few learning rates."""
     config = OptimizerConfig(**{"warmup_steps": 0, "weight_decay": 0.0, **settings})
-    optimizer = make_optimizer(config, 10, Matrices({}))
+    optimizer = make_optimizer(config, 10, Matrices({}), MODEL)
     parameters = {"head": jnp.ones(5)}
     state = optimizer.init(parameters)
     for _ in range(3):
