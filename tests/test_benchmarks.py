@@ -24,6 +24,7 @@ import harness  # noqa: E402
 import policies  # noqa: E402
 import train_mfu  # noqa: E402
 import train_step  # noqa: E402
+import width_transfer  # noqa: E402
 
 from layerskip_jax.config import RunConfig, TrainingConfig  # noqa: E402
 from layerskip_jax.language_model import load  # noqa: E402
@@ -76,7 +77,7 @@ def test_every_benchmark_starts_from_any_folder(tmp_path):
     names = sorted(p.name for p in BENCHMARKS.glob("*.py") if p.stem not in no_benchmarks)
     assert names == [
         "ablation.py", "decode.py", "frontier.py", "guards.py", "policies.py",
-        "train_mfu.py", "train_step.py",
+        "train_mfu.py", "train_step.py", "width_transfer.py",
     ]  # fmt: skip
     script = tmp_path / "all.py"
     script.write_text(
@@ -288,6 +289,31 @@ def test_the_frontier_turns_a_dial_at_a_time_and_tabulates_what_it_does(
     assert len(stamps) == 4
     assert frontier.main(arguments) == 0  # done runs are not run again
     assert {path: path.stat().st_mtime_ns for path in done} == stamps
+
+
+@pytest.mark.slow
+def test_the_sweep_of_widths_finds_the_best_rates_and_draws_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(width_transfer, "QUICK_STEPS", 4)
+    workdir = tmp_path / "widths"
+    arguments = [
+        "--quick", "--optimizer=muon", f"--workdir={workdir}",
+        f"--source={_some_modules(tmp_path / 'corpus')}",
+    ]  # fmt: skip
+    assert width_transfer.main(arguments) == 0
+    figures = json.loads((workdir / "muon.json").read_text())
+    low, high = (f"{rate:g}" for rate in width_transfer.QUICK_RATES)
+    for way in width_transfer.WAYS:
+        for width in width_transfer.QUICK_WIDTHS:
+            by_rate = [figures[f"{way}/{width}/{rate}/last_loss"] for rate in (low, high)]
+            best = figures[f"{way}/{width}/best_rate_of_last"]
+            assert f"{best:g}" == (low, high)[int(np.argmin(by_rate))]
+    narrow = [figures[f"{way}/64/{low}/middle_loss"] for way in width_transfer.WAYS]
+    wide = [figures[f"{way}/128/{low}/middle_loss"] for way in width_transfer.WAYS]
+    assert narrow[0] == narrow[1] and wide[0] != wide[1]
+    carried = json.loads((workdir / f"muon/carried-128-{low}/config.json").read_text())
+    assert carried["optimizer"]["width_transfer"] == 64
+    assert "carried over" in capsys.readouterr().out
+    assert (workdir / "muon.svg").read_text().lstrip().startswith("<?xml")
 
 
 @pytest.mark.slow
