@@ -26,7 +26,7 @@ from layerskip_jax.training.optimizer import OPTIMIZERS
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 HEAD = 32
 WIDTHS, QUICK_WIDTHS = (64, 128, 256), (64, 128)  # the first is what rates are carried over from
-RATES = tuple(2e-3 * 2**power for power in range(6))
+RATES = tuple(2e-3 * 2**power for power in range(5))
 QUICK_RATES = RATES[1:3]
 STEPS, QUICK_STEPS = 100, 20
 # The quickstart's recipe otherwise.
