@@ -25,7 +25,8 @@ and Bernstein 2023, arXiv:2310.17813), where `muon_rms` is 0. Steps of the root 
 AdamW's have one that grows with sqrt(m), and take 1 / sqrt(m) of the rate.
 
 Where the heads grow instead, from h_0 to h, scores are to be divided by h and not by its root. The
-factor sqrt(h_0 / h) is in the queries: what they are drawn with and the rate of their matrix.
+factor sqrt(h_0 / h) is in the queries: what they are drawn with and the rate of their matrix, or of
+the norm's scale that comes after it.
 """
 
 import dataclasses
@@ -78,8 +79,6 @@ class WidthTransfer:
     def scaling(self, name: str) -> Scaling:
         """Returns the multiples of a parameter, by its name with dots."""
         m = self.model.model_dim / self.optimizer.width_transfer
-        query = ((self.optimizer.width_transfer_head_dim or self.model.head_dim)
-                 / self.model.head_dim) ** 0.5  # fmt: skip
         tied = self.model.tie_embeddings
         inner = Scaling(1.0, 1.0, 1 / m)
         # What the head reads has entries of the size 1 / m where it is tied, else of 1.
@@ -88,8 +87,7 @@ class WidthTransfer:
             "embedding": Scaling(m**0.5, 1.0, 1 / m),
             "head": Scaling(m**-0.5, 1 / m, 1.0),
             "final_norm.scale": final,
-            "layers.attention.q": Scaling(query, query / m, 1 / (m * query)),
-            "layers.attention.q_bias": Scaling(query, query, 1 / (m * query)),
+            **self._of_queries(m),
             "exits.scale": final,
             "exits.down": Scaling(1.0, 1 / m, 1.0),
             "exits.up": inner,
@@ -99,6 +97,16 @@ class WidthTransfer:
         if name in named:
             return named[name]
         return inner if is_vector(name) else inner._replace(rate=1 / m)
+
+    def _of_queries(self, m: float) -> dict[str, Scaling]:
+        """Returns the multiples of what makes queries, in which a head's growth is."""
+        before = self.optimizer.width_transfer_head_dim or self.model.head_dim
+        factor = (before / self.model.head_dim) ** 0.5
+        vector = Scaling(factor, factor, 1 / (m * factor))
+        if self.model.qk_norm != "none":  # whose scale has the last word
+            return {"layers.attention.q_norm.scale": vector}
+        matrix = vector._replace(rate=factor / m)
+        return {"layers.attention.q": matrix, "layers.attention.q_bias": vector}
 
     def drawn(self, parameters: Parameters) -> Parameters:
         """Returns the parameters that a run begins with, of those that any model does."""

@@ -77,6 +77,11 @@ def test_heads_that_grow_have_their_scores_divided_by_their_size():
     assert transfer.scaling("layers.attention.q_bias") == Scaling(0.5, 0.5, 0.5)
     assert transfer.scaling("layers.attention.k") == Scaling(1, 0.25, 0.25)
     assert transfer.scaling("layers.attention.o") == Scaling(1, 0.25, 0.25)
+    # A norm takes the factor from the queries again, so that it is in the norm's scale.
+    normed = WidthTransfer(config, dataclasses.replace(model, qk_norm="head"))
+    assert normed.scaling("layers.attention.q") == Scaling(1, 0.25, 0.25)
+    assert normed.scaling("layers.attention.q_norm.scale") == Scaling(0.5, 0.5, 0.5)
+    assert normed.scaling("layers.attention.k_norm.scale") == Scaling(1, 1, 0.25)
 
 
 def test_a_first_step_by_hand():
