@@ -196,6 +196,35 @@ def test_a_tokenizer_that_begins_texts_begins_prompts(pairs, lines, tmp_path):
     assert all(not learned[0] for _, learned in found)
 
 
+def test_plain_text_and_completions_are_mixed(pairs, lines, tmp_path):
+    request = small_request(
+        lines, jsonl_field="asked", sequence_length=47, vocab_size=0,
+        tokenizer_sha256=file_sha256(pairs / "tokenizer.json"),
+    )  # fmt: skip
+    prepare(request, tmp_path / "plain", tokenizer_file=pairs / "tokenizer.json")
+
+    def rows_of(batch):
+        return {
+            (tuple(tokens.tolist()), tuple(valid.tolist()))
+            for tokens, valid in zip(batch.tokens, batch.valid, strict=True)
+        }
+
+    folders = [str(pairs), str(tmp_path / "plain")]
+    alone = [BatchSource(f, "train", batch_size=1, seed=0, shuffle=False) for f in folders]
+    expected = [
+        set().union(*(rows_of(source.batch(n)) for n in range(source.num_windows)))
+        for source in alone
+    ]
+    mixed = BatchSource(
+        folders[0], "train", batch_size=64, seed=0, mixture=folders[1:], weights=(1.0, 1.0)
+    )
+    found = rows_of(mixed.batch(0))
+    assert found == expected[0] | expected[1]
+    # Of plain text every target within a document counts, of prompts none.
+    shares = [np.mean([valid for _, valid in rows]) for rows in expected]
+    assert shares[0] < 0.6 < shares[1]
+
+
 def test_documents_that_are_all_too_long_are_refused(lines, tmp_path):
     with pytest.raises(UserError, match=r"of the train split's \d+ documents are longer than --se"):
         prepare(pairs_request(lines, sequence_length=3), tmp_path / "data")

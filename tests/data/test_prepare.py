@@ -305,6 +305,17 @@ def break_manifest(folder, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def test_manifests_from_before_completions_are_read(copy):
+    before, file = read_manifest(copy), copy / "manifest.json"
+    values = json.loads(file.read_text())
+    for field in ("prompt_field", "completion_field", "messages_field", "chat_template_sha256"):
+        assert values["request"].pop(field) == ""
+    for split in ("train", "validation"):
+        assert (values[split].pop("over_long"), values[split].pop("targets")) == (0, -1)
+    file.write_text(json.dumps(values))
+    assert read_manifest(copy) == before
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
