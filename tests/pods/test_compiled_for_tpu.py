@@ -123,6 +123,24 @@ def test_a_vocabulary_shared_over_tensor_gathers_no_logits():
     assert with_vocabulary <= weight
 
 
+def test_layers_of_several_kinds_compile():
+    """Windows and layers that see all, with and without rotary positions, norms over all heads."""
+    small = {
+        "num_layers": 4, "model_dim": 512, "ffn_dim": 1024, "num_heads": 4, "num_kv_heads": 2,
+        "vocab_size": 1024, "max_sequence_length": 1024, "sliding_window": 256,
+        "full_attention_every": 2, "no_rope_every": 3, "qk_norm": "all", "norm_position": "after",
+    }  # fmt: skip
+    config = _config(
+        "mistral_7b_continual", "",
+        *(f"--config.model.{name}={value}" for name, value in small.items()),
+        "--config.early_exit.rotation_interval=2", "--config.training.batch_size=16",
+        "--config.layer_dropout.row_groups=4", "--config.training.steps=100",
+        f"--config.compiler.options=('{LITTLE_EFFORT}',)",
+    )  # fmt: skip
+    plan = plan_step(config, parse_topology("v5e:2x2"))
+    assert plan.compiled and plan.fits
+
+
 def test_what_does_not_fit_says_so_with_the_compilers_figure_and_what_does(capsys, tmp_path):
     arguments = [
         f"--config={CONFIGS / 'scratch_1_5b'}.py", "--topology=v5e:2x2",
