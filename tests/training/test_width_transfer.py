@@ -25,7 +25,7 @@ from layerskip_jax.training.muon import Matrices
 from layerskip_jax.training.optimizer import make_optimizer, state_share
 from layerskip_jax.training.restore import load_run
 from layerskip_jax.training.setup import make_setup
-from layerskip_jax.training.step import Batch
+from layerskip_jax.training.step import Batch, TrainState, make_train_step
 from layerskip_jax.training.trainable import names
 from layerskip_jax.training.width_transfer import Scaling, WidthTransfer
 from tests.helpers import go_back, small_model
@@ -347,12 +347,27 @@ def modules(tmp_path_factory):
     return folder / "data"
 
 
+def _with_rate(optimizer):
+    """An optimizer of rate 1 whose steps are multiplied by what its state says.
+
+    Steps and decay are both proportional to the rate, and the programs of all rates are one.
+    """
+
+    def update(gradients, state, parameters):
+        inner, rate = state
+        updates, inner = optimizer.update(gradients, inner, parameters)
+        return jax.tree.map(lambda leaf: rate * leaf, updates), (inner, rate)
+
+    return optax.GradientTransformation(lambda p: (optimizer.init(p), jnp.float32(1)), update)
+
+
 @pytest.mark.slow
 def test_the_best_rate_of_a_sweep_stays_put(modules):
     """Within one step of a factor of 2 at four times the width, with dropout and an early exit."""
-    rates, steps = [2.0**-power for power in (9, 8, 7, 6, 5, 4)], 60
+    rates, steps = [2.0**-power for power in (9, 8, 7, 6)], 60
 
-    def loss(width, rate, carried):
+    def best(width, carried):
+        """Returns the number of the best rate for each exit."""
         run = RunConfig(
             model=_model(
                 width, vocab_size=512, num_heads=width // 32, num_kv_heads=width // 64,
@@ -361,28 +376,28 @@ def test_the_best_rate_of_a_sweep_stays_put(modules):
             layer_dropout=LayerDropoutConfig(p_max=0.2, row_groups=8),
             early_exit=EarlyExitConfig("all", depth_weight="uniform"),
             optimizer=dataclasses.replace(
-                CARRIED if carried else PLAIN, learning_rate=rate, warmup_steps=10, schedule="wsd"
+                CARRIED if carried else PLAIN, learning_rate=1.0, warmup_steps=10, schedule="wsd"
             ),
             training=TrainingConfig(steps=steps, batch_size=8),
         )  # fmt: skip
         setup = make_setup(run, jax.devices()[:1])
         source = BatchSource(modules, "train", batch_size=8, seed=0)
+        optimizer = _with_rate(setup.optimizer)
+        step = jax.jit(make_train_step(setup.definition, setup.config, optimizer))
+        last_losses = []
         with jax.set_mesh(setup.mesh):
-            state, step = setup.init(), setup.compile_step(64)
-            losses = []
-            for index in range(steps):
-                batch = setup.placement.place(Batch(*source.batch(index)))
-                state, metrics = step(state, batch)
-                losses.append(np.asarray(metrics.exit_losses))
-        return np.mean(losses[-10:], axis=0)  # of windows that were not seen before
-
-    def best(width, carried):
-        by_rate = np.stack([loss(width, rate, carried) for rate in rates])
-        return by_rate.argmin(axis=0)  # of each exit
+            drawn = setup.init().parameters
+            for rate in rates:
+                inner, _ = optimizer.init(drawn)
+                state, losses = TrainState(jnp.int32(0), drawn, (inner, jnp.float32(rate))), []
+                for index in range(steps):
+                    state, metrics = step(state, setup.placement.place(Batch(*source.batch(index))))
+                    losses.append(np.asarray(metrics.exit_losses))
+                last_losses.append(np.mean(losses[-10:], axis=0))  # of windows not seen before
+        return np.argmin(last_losses, axis=0)
 
     base = best(64, True)
     for width in (128, 256):
         found = best(width, True)
         assert (np.abs(found - base) <= 1).all(), (width, found, base)
-    # Without, it falls as the width grows.
-    assert (best(256, False) <= base - 2).all()
+    assert (best(256, False) <= base - 2).all()  # without, it falls as the width grows
