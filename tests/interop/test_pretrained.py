@@ -67,6 +67,10 @@ def test_import_and_export_give_the_very_tensors(family, tmp_path, tokenizer_fil
         assert len(list(source.glob("*.safetensors"))) > 1
     assert main(["verify", str(source), "--tokens=48", "--new-tokens=8"]) == 0
     assert "every exit and 8 greedy tokens agree" in capsys.readouterr().out
+    generator = layerskip_jax.load(source).generator
+    plain = generator.generate([[5, 9, 11]], 20).tokens
+    drafts = {"mode": "self_speculative", "exit_layer": 1, "draft_length": 3}
+    assert generator.generate([[5, 9, 11]], 20, **drafts).tokens == plain
 
     assert main(["import", f"--source={source}", f"--workdir={tmp_path / 'run'}"]) == 0
     export(tmp_path / "run", tmp_path / "back", dtype="bfloat16")
