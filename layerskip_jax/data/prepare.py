@@ -47,7 +47,7 @@ from layerskip_jax.data.tokenizer import (
     vocabulary_size,
 )
 from layerskip_jax.run_folder.atomic import staged_folder
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, require
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -102,8 +102,13 @@ def prepare(
         the new data is complete.
 
     Raises:
+      ConfigError: the request is of chats, and there is no template.
       UserError: naming what is wrong with the sources, the tokenizer or the output.
     """
+    require(
+        chat_turns is not None or not request.messages_field,
+        f"messages_field={request.messages_field!r} needs chat_turns, of the model's chat template",
+    )
     if (output / manifests.MANIFEST_FILE).is_file() and not overwrite:
         existing = manifests.read_manifest(output)
         _require_same(request, existing.request, output)

@@ -389,6 +389,12 @@ def test_requests_that_contradict_themselves(changes, message):
         dataclasses.replace(pairs_request("x.jsonl"), **changes)
 
 
+def test_chats_need_a_template(tmp_path):
+    request = small_request("x.jsonl", messages_field="talk", chat_template_sha256="0")
+    with pytest.raises(ConfigError, match="messages_field='talk' needs chat_turns"):
+        prepare(request, tmp_path / "data")
+
+
 def test_plain_files_have_no_fields(lines, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="a.txt is plain text and has no fields; name .jsonl"):
