@@ -15,15 +15,7 @@ from common import at_scale
 
 from layerskip_jax.config import as_variant
 
-TARGETS = {
-    "v5p": {
-        "mesh.topology": "v5p:4x4x4",
-        "mesh.shape.data": 4,
-        "mesh.shape.fsdp": 16,
-        "model.remat": "full",
-    },
-    "h100": {"mesh.topology": "h100:64", "model.remat": "full"},
-}
+TARGETS = {"h100": {"mesh.topology": "h100:64", "model.remat": "full"}}
 
 
 def get_config(variant=""):
