@@ -51,3 +51,13 @@ def at_scale(shape: str) -> ConfigDict:
     config.mesh.shape.data = 1
     config.mesh.shape.fsdp = -1
     return config
+
+
+def like_llama3(shape: str) -> ConfigDict:
+    """Returns `at_scale` with the settings published with LayerSkip's Llama 3 8B."""
+    config = at_scale(shape)
+    config.early_exit.rotation_interval = 8
+    config.early_exit.e_scale = 0.1
+    config.early_exit.exit_token_fraction = 0.25
+    config.optimizer.learning_rate = 3e-5
+    return config

@@ -11,7 +11,7 @@ Add `--config.init_from=FOLDER`, the Hugging Face folder of the published weight
 weights are random.
 """
 
-from common import at_scale
+from common import like_llama3
 
 from layerskip_jax.config import as_variant
 
@@ -19,12 +19,8 @@ TARGETS = {"h100": {"mesh.topology": "h100:64", "model.remat": "full"}}
 
 
 def get_config(variant=""):
-    config = at_scale("Mistral 7B")
+    config = like_llama3("Mistral 7B")
     model = config.model
     model.max_sequence_length = 8192
     model.sliding_window = 4096
-    config.early_exit.rotation_interval = 8
-    config.early_exit.e_scale = 0.1
-    config.early_exit.exit_token_fraction = 0.25
-    config.optimizer.learning_rate = 3e-5
     return as_variant(config, variant, TARGETS)

@@ -11,7 +11,7 @@ Add `--config.init_from=FOLDER`, the Hugging Face folder of the published weight
 weights are random.
 """
 
-from common import at_scale
+from common import like_llama3
 
 from layerskip_jax.config import as_variant
 
@@ -19,14 +19,10 @@ TARGETS = {"h100": {"mesh.topology": "h100:64", "model.remat": "full"}}
 
 
 def get_config(variant=""):
-    config = at_scale("OLMo 2 7B")
+    config = like_llama3("OLMo 2 7B")
     model = config.model
     model.qk_norm = "all"
     model.norm_position = "after"
     model.rope_theta = 500_000.0
     model.norm_eps = 1e-6
-    config.early_exit.rotation_interval = 8
-    config.early_exit.e_scale = 0.1
-    config.early_exit.exit_token_fraction = 0.25
-    config.optimizer.learning_rate = 3e-5
     return as_variant(config, variant, TARGETS)

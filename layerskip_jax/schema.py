@@ -35,13 +35,15 @@ class UserError(RuntimeError):
     """
 
 
-def is_text(name: str) -> bool:
-    """Whether an argument or the name of a file is UTF-8, where the system allows any bytes."""
+def is_text(value: object) -> bool:
+    """Whether a value is text that UTF-8 has.
+
+    An argument or the name of a file may be any bytes, and JSON can spell half a surrogate pair.
+    """
     try:
-        name.encode("utf-8")
+        return isinstance(value, str) and value.encode("utf-8") is not None
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def as_bytes(name: str) -> str:

@@ -89,7 +89,7 @@ def _field_of(record: Mapping[str, Any], field: str) -> Any:
 
 def _text_of(record: Mapping[str, Any], field: str) -> str:
     text = _field_of(record, field)
-    if not isinstance(text, str) or not is_text(text):
+    if not is_text(text):
         raise BadRecordError(f"has {text!r} in its field {field!r}, which is no text")
     if not text.strip():
         raise BadRecordError(f"has no text in its field {field!r}")

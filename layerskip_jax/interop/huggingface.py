@@ -177,6 +177,11 @@ _DEFAULTS = {
     "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
+_QWEN = _DEFAULTS | {
+    "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768, "use_sliding_window": False, "sliding_window": 4096,
+    "max_window_layers": 28, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 
 # What is read. A model is exported as the first whose fields are its own.
 FAMILIES = {
@@ -210,38 +215,14 @@ FAMILIES = {
         "Qwen2ForCausalLM",
         {"qkv_bias": True},
         _window_by_layer,
-        _DEFAULTS
-        | {
-            "vocab_size": 151_936,
-            "intermediate_size": 22_016,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32_768,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
+        _QWEN,
         varies=_WINDOW,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {"qk_norm": "head"},
         lambda config: {"attention_bias": False} | _window_by_layer(config),
-        _DEFAULTS
-        | {
-            "vocab_size": 151_936,
-            "intermediate_size": 22_016,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "max_position_embeddings": 32_768,
-            "attention_bias": False,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
+        _QWEN | {"head_dim": 128, "attention_bias": False},
         varies=_WINDOW,
     ),
     "smollm3": Family(
