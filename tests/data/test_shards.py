@@ -39,11 +39,11 @@ def limited(more):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The limit is one of numbers, of which the next file takes the lowest that is free.
     with contextlib.ExitStack() as gaps:
-        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
-        for _ in range(max(numbers) + 1 - len(numbers)):
-            gaps.enter_context(open(os.devnull))
         highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
+        newest = gaps.enter_context(open(os.devnull))
+        while newest.fileno() < highest:
+            newest = gaps.enter_context(open(os.devnull))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (newest.fileno() + 1 + more, hard))
         try:
             yield
         finally:
@@ -51,8 +51,8 @@ def limited(more):
 
 
 def test_more_files_than_may_be_open_are_read_in_any_order(files):
-    before = open_files()
     with limited(OPEN_SHARDS + 12):
+        before = open_files()
         shards = Shards(files)
         assert len(shards) == FILES * RECORDS
         for index in np.random.default_rng(0).permutation(len(shards)).tolist():
