@@ -87,7 +87,7 @@ def layer_slots(config: ModelConfig, layer: int, positions: int, beyond: int) ->
       positions: of a row, all in all.
       beyond: the most tokens that a pass may write beyond a row's newest.
     """
-    window = config.layer_kind(layer).window
+    window = config.layer_kinds[layer].window
     return cache_slots(min(positions, window + beyond) if window else positions)
 
 

@@ -341,7 +341,7 @@ def _laid_out(
                 jnp.stack([block.mlp.gate[...], block.mlp.up[...]], -1), config.model_dim
             ),
             down=matrix(block.mlp.down[...], config.ffn_dim),
-            kind=config.layer_kind(index),
+            kind=config.layer_kinds[index],
             q_norm=block.attention.q_norm if block.attention.has_norm else None,
             k_norm=block.attention.k_norm if block.attention.has_norm else None,
         )

@@ -1,6 +1,7 @@
 """Shape and numerics of the decoder."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -182,22 +183,13 @@ class ModelConfig:
         require_choice("remat", self.remat, REMAT_POLICIES)
         require_choice("attention", self.attention, KERNELS)
 
-    def layer_kind(self, layer: int) -> LayerKind:
-        """Returns how layer 0..L-1 is put together."""
-
-        def is_nth(every: int) -> bool:
-            return every > 0 and (layer + 1) % every == 0
-
-        return LayerKind(
-            window=0 if is_nth(self.full_attention_every) else self.sliding_window,
-            rotary=not is_nth(self.no_rope_every),
-            norm_after=self.norm_position == "after",
-        )
-
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of every layer."""
-        return tuple(map(self.layer_kind, range(self.num_layers)))
+        """How every layer is put together."""
+        return _layer_kinds(
+            self.num_layers, self.sliding_window, self.full_attention_every, self.no_rope_every,
+            self.norm_position == "after",
+        )  # fmt: skip
 
     @property
     def vocab_rows(self) -> int:
@@ -209,3 +201,22 @@ class ModelConfig:
     def compute_dtype(self) -> jnp.dtype:
         """The dtype of activations and matrix products."""
         return jnp.dtype(DTYPES[self.dtype])
+
+
+@functools.cache
+def _layer_kinds(
+    num_layers: int, window: int, full_every: int, no_rope_every: int, norm_after: bool
+) -> tuple[LayerKind, ...]:
+    """Kept, since a search for a layout asks it of every candidate."""
+
+    def is_nth(layer: int, every: int) -> bool:
+        return every > 0 and (layer + 1) % every == 0
+
+    return tuple(
+        LayerKind(
+            0 if is_nth(layer, full_every) else window,
+            not is_nth(layer, no_rope_every),
+            norm_after,
+        )
+        for layer in range(num_layers)
+    )

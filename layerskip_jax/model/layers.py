@@ -199,7 +199,7 @@ class Block(nnx.Module):
     ):
         self.attend = attend
         self.constrain = constrain
-        self.norm_after = config.layer_kind(0).norm_after
+        self.norm_after = config.layer_kinds[0].norm_after
         attention_key, mlp_key = jax.random.split(key)
         self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
         self.attention = Attention(config, attention_key, product)

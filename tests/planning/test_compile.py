@@ -65,7 +65,7 @@ def test_traffic_by_hand():
 
 
 def test_an_optimizer_takes_the_memory_and_the_time_of_its_own_state(monkeypatch):
-    def lion(config, rate, decayed, matrices):
+    def lion(config, rate, decayed, matrices, transfer):
         return optax.lion(rate, mask=decayed)
 
     monkeypatch.setitem(OPTIMIZERS, "lion", lion)
