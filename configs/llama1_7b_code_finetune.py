@@ -8,8 +8,13 @@ r"""Finetuning Llama 1 7B on code with LayerSkip, 5.2B tokens.
 LayerSkip, section 5: p_max .1 constant in time, rotating exits with R = 16, e_scale 1; 32 GPUs
 with 4 sequences each, 10k steps at 1e-4. Self-speculative decoding ran at 1.83 times plain
 decoding there (HumanEval, E = 8, G = 6).
-The code is plain text, all of it learned: no part of it is a prompt, and HumanEval's are beginnings
-of such text.
+The paper's code is plain text, all of it learned, and HumanEval's prompts are beginnings of such
+text. Where a docstring or a question is to be read only, prepare pairs instead, of which the code
+alone is learned:
+
+    layerskip prepare --source=pairs.jsonl --prompt-field=prompt --completion-field=code \
+        --output=data/llama1_7b_code_finetune --sequence-length=4096 --tokenizer=tokenizer.json
+
 The paper starts from the published weights. Add
 `--config.init_from=FOLDER`, their Hugging Face folder: without it the weights are random.
 """
