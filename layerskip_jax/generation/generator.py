@@ -138,12 +138,15 @@ class _Job(NamedTuple):
         return beyond_newest(self.prompts.shape[1], self.lookahead)
 
     @property
+    def cache_key(self) -> tuple:
+        """What the shapes of a cache depend on."""
+        return self.prompts.shape[0], self.slots, self.beyond if self.has_window else 0
+
+    @property
     def state_key(self) -> tuple:
         """What the shapes of a generation depend on."""
         return (
-            self.prompts.shape[0],
-            self.slots,
-            self.beyond if self.has_window else 0,
+            *self.cache_key,
             self.capacity + self.lookahead,
             self.limits.stop.shape,
             self.sampling is None,
@@ -488,13 +491,7 @@ class Generator:
     def _compiled(self, job: _Job) -> _Programs:
         layers = layers_read(job.arms, self.config.num_layers)
         reads = ("read", job.prompts.shape[1], layers, *job.state_key)
-        drafter_reads = (
-            "read for drafts",
-            job.prompts.shape[1],
-            job.prompts.shape[0],
-            job.slots,
-            job.beyond,
-        )
+        drafter_reads = ("read for drafts", job.prompts.shape[1], *job.cache_key)
         early = None if job.stop_below is None else job.stop_below.score
         loops = ("advance", job.arms, job.acceptance, job.depth, early, *job.state_key)
         arguments = self._inputs(job, job.limits)
