@@ -47,6 +47,7 @@ from layerskip_jax.training.exits import classifier_positions
 from layerskip_jax.training.muon import stacks
 from layerskip_jax.training.step import StepMetrics
 from layerskip_jax.training.trainable import trained
+from layerskip_jax.training.width_transfer import is_vector, name_of
 
 MFU_DEFINITION = (
     "MFU: matrix-product FLOPs that the step needs, over time and the devices' bfloat16 peak; "
@@ -239,9 +240,7 @@ def _trained_share(model: ModelConfig, trainable: str) -> tuple[float, int]:
         return sum(
             leaf.size
             for path, leaf in leaves
-            if path[0].key in ("attention", "mlp")
-            and not path[-1].key.endswith("_bias")
-            and path[-1].key != "scale"
+            if path[0].key in ("attention", "mlp") and not is_vector(name_of(path))
         )
 
     return size(part) / size(shapes), int("layers" in part or "embedding" in part)

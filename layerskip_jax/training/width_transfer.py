@@ -159,4 +159,4 @@ class WidthTransfer:
 
 def name_of(path: tuple) -> str:
     """Returns the name, with dots, of the parameter at a path of a nest."""
-    return ".".join(key.key for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator=".")
