@@ -21,7 +21,7 @@ from pathlib import Path
 
 import harness  # noqa: F401  puts the package on the path
 
-from layerskip_jax.data.corpus import is_validation
+from layerskip_jax.data.units import is_validation
 from layerskip_jax.run_folder.atomic import write_json
 
 FILES = ("train", "same-files", "other-files")

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from layerskip_jax.cli import main
 from layerskip_jax.commands.arguments import prepared_data, write_figures
 from layerskip_jax.config import RunConfig
-from layerskip_jax.data.corpus import CorpusReader
 from layerskip_jax.data.manifest import PrepareOptions, read_manifest
+from layerskip_jax.data.prepare import find_units
+from layerskip_jax.data.reading import DocumentReader
 from layerskip_jax.interop import gguf, pretrained
 from layerskip_jax.run_folder.atomic import remedy, staged_folder
 from layerskip_jax.run_folder.object_store import Spool
@@ -193,11 +194,12 @@ def test_a_model_that_the_system_withholds_is_not_damaged(tmp_path, monkeypatch)
 def test_a_file_that_the_system_withholds_is_no_bad_text(tmp_path, monkeypatch, name):
     """It is not left out as such, and trained without."""
     (tmp_path / name).write_text("{}")
-    reader = CorpusReader(PrepareOptions(sources=(str(tmp_path),), skip_bad_files=True))
+    request = PrepareOptions(sources=(str(tmp_path),), skip_bad_files=True)
+    [unit] = find_units(request)
     monkeypatch.setattr(Path, "read_bytes", raiser(FILES))
     monkeypatch.setattr(Path, "open", raiser(FILES))
     with pytest.raises(UserError, match=f"{name} cannot be read .Too many.*ulimit -n"):
-        list(reader)
+        list(DocumentReader(request).read(list(unit.pieces)))
 
 
 def test_figures_have_a_place_before_they_are_computed(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,12 @@
 """layerskip prepare: turn text into packed windows to train on.
 
 A source is `stdlib` (Python's own standard library without its tests), a folder, a file or a
-glob of files, or `tfds:NAME_OR_FOLDER[:SPLIT]` for a TFDS data set on this disk in array_record
-format. A document is a file, a line of a .jsonl file or a TFDS example. Documents are split into
-training and validation, tokenized by a byte-level BPE trained on the former, and packed. The output
-appears when it is complete; prepared already, it is left as it is.
+glob of files, here or on a bucket (gs://, s3://, hf://), `@LIST` for a file that names a source a
+line, or `tfds:NAME_OR_FOLDER[:SPLIT]` for a TFDS data set on this disk in array_record format. A
+document is a file, a line of a .jsonl file, a row of a table or a TFDS example. Documents are split
+into training and validation, tokenized by a byte-level BPE trained on the former, and packed. The
+output appears when it is complete; prepared already, it is left as it is. What was interrupted goes
+on by the same command.
 
 With --prompt-field and --completion-field, or --messages-field for chats, only completions are
 learned. Documents are not cut then; those that are longer than a window are left out.
@@ -24,21 +26,22 @@ from layerskip_jax.commands.arguments import (
     write_figures,
 )
 from layerskip_jax.commands.tables import make_console, make_table
-from layerskip_jax.data.corpus import FORMATS
 from layerskip_jax.data.manifest import Manifest, PrepareOptions
 from layerskip_jax.data.prepare import prepare
+from layerskip_jax.data.runners import Processes
+from layerskip_jax.data.sources import searched_endings
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
 from layerskip_jax.interop.chat import ChatTemplate, chat_template
 from layerskip_jax.interop.pretrained import end_token_ids, published_files
 from layerskip_jax.run_folder.object_store import is_remote
 from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run
-from layerskip_jax.schema import UserError
+from layerskip_jax.schema import UserError, require_count
 
 
 def main(argv: list[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = make_parser("prepare", __doc__)
-    parser.epilog = f"files that are found in a folder: {', '.join(FORMATS)}"
+    parser.epilog = f"files that are found in a folder: {searched_endings()}"
     add = parser.add_argument
     add("--output", type=local_path, required=True, help="folder to make")
     add_fields(parser, PrepareOptions, "tokenizer_sha256", "chat_template_sha256")
@@ -47,8 +50,15 @@ def main(argv: list[str]) -> int:
         help="existing tokenizer to use instead: a tokenizer.json, or a model's or run's folder",
     )
     add("--overwrite", action="store_true", help="replace prepared data in --output")
+    add("--workers", type=int, default=0, help="processes on this machine (default: one a core)")
+    add(
+        "--max-failed-units", type=int, default=0,
+        help="units that may fail; they are named and left out (default: 0)",
+    )  # fmt: skip
     add("--json", type=figures_file, help="also write the figures to this file")
     options = parser.parse_args(argv)
+    require_count("--workers", options.workers, 0)
+    require_count("--max-failed-units", options.max_failed_units, 0)
     existing, chat = {}, None  # what an existing tokenizer decides
     if options.tokenizer is not None:
         model = Path(options.tokenizer)
@@ -72,6 +82,8 @@ def main(argv: list[str]) -> int:
         tokenizer_file=options.tokenizer,
         chat_turns=None if chat is None else chat.turns,
         overwrite=options.overwrite,
+        runner=Processes(options.workers),
+        max_failed_units=options.max_failed_units,
     )
     _print(manifest, options.output)
     if options.json:

@@ -21,6 +21,7 @@ import numpy as np
 from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
 from layerskip_jax.data.packing import Rows, unpack
+from layerskip_jax.data.records import window_head
 from layerskip_jax.data.shards import DamagedError, Shards
 from layerskip_jax.schema import ConfigError, UserError
 
@@ -217,14 +218,16 @@ class _Windows:
     def read(self, number: int) -> np.ndarray:
         try:
             record = self._records[number]
-            if len(record) != 4 * math.prod(self._shape):
+            size = 4 * math.prod(self._shape)
+            # Before the window come a few bytes for TFDS, which older data have none of.
+            if len(record) not in (size, size + len(window_head(self._shape[1] - 1))):
                 raise DamagedError(f"{self._records.name(number)} has {len(record)} bytes")
         except DamagedError as error:
             raise DamagedError(
                 f"{error}; prepare the data again, or leave such records out with "
                 "config.data.on_damaged=skip"
             ) from error
-        return np.frombuffer(record, np.int32).reshape(self._shape)
+        return np.frombuffer(record[-size:], np.int32).reshape(self._shape)
 
 
 def _check_mixture(corpora: list[tuple[str | Path, Manifest]], weights: Sequence[float]) -> None:

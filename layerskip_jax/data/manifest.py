@@ -3,16 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from layerskip_jax.data.tokenizer import SMALLEST_VOCABULARY, file_sha256
 from layerskip_jax.run_folder.atomic import remedy, require_text_name
 from layerskip_jax.run_folder.object_store import require_local
-from layerskip_jax.schema import UserError, build, require
+from layerskip_jax.schema import UserError, build, require, require_count
 
 FORMAT = 1
 STANDARD_LIBRARY = "stdlib"
 MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
+_SET_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _AGAIN = "prepare the data again (`layerskip prepare --overwrite`)"
 
 
@@ -31,16 +33,27 @@ class PrepareOptions:
       validation_fraction: share of the documents held out.
       max_bytes: UTF-8 bytes of text to take at most, as whole documents drawn by the seed; 0 is
         no limit.
-      jsonl_field: field of a .jsonl line that holds the text.
-      text_field: field of a TFDS example that holds the text.
-      prompt_field: field of a .jsonl line or TFDS example that holds a prompt; with
-        --completion-field, and no plain text then.
+      jsonl_field: field of a line of .jsonl or .json that holds the text.
+      text_field: column of a table, or field of a TFDS example, that holds the text.
+      prompt_field: field of a line or row that holds a prompt; with --completion-field, and no
+        plain text then.
       completion_field: field that holds what is to be learned after the prompt.
-      messages_field: field of a .jsonl line that holds a chat, whose assistant's turns are
+      messages_field: field of a line or row that holds a chat, whose assistant's turns are
         learned; written by the chat template of the --tokenizer's folder.
       chat_template_sha256: of that template and its special tokens, or "".
-      skip_bad_files: leave out what is not UTF-8 text, or lacks such a field, instead of failing.
+      skip_bad_files: leave out what is damaged, not UTF-8 text, too long or lacks such a field,
+        instead of failing.
       seed: of the split, and of the draw by --max-bytes.
+      min_characters: leave out shorter documents.
+      max_characters: leave out longer documents; 0 is no limit.
+      requires: FIELD=VALUE that a line or row must have; may be repeated.
+      deduplicate: leave out documents whose text came before, to the letter.
+      held_outs: NAME=SOURCE of which all documents are held out, as a validation set of that name;
+        may be repeated, for the same name too.
+      max_document_bytes: UTF-8 bytes of a document at most; a longer one is bad.
+      tokenizer_bytes: text that a new tokenizer is trained on at most, drawn over all sources.
+      unit_bytes: about how many bytes of files are prepared in one go, by one worker.
+      keep_documents: write the documents too, as a TFDS data set in documents/.
     """
 
     sources: tuple[str, ...] = (STANDARD_LIBRARY,)
@@ -58,6 +71,15 @@ class PrepareOptions:
     chat_template_sha256: str = ""
     skip_bad_files: bool = False
     seed: int = 0
+    min_characters: int = 0
+    max_characters: int = 0
+    requires: tuple[str, ...] = ()
+    deduplicate: bool = False
+    held_outs: tuple[str, ...] = ()
+    max_document_bytes: int = 64 << 20
+    tokenizer_bytes: int = 100_000_000
+    unit_bytes: int = 32 << 20
+    keep_documents: bool = False
 
     def __post_init__(self):
         if len(set(self.sources)) < len(self.sources):
@@ -74,6 +96,40 @@ class PrepareOptions:
             f"{SMALLEST_VOCABULARY}",
         )
         self._check_fields()
+        self._check_filters()
+
+    def _check_filters(self) -> None:
+        require_count("--min-characters", self.min_characters, 0)
+        require_count("--max-characters", self.max_characters, 0)
+        require(
+            not 0 < self.max_characters < self.min_characters,
+            f"--max-characters={self.max_characters} is less than "
+            f"--min-characters={self.min_characters}, so no document is left; raise it",
+        )
+        for name, value, least in (
+            ("max-document-bytes", self.max_document_bytes, 1),
+            ("tokenizer-bytes", self.tokenizer_bytes, 1),
+            ("unit-bytes", self.unit_bytes, 1),
+        ):
+            require_count(f"--{name}", value, least)
+        for rule in self.requires:
+            field, equals, _ = rule.partition("=")
+            require(
+                bool(field and equals),
+                f"--require={rule} must be FIELD=VALUE, such as language=en",
+            )
+        for rule in self.held_outs:
+            name, equals, source = rule.partition("=")
+            require(
+                bool(_SET_NAME.fullmatch(name) and equals and source)
+                and name not in ("train", "validation"),
+                f"--held-out={rule} must be NAME=SOURCE, the name of small letters, digits and _, "
+                "and not train or validation",
+            )
+            require(
+                source not in self.sources,
+                f"--held-out={rule} is a --source too; hold it out or train on it",
+            )
 
     def _check_fields(self) -> None:
         prompt, completion, messages = (
@@ -94,9 +150,9 @@ class PrepareOptions:
             f"--prompt-field and --completion-field are both {prompt!r}; name two fields",
         )
         require(
-            not self.has_completions or STANDARD_LIBRARY not in self.sources,
-            f"--source={STANDARD_LIBRARY} is plain text and has no fields; name .jsonl files that "
-            f"have {' and '.join(map(repr, self.fields))}",
+            not self.needs_fields or STANDARD_LIBRARY not in self.sources,
+            f"--source={STANDARD_LIBRARY} is plain text and has no fields; name files "
+            "that have them",
         )
         require(
             messages == "" or self.chat_template_sha256 != "",
@@ -115,6 +171,11 @@ class PrepareOptions:
         """Whether only completions are learned, and documents stay whole."""
         return bool(self.fields)
 
+    @property
+    def needs_fields(self) -> bool:
+        """Whether plain text will not do, which has no fields."""
+        return self.has_completions or bool(self.requires)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -125,17 +186,22 @@ class Shard:
       windows: records in it.
       bytes: size of the file.
       sha256: of the file.
+      unit: the number of the unit that it is of.
     """
 
     name: str
     windows: int
     bytes: int
     sha256: str
+    unit: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Counts of one split.
+
+    Of text that is cut into windows, the shards of a unit go on with one another, and the first of
+    the next unit begins with a document.
 
     Attributes:
       documents: documents that are not blank; where they stay whole, those that fit a window.
@@ -166,6 +232,19 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class NamedSplit:
+    """A set that is held out under a name of its own.
+
+    Attributes:
+      name: of the set.
+      split: its counts.
+    """
+
+    name: str
+    split: Split
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Describes prepared data.
 
@@ -185,6 +264,11 @@ class Manifest:
         only completions are learned of those, in nats a token.
         No model that ignores the context has a lower validation loss.
       fingerprint: SHA-256 that identifies the windows and the tokenizer.
+      held_out: sets that are held out by name, beside the validation split.
+      filtered: documents that filters left out.
+      duplicates: documents that were left out as copies of others, or since the limit of bytes was
+        reached.
+      failed_units: what could not be read, and was left out.
     """
 
     format: int
@@ -200,6 +284,10 @@ class Manifest:
     unigram_entropy_nats: float
     fingerprint: str
     largest_token: int = -1
+    held_out: tuple[NamedSplit, ...] = ()
+    filtered: int = 0
+    duplicates: int = 0
+    failed_units: tuple[str, ...] = ()
 
     def check_tokens(self, vocab_size: int, folder: str | Path) -> None:
         """Checks that a model has a row for every token of the windows in `folder`.
@@ -217,8 +305,14 @@ class Manifest:
             )
 
     def split(self, name: str) -> Split:
-        """Returns the counts of `train` or `validation`."""
-        return {"train": self.train, "validation": self.validation}[name]
+        """Returns the counts of `train`, `validation` or a set that is held out by name."""
+        return self.splits[name]
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """All splits by their names."""
+        named = {one.name: one.split for one in self.held_out}
+        return {"train": self.train, "validation": self.validation, **named}
 
 
 def fingerprint(tokenizer_sha256: str, *splits: Split) -> str:
@@ -266,7 +360,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{tokenizer} (sha256 {actual[:12]}) is not the tokenizer that {folder} was prepared "
             f"with ({manifest.tokenizer_sha256[:12]}); put that one back, or {_AGAIN}"
         )
-    for shard in (*manifest.train.shards, *manifest.validation.shards):
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         file = path.with_name(shard.name)
         if not file.is_file():
             raise UserError(f"{file} is missing; {_AGAIN}")

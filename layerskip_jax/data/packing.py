@@ -14,6 +14,7 @@ target, one of a prompt, the window has the segment id with a minus sign.
 
 import bisect
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +105,12 @@ def pack_whole(
       sequence_length: S.
       end_token_id: what padding is made of.
     """
+    for held in fill_windows(documents, sequence_length):
+        yield lay_out(held, sequence_length + 1, end_token_id)
+
+
+def fill_windows(documents: Iterable[Completed], sequence_length: int) -> Iterator[list[Completed]]:
+    """Yields the documents of each window that `pack_whole` makes."""
     size = sequence_length + 1
     # By the room that is left, least first; of equal ones the older first.
     rooms: list[int] = []
@@ -114,23 +121,23 @@ def pack_whole(
         if at == len(rooms):
             if len(rooms) == OPEN_WINDOWS:
                 rooms.pop(0)
-                yield _window(contents.pop(0), size, end_token_id)
+                yield contents.pop(0)
             room, held = size, []
         else:
             room, held = rooms.pop(at), contents.pop(at)
         room -= needed
         held.append(document)
         if room == 0:
-            yield _window(held, size, end_token_id)
+            yield held
             continue
         at = bisect.bisect_right(rooms, room)
         rooms.insert(at, room)
         contents.insert(at, held)
-    for held in contents:
-        yield _window(held, size, end_token_id)
+    yield from contents
 
 
-def _window(documents: list[Completed], size: int, end_token_id: int) -> Int32[np.ndarray, "2 S1"]:
+def lay_out(documents: list[Completed], size: int, end_token_id: int) -> Int32[np.ndarray, "2 S1"]:
+    """Returns a window of `size` tokens that begins with whole documents, and padding after."""
     window = np.stack([np.full(size, end_token_id, np.int32), np.zeros(size, np.int32)])
     start = 0
     for segment, document in enumerate(documents, start=1):
@@ -139,6 +146,69 @@ def _window(documents: list[Completed], size: int, end_token_id: int) -> Int32[n
         window[1, part] = np.where(document.is_target, segment, -segment)
         start = part.stop
     return window
+
+
+class Trace:
+    """Windows of documents, and where each of these begins and was found.
+
+    Attributes:
+      starts: the first token of each document, counted in the windows' stream: of cut documents
+        S to a window, which shares its last token with the next, of whole ones S + 1.
+      origins: what each document came with.
+    """
+
+    def __init__(self):
+        self.starts: list[int] = []
+        self.origins: list[tuple[int, ...]] = []
+
+    def pack(
+        self,
+        documents: Iterable[tuple[Tokens, tuple[int, ...]]],
+        sequence_length: int,
+        end_token_id: int,
+    ) -> Iterator[Int32[np.ndarray, "2 S1"]]:
+        """Yields the windows of `pack`; each document comes with its origin."""
+
+        def noted() -> Iterator[Tokens]:
+            length = 0
+            for tokens, origin in documents:
+                self.starts.append(length)
+                self.origins.append(origin)
+                length += len(tokens) + 1
+                yield tokens
+
+        return pack(noted(), sequence_length, end_token_id)
+
+    def pack_whole(
+        self,
+        documents: Iterable[tuple[Completed, tuple[int, ...]]],
+        sequence_length: int,
+        end_token_id: int,
+    ) -> Iterator[Int32[np.ndarray, "2 S1"]]:
+        """Yields the windows of `pack_whole`; each document comes with its origin."""
+        size, waiting = sequence_length + 1, {}
+
+        def noted() -> Iterator[Completed]:
+            for document, origin in documents:
+                waiting[id(document)] = origin
+                yield document
+
+        for number, held in enumerate(fill_windows(noted(), sequence_length)):
+            start = number * size
+            for document in held:
+                self.starts.append(start)
+                self.origins.append(waiting.pop(id(document)))
+                start += len(document.tokens)
+            yield lay_out(held, size, end_token_id)
+
+    def save(self, file: Path) -> None:
+        """Writes both as arrays."""
+        columns = len(self.origins[0]) if self.origins else 2
+        np.savez_compressed(
+            file,
+            starts=np.array(self.starts, np.int64),
+            origins=np.array(self.origins, np.int64).reshape(-1, columns),
+        )
 
 
 def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Rows:

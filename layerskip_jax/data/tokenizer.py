@@ -1,9 +1,13 @@
 """A byte-level BPE of the corpus, or a tokenizer that already exists."""
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+import string
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int32
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from layerskip_jax.schema import UserError
@@ -12,6 +16,10 @@ END_TOKEN = "<|endoftext|>"
 # What published tokenizers call the end of a document, the most specific first.
 END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 SMALLEST_VOCABULARY = 257  # every byte, and the end token
+# A long text takes a tokenizer more than its share of time and memory: one of 16 MB as long as ten
+# of 2 MB, and near a hundred bytes a character.
+PART_CHARACTERS = 1 << 20
+CONTEXT_CHARACTERS = 200  # that are looked at on either side of a place to cut
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -79,3 +87,65 @@ def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    """Returns the ids of each text, without what the tokenizer puts around a text.
+
+    A text that is longer than `PART_CHARACTERS` is encoded in parts, cut where its ids do not
+    change; see `cut_text`.
+    """
+    parts = [cut_text(tokenizer, text) for text in texts]
+    encodings = iter(
+        tokenizer.encode_batch_fast(
+            list(itertools.chain.from_iterable(parts)), add_special_tokens=False
+        )
+    )
+    return [
+        np.concatenate([np.array(next(encodings).ids, np.int32) for _ in some]) for some in parts
+    ]
+
+
+def cut_text(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Returns the parts of a long text whose ids, one after the other, are those of the whole.
+
+    A tokenizer parts a text into words before it looks for tokens in each. A text is cut between a
+    single newline and an ASCII letter, with no space before the newline, and only where the
+    tokenizer has a boundary of words there and gives what is around it the same ids in two parts
+    as in one. Where it has no words, as SentencePiece's, or no such place, the text stays whole.
+    """
+    result, start = [], 0
+    while len(text) - start > PART_CHARACTERS:
+        at = _place_to_cut(tokenizer, text, start + PART_CHARACTERS)
+        if at is None:
+            break
+        result.append(text[start:at])
+        start = at
+    return [*result, text[start:]]
+
+
+def _place_to_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:
+    if tokenizer.pre_tokenizer is None:
+        return None
+    tries, at = 0, start
+    while tries < 1000:
+        at = text.find("\n", at, min(len(text) - 1, start + PART_CHARACTERS)) + 1
+        if at == 0:
+            return None
+        if text[at] in string.ascii_letters and at > 1 and not text[at - 2].isspace():
+            tries += 1
+            if _is_boundary(tokenizer, text, at):
+                return at
+    return None
+
+
+def _is_boundary(tokenizer: Tokenizer, text: str, at: int) -> bool:
+    before = text[max(at - CONTEXT_CHARACTERS, 0) : at]
+    after = text[at : at + CONTEXT_CHARACTERS]
+    whole, first, second = tokenizer.encode_batch(
+        [before + after, before, after], add_special_tokens=False
+    )
+    if whole.ids != first.ids + second.ids:
+        return False
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(before + after)
+    return any(begin == len(before) for _, (begin, _) in words)

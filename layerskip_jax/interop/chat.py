@@ -77,6 +77,10 @@ class ChatTemplate:
         self.text = template
         self._tokens = dict(tokens)
 
+    def __reduce__(self):
+        """Compiled templates do not travel between processes; their texts do."""
+        return ChatTemplate, (self.text, self._tokens)
+
     def render(self, messages: Sequence[Mapping[str, Any]], *, continue_last: bool = False) -> str:
         """Returns a chat as text, up to where the model's turn begins.
 

@@ -57,11 +57,11 @@ def staged_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
         stage.mkdir()
         yield stage
         for path in (*stage.rglob("*"), stage):
-            _sync(path)
+            sync(path)
         check(folder)
         raise_if_interrupted()
         _replace(stage, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}{remedy(error)}") from error
     finally:
@@ -135,7 +135,8 @@ def is_alive(process: int) -> bool:
     return process != os.getpid()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the system write a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,5 +34,5 @@ def corpus_folder(tmp_path_factory) -> Path:
 def prepared(tmp_path_factory, corpus_folder) -> Path:
     """A prepared folder; tests that change it work on a copy."""
     output = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(small_request(corpus_folder), output)
+    prepare(small_request(corpus_folder, keep_documents=True), output)
     return output

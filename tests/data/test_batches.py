@@ -168,7 +168,7 @@ def test_corpora_are_mixed_by_weight_each_in_epochs_of_its_own(prepared, other):
     mixed = source(prepared, mixture=[str(other)], weights=[3.0, 1.0])
     ours, theirs = (source(folder).num_windows for folder in (prepared, other))
     assert mixed.num_windows == ours + theirs
-    numbers = [number for step in range(2 * ours // BATCH) for number in mixed.window_numbers(step)]
+    numbers = [number for step in range(5 * ours // BATCH) for number in mixed.window_numbers(step)]
     second = [number - ours for number in numbers if number >= ours]
     # Nearly exact, in the whole and in every stretch of 40 rows.
     for start in range(0, len(numbers) - 40, 7):

@@ -15,6 +15,7 @@ from tokenizers import processors
 from layerskip_jax import cli
 from layerskip_jax.commands import prepare as command
 from layerskip_jax.data import prepare as preparing
+from layerskip_jax.data import units
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.data.prepare import prepare
@@ -26,12 +27,17 @@ from layerskip_jax.data.tokenizer import (
 from layerskip_jax.schema import ConfigError, UserError
 from tests.data.conftest import DOCUMENTS, small_request
 
-CORPUS = Path("corpus", "text_corpus", "1.0.0")
+CORPUS = "documents"
 
 
 def read_corpus(folder, split):
     source = tfds.builder_from_directory(folder / CORPUS).as_data_source(split=split)
     return {example["path"].decode(): example["text"].decode() for example in source}
+
+
+def kept(*sources, **changes):
+    """What the prepared folder was asked for, or much the same."""
+    return small_request(*sources, keep_documents=True, **changes)
 
 
 @pytest.fixture
@@ -95,8 +101,9 @@ def test_counts_and_entropy(prepared):
 
 
 def test_equal_requests_give_equal_data(prepared, corpus_folder, tmp_path):
-    again = prepare(small_request(corpus_folder), tmp_path / "again")
+    again = prepare(small_request(corpus_folder, keep_documents=True), tmp_path / "again")
     assert again == read_manifest(prepared)
+    assert not list(tmp_path.glob(".*"))
     moved = shutil.copytree(corpus_folder, tmp_path / "moved")
     from_there = prepare(small_request(moved), tmp_path / "there")
     assert from_there.fingerprint == again.fingerprint
@@ -105,7 +112,7 @@ def test_equal_requests_give_equal_data(prepared, corpus_folder, tmp_path):
 
 
 def test_shards_are_cut_and_read_as_one(prepared, corpus_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "SHARD_BYTES", 5 * 2 * 17 * 4)
+    monkeypatch.setattr(units, "SHARD_BYTES", 5 * 2 * 17 * 4)
     manifest = prepare(small_request(corpus_folder), tmp_path / "data")
     assert len(manifest.train.shards) == -(-manifest.train.windows // 5)
     assert {shard.windows for shard in manifest.train.shards[:-1]} == {5}
@@ -121,14 +128,14 @@ def test_prepared_already_is_left_alone(copy, corpus_folder, monkeypatch):
     def never(*_):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(preparing, "_write", never)
-    assert prepare(small_request(corpus_folder), copy) == read_manifest(copy)
+    monkeypatch.setattr(preparing, "find_units", never)
+    assert prepare(kept(corpus_folder), copy) == read_manifest(copy)
     with pytest.raises(UserError, match="sequence_length 16 there, 8 asked for.*--overwrite"):
-        prepare(small_request(corpus_folder, sequence_length=8), copy)
+        prepare(kept(corpus_folder, sequence_length=8), copy)
 
 
 def test_overwrite_replaces(copy, corpus_folder):
-    manifest = prepare(small_request(corpus_folder, sequence_length=8), copy, overwrite=True)
+    manifest = prepare(kept(corpus_folder, sequence_length=8), copy, overwrite=True)
     assert read_manifest(copy) == manifest
     assert manifest.sequence_length == 8
     # Also what this version cannot read.
@@ -147,7 +154,7 @@ def test_a_full_disk_leaves_nothing(corpus_folder, tmp_path, monkeypatch, error)
         raise error("write() failed: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "_write_shards", full)
+        patch.setattr(units, "write_shards", full)
         with pytest.raises(UserError, match="data: .*No space left on device"):
             prepare(small_request(corpus_folder), tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +163,7 @@ def test_a_full_disk_leaves_nothing(corpus_folder, tmp_path, monkeypatch, error)
 
 def test_a_failed_overwrite_keeps_what_is_there(copy, corpus_folder, monkeypatch):
     before = read_manifest(copy)
-    monkeypatch.setattr(preparing, "pack", fail_while_packing)
+    monkeypatch.setattr(units, "write_shards", fail_while_packing)
     with pytest.raises(UserError):
         prepare(small_request(corpus_folder, seed=1), copy, overwrite=True)
     assert read_manifest(copy) == before
@@ -166,10 +173,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from layerskip_jax.data import prepare as preparing
+from layerskip_jax.data import units
 from tests.data.conftest import small_request
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-preparing.fingerprint = preparing.manifests.fingerprint = die
+preparing.manifests.fingerprint = die
 preparing.prepare(small_request(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -183,9 +191,10 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(corpus_folder, tmp_path
     )
     assert killed.returncode == -signal.SIGKILL
     assert not output.exists()
-    (left,) = tmp_path.iterdir()
-    assert (left / "validation-00000.array_record").exists()
-    assert not (left / "manifest.json").exists()
+    left = {path.name.split("-")[0]: path for path in tmp_path.iterdir()}
+    assert left.keys() == {".data.units", ".data.partial"}
+    assert (left[".data.partial"] / "validation-00000.array_record").exists()
+    assert not (left[".data.partial"] / "manifest.json").exists()
     prepare(small_request(corpus_folder), output)
     assert list(tmp_path.iterdir()) == [output]
 
@@ -210,7 +219,8 @@ def test_a_read_only_place_is_named(corpus_folder, tmp_path):
 
 def test_a_tfds_data_set_on_disk_as_source(prepared, tmp_path):
     source = f"tfds:{prepared / CORPUS}:train"
-    manifest = prepare(small_request(source), tmp_path / "data")
+    # By the same seed these would all be trained on once more.
+    manifest = prepare(kept(source, seed=1), tmp_path / "data")
     both = [read_corpus(tmp_path / "data", split) for split in ("train", "validation")]
     texts = [text for split in both for text in split.values()]
     assert sorted(texts) == sorted(read_corpus(prepared, "train").values())
@@ -223,10 +233,12 @@ def test_a_tfds_data_set_on_disk_as_source(prepared, tmp_path):
 
 def test_a_tfds_data_set_is_found_by_name(prepared, tmp_path, monkeypatch):
     # Otherwise set with TFDS_DATA_DIR, which is read once, at import.
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(prepared / "corpus"))
-    manifest = prepare(small_request("tfds:text_corpus:train[:50%]"), tmp_path / "data")
+    version = tmp_path / "tfds" / "documents" / "1.0.0"
+    shutil.copytree(prepared / CORPUS, version)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    manifest = prepare(small_request("tfds:documents:train[:20]", seed=1), tmp_path / "data")
     documents = manifest.train.documents + manifest.validation.documents
-    assert documents == read_manifest(prepared).train.documents // 2
+    assert documents == 20
 
 
 def test_documents_begin_as_the_tokenizer_begins_a_text(prepared, corpus_folder, tmp_path):
@@ -300,6 +312,12 @@ def test_requests_that_cannot_work(changes, message):
         small_request("stdlib", **changes)
 
 
+NEW_SETTINGS = (
+    "min_characters", "max_characters", "requires", "deduplicate", "held_outs",
+    "max_document_bytes", "tokenizer_bytes", "unit_bytes", "keep_documents",
+)  # fmt: skip
+
+
 def break_manifest(folder, **changes):
     file = folder / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -310,10 +328,15 @@ def test_manifests_from_before_completions_are_read(copy):
     values = json.loads(file.read_text())
     for field in ("prompt_field", "completion_field", "messages_field", "chat_template_sha256"):
         assert values["request"].pop(field) == ""
+    for field in NEW_SETTINGS:
+        del values["request"][field]
     for split in ("train", "validation"):
         assert (values[split].pop("over_long"), values[split].pop("targets")) == (0, -1)
+    for field in ("held_out", "filtered", "duplicates", "failed_units"):
+        assert not values.pop(field)
     file.write_text(json.dumps(values))
-    assert read_manifest(copy) == before
+    request = dataclasses.replace(before.request, keep_documents=False)
+    assert read_manifest(copy) == dataclasses.replace(before, request=request)
 
 
 @pytest.mark.parametrize(

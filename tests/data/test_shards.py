@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from layerskip_jax.data.shards import OPEN_SHARDS, DamagedError, Shards, read_in_order
+from layerskip_jax.data.shards import OPEN_SHARDS, DamagedError, Shards, read_range
 from layerskip_jax.schema import UserError
 
 FILES, RECORDS = 200, 3
@@ -59,7 +59,7 @@ def test_more_files_than_may_be_open_are_read_in_any_order(files):
             assert shards[index] == record(*divmod(index, RECORDS))
         assert OPEN_SHARDS <= open_files() - before <= OPEN_SHARDS + 2
         del shards
-        read = list(read_in_order(files))
+        read = [content for file in files for content in read_range(file)]
         assert read == [record(*divmod(index, RECORDS)) for index in range(len(read))]
     assert len(read) == FILES * RECORDS
 
@@ -70,7 +70,7 @@ def test_what_the_system_refuses_is_not_called_damaged(files, tmp_path):
         shards[0]
     assert not isinstance(refused.value, DamagedError)
     assert shards[0] == record(0, 0), "it can be read when there is room again"
-    for read in (Shards, lambda paths: list(read_in_order(paths))):
+    for read in (Shards, lambda paths: list(read_range(paths[0]))):
         with pytest.raises(UserError, match="none cannot be read .No such file") as refused:
             read([tmp_path / "none"])
         assert not isinstance(refused.value, DamagedError)
@@ -95,4 +95,4 @@ def test_what_is_damaged_is_called_so(files, tmp_path):
             damaged.append(str(error))
     assert damaged and all("bad: record" in text for text in damaged)
     with pytest.raises(DamagedError, match="bad: a record is damaged"):
-        list(read_in_order([bad]))
+        list(read_range(bad))

@@ -1,19 +1,31 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from layerskip_jax.data.corpus import NOT_LIBRARY, CorpusReader, _files, is_validation
 from layerskip_jax.data.manifest import PrepareOptions
+from layerskip_jax.data.prepare import find_units
+from layerskip_jax.data.reading import DocumentReader
+from layerskip_jax.data.sources import NOT_LIBRARY, find_files
+from layerskip_jax.data.units import is_validation
 from layerskip_jax.schema import UserError
 
 
-def reader_of(*sources, **options):
-    return CorpusReader(PrepareOptions(tuple(map(str, sources)), **options))
+def read(*sources, **options):
+    """Returns the reader of all units, and their documents, each with its name."""
+    request = PrepareOptions(tuple(map(str, sources)), **options)
+    reader, found = DocumentReader(request), []
+    for unit in find_units(request):
+        pieces = list(unit.pieces)
+        for document in reader.read(pieces):
+            piece = pieces[document.piece]
+            found.append((reader.short_name(piece, document.place), document.text))
+    return reader, found
 
 
 def paths(*sources, **options):
-    return [document.path for document in reader_of(*sources, **options)]
+    return [name for name, _ in read(*sources, **options)[1]]
 
 
 @pytest.fixture
@@ -32,9 +44,7 @@ def test_a_folder_gives_its_visible_texts_in_order(texts):
 def test_files_of_other_kinds_are_counted(texts, caplog):
     (texts / "E.TXT").write_text("loud")
     (texts / "f.json").write_text("{}")
-    reader = reader_of(texts)
-    for _ in range(2):
-        assert [d.path for d in reader] == ["E.TXT", "a.md", "b.txt", "deep/c.py"]
+    assert paths(texts) == ["E.TXT", "a.md", "b.txt", "deep/c.py"]
     [said] = [record.getMessage() for record in caplog.records]
     assert "2 files are left out (.json 1, .bin 1)" in said or "(.bin 1, .json 1)" in said
     assert "searched for .txt, .md" in said
@@ -55,46 +65,29 @@ def test_lines_end_at_newlines_only_and_name_their_field(tmp_path):
     file = tmp_path / "d.jsonl"
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     file.write_text("\ufeff" + text + "\n\n", encoding="utf-8")
-    documents = reader_of(file, jsonl_field="body")
-    assert [(d.path, d.text) for d in documents] == [
-        ("d.jsonl:1", "one\u2028still one"),
-        ("d.jsonl:3", "two"),
-    ]
+    places = [0, text.encode().index(b'{"body": "two"') + 3]
+    for unit_bytes in (1 << 20, 1, 7):  # whole, and cut at all bytes
+        assert read(file, jsonl_field="body", unit_bytes=unit_bytes)[1] == [
+            (f"d.jsonl:{places[0]}", "one\u2028still one"),
+            (f"d.jsonl:{places[1]}", "two"),
+        ]
 
 
 def test_the_standard_library_comes_without_its_tests():
-    root, files, _ = _files("stdlib")
-    folders = {part for file in files for part in file.relative_to(root).parts[:-1]}
-    assert root / "json" / "decoder.py" in files
+    files = [Path(found.path) for found in find_files("stdlib")[0]]
+    folders = {part for file in files for part in file.parts[:-1]}
+    assert Path("json/decoder.py") in files
     assert not folders & NOT_LIBRARY
     assert files == sorted(files)
     assert len(files) > 300
 
 
-def test_the_split_depends_on_path_and_seed_alone(texts, tmp_path):
+def test_the_split_depends_on_name_and_seed_alone():
     names = [f"file{number}" for number in range(2000)]
     held_out = {name for name in names if is_validation(name, 0, 0.05)}
     assert 60 < len(held_out) < 140
     assert held_out < {name for name in names if is_validation(name, 0, 0.1)}
     assert held_out != {name for name in names if is_validation(name, 1, 0.05)}
-    # A corpus that is moved, or joined by another source, keeps its paths.
-    before = paths(texts)
-    (tmp_path / "other.txt").write_text("more")
-    texts.rename(tmp_path / "moved")
-    assert paths(tmp_path / "moved", tmp_path / "other.txt") == [*before, "other.txt"]
-
-
-def test_max_bytes_draws_whole_documents(corpus_folder):
-    documents = reader_of(corpus_folder, max_bytes=3000, seed=1)
-    drawn = list(documents)
-    total = sum(len(document.text.encode()) for document in drawn)
-    assert 2000 < total <= 3000
-    assert drawn == list(documents)
-    assert drawn != list(reader_of(corpus_folder, max_bytes=3000, seed=2))
-    fewer = reader_of(corpus_folder, max_bytes=1500, seed=1)
-    assert {d.path for d in fewer} < {d.path for d in drawn}
-    with pytest.raises(UserError, match="--max-bytes=3 has no room"):
-        list(reader_of(corpus_folder, max_bytes=3))
 
 
 @pytest.mark.parametrize(
@@ -117,9 +110,9 @@ def test_bytes_that_are_not_utf8_are_named_or_skipped(texts):
     (texts / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(UserError, match="bad.txt is not UTF-8.* byte 3;.*--skip-bad-files"):
         paths(texts)
-    documents = reader_of(texts, skip_bad_files=True)
-    assert len(list(documents)) == 3
-    assert documents.skipped == [str(texts / "bad.txt")]
+    reader, documents = read(texts, skip_bad_files=True)
+    assert len(documents) == 3
+    assert (reader.skipped, reader.skipped_names) == (1, [str(texts / "bad.txt")])
 
 
 @pytest.mark.parametrize(
@@ -128,11 +121,11 @@ def test_bytes_that_are_not_utf8_are_named_or_skipped(texts):
 def test_lines_without_text_are_named_or_skipped(tmp_path, line):
     file = tmp_path / "d.jsonl"
     file.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(UserError, match="d.jsonl:2 is no JSON object.*--jsonl-field"):
+    with pytest.raises(UserError, match="d.jsonl:2 is no JSON object"):
         paths(file)
-    documents = reader_of(file, skip_bad_files=True)
-    assert [document.text for document in documents] == ["good"]
-    assert documents.skipped == [f"{file}:2"]
+    reader, documents = read(file, skip_bad_files=True)
+    assert [text for _, text in documents] == ["good"]
+    assert reader.skipped_names == [f"{file}:2"]
 
 
 def test_a_bad_byte_in_a_line_is_counted_from_the_start_of_the_file(tmp_path):
@@ -153,8 +146,8 @@ def test_a_name_that_is_not_utf_8_is_named(texts):
     """Keys of documents are text, and so is what is printed and written of them."""
     (texts / os.fsdecode(b"a\xff.txt")).write_text("text")
     with pytest.raises(UserError, match=r"a\\xff.txt' has a name that is not UTF-8; rename it, or"):
-        list(reader_of(texts))
-    documents = reader_of(texts, skip_bad_files=True)
-    assert [document.path for document in documents] == ["a.md", "b.txt", "deep/c.py"]
-    [skipped] = documents.skipped
+        read(texts)
+    reader, documents = read(texts, skip_bad_files=True)
+    assert [name for name, _ in documents] == ["a.md", "b.txt", "deep/c.py"]
+    [skipped] = reader.skipped_names
     assert json.dumps(skipped).isascii() and "a\\xff.txt" in skipped
