@@ -122,12 +122,15 @@ class DataConfig:
       path: folder made by `layerskip prepare`. Its validation split is what a run is evaluated on,
         of a mixture too.
       mixture: further such folders, prepared with the same tokenizer, to mix with it.
-      weights: shares of the rows that come from `path` and from each of `mixture`, all above 0;
-        empty without a mixture.
+      weights: shares of the rows that come from `path` and from each of `mixture`, at least 0;
+        empty without a mixture. Each is above 0 here or in a later change.
+      weight_changes: steps, ascending from 1 on, each with the weights from that step (from 0) on:
+        `((1000, (0.5, 0.5)), (4000, (0.2, 0.8)))`. Each folder goes on with its next window.
       validation: further such folders, prepared with the same tokenizer, whose validation splits
         are evaluated beside it; each goes by its folder's name. Their windows may have another
         length.
       prefetch: batches read ahead in the background, at least 1.
+      read_threads: threads that read them, a batch each, at least 1; more than `prefetch` are idle.
       on_damaged: what a damaged record does to the run: `stop` it, or `skip` the record, which
         then trains nothing, and in an evaluation counts nothing, and is logged and counted.
     """
@@ -135,15 +138,27 @@ class DataConfig:
     path: str = ""
     mixture: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    weight_changes: tuple[tuple[int, tuple[float, ...]], ...] = ()
     validation: tuple[str, ...] = ()
     prefetch: int = 4
+    read_threads: int = 2
     on_damaged: str = "stop"
 
     def __post_init__(self):
         for number, weight in enumerate(self.weights):
-            require_range(f"weights[{number}]", weight, "(0, inf)")
+            require_range(f"weights[{number}]", weight, "[0, inf)")
+        for change, (step, weights) in enumerate(self.weight_changes):
+            require_count(f"weight_changes[{change}][0]", step, 1)
+            for number, weight in enumerate(weights):
+                require_range(f"weight_changes[{change}][1][{number}]", weight, "[0, inf)")
+        steps = [step for step, _ in self.weight_changes]
+        require(
+            steps == sorted(set(steps)),
+            f"weight_changes={self.weight_changes} must name later and later steps, each once",
+        )
         require_choice("on_damaged", self.on_damaged, ON_DAMAGED)
-        require(self.prefetch >= 1, f"prefetch={self.prefetch} must be at least 1")
+        for name in ("prefetch", "read_threads"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         names = [folder_name(path) for path in self.validation]
         for path, name in zip(self.validation, names, strict=True):
             require(path.strip() != "", f"validation={self.validation} names a folder ''")

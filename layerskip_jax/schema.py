@@ -203,7 +203,7 @@ def build(
     """Builds the frozen dataclass `cls` from nested mappings, checking every key and type.
 
     Args:
-      cls: a dataclass whose fields are scalars, tuples of scalars, or dataclasses.
+      cls: a dataclass whose fields are scalars, tuples of these or of tuples, or dataclasses.
       values: nested mapping with a subset of the fields; what is missing takes its default.
       path: dotted prefix used in messages.
       old_names: whether fields may bear the names they had before, as in the folder of an old run.
@@ -248,8 +248,15 @@ def _convert(hint: Any, value: Any, path: str, old_names: bool = False) -> Any:
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
             raise ConfigError(f"{path}={value!r} must be a tuple")
-        inner = typing.get_args(hint)[0]
-        return tuple(_convert(inner, item, f"{path}[{i}]") for i, item in enumerate(value))
+        inner = typing.get_args(hint)
+        if inner[-1] is Ellipsis:
+            inner = inner[:1] * len(value)
+        if len(value) != len(inner):
+            raise ConfigError(f"{path}={value!r} must have {len(inner)} entries")
+        return tuple(
+            _convert(kind, item, f"{path}[{i}]")
+            for i, (kind, item) in enumerate(zip(inner, value, strict=True))
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

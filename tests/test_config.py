@@ -233,7 +233,7 @@ def _settings_of(kind):
 # Numbers that Python alone computes with.
 HOST_SECONDS = {"checkpoint.keep_every_hours", "guards.step_timeout"}
 HOST_COUNTS = {
-    "data.prefetch", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
+    "data.prefetch", "data.read_threads", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
     "guards.nonfinite_limit", "guards.roll_backs", "training.log_every", "training.evaluate_every",
     "training.evaluate_batches", "training.profile_step", "training.profile_steps",
     "training.gradient_accumulation", "training.rows_per_device", "model.head_dim",
@@ -251,6 +251,26 @@ def test_no_number_vanishes_or_overflows_in_float32(value):
             RunConfig.from_dict(_with(name, value))
     with pytest.raises(ConfigError, match=r"^config.data.weights\[1\]="):
         RunConfig.from_dict(_with("data.weights", (0.5, value)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (((0, (1.0, 1.0)),), r"weight_changes\[0\]\[0\]=0 must be at least 1"),
+        (((2.0, (1.0, 1.0)),), r"weight_changes\[0\]\[0\]=2.0 has type float"),
+        (((9, (1.0, 1.0)), (9, (1.0, 2.0))), "must name later and later steps, each once"),
+        (((9, (1.0, -1.0)),), r"weight_changes\[0\]\[1\]\[1\]=-1.0 must be at least 0"),
+        (((9, (math.nan, 1.0)),), r"weight_changes\[0\]\[1\]\[0\]=nan must be a number"),
+        (((9, 0.5, 0.5),), r"weight_changes\[0\]=\(9, 0.5, 0.5\) must have 2 entries"),
+        ((9, (0.5, 0.5)), r"weight_changes\[0\]=9 must be a tuple"),
+    ],
+)
+def test_a_schedule_of_weights_is_refused_by_the_entry_that_is_wrong(changes, message):
+    with pytest.raises(ConfigError, match=rf"^config.data.*{message}"):
+        RunConfig.from_dict(_with("data.weight_changes", changes))
+    right = RunConfig.from_dict(_with("data.weight_changes", ((9, (1, 0)), (12, (0.5, 2)))))
+    assert right.data.weight_changes == ((9, (1.0, 0.0)), (12, (0.5, 2.0)))
+    assert RunConfig.from_dict(right.to_dict()) == right  # as a run's folder holds it
 
 
 def test_no_whole_number_goes_beyond_int32():

@@ -208,8 +208,7 @@ def validation_prompts(
     """
     source = _windows(data, "validation", on_damaged)
     prompts = []
-    # A fixed shuffle spreads the prompts over the documents.
-    for window in np.random.default_rng(0).permutation(source.num_windows).tolist():
+    for window in range(source.num_windows):
         batch = source.batch(window)
         segments = batch.segment_ids[0, :length]
         if len(segments) == length and (segments == 1).all():
@@ -241,17 +240,16 @@ def frequent_tokens(
         f"--draft-vocabulary={count} must be in 1..{vocab_size}, the model's vocabulary",
     )
     source = _windows(data, "train", on_damaged)
-    windows = np.random.default_rng(0).permutation(source.num_windows)[:MOST_WINDOWS]
     histogram = np.zeros(vocab_size, np.int64)
-    for window in windows.tolist():
+    for window in range(min(source.num_windows, MOST_WINDOWS)):
         batch = source.batch(window)
         histogram += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
     return sorted(np.argsort(-histogram, kind="stable")[:count].tolist())
 
 
 def _windows(data: str, split: str, on_damaged: str) -> BatchSource:
-    skip = on_damaged == "skip"
-    return BatchSource(data, split, batch_size=1, seed=0, shuffle=False, skip_damaged=skip)
+    """Opens the windows of a split one by one, each once, in an order that spreads them over it."""
+    return BatchSource(data, split, batch_size=1, seed=0, skip_damaged=on_damaged == "skip")
 
 
 def _thresholds(text: str) -> tuple[float | str, ...]:

@@ -2,12 +2,14 @@
 
 A seeded permutation of all windows, drawn anew each epoch, is indexed at n B + row, or at the
 windows of all batches before + row where the batch grows; of several corpora each has its own, and
-which one a row comes from follows from that index. Hosts, workers
+which one a row comes from follows from that index (`order.py`). Hosts, workers
 and devices do not enter the order, so a run goes on with the very same batches on any other
-machine. Grain does the shuffling, the mixing, the reading and the reading ahead.
+machine. Grain does the shuffling and the reading ahead.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -17,15 +19,16 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from jaxtyping import Int64
 
 from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
+from layerskip_jax.data.order import ONE_CORPUS, MixtureWeights, Order
 from layerskip_jax.data.packing import Rows, unpack
 from layerskip_jax.data.records import window_head
-from layerskip_jax.data.shards import DamagedError, Shards
+from layerskip_jax.data.shards import SHARE_OPEN, DamagedError, Shards, most_open
 from layerskip_jax.schema import ConfigError, UserError
 
-READ_THREADS = 2
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +58,7 @@ class BatchSource:
         skip_damaged: bool = False,
         mixture: Sequence[str] = (),
         weights: Sequence[float] = (),
+        weight_changes: Sequence[tuple[int, Sequence[float]]] = (),
         skips: Sequence[tuple[int, int]] = (),
     ):
         """Opens a split.
@@ -71,12 +75,14 @@ class BatchSource:
           mixture: further folders with the same tokenizer and sequence length.
           weights: shares of the rows that come from `folder` and from each of these; they need
             not add up to 1. Any run of rows has them nearly exactly.
+          weight_changes: later steps, ascending, and the weights from each of them on. Each folder
+            goes on with its next window.
           skips: pairs (step, count): from that step on, the windows of so many batches are passed
             over, of as many rows as the steps from there on have. Those of later steps are on top
             of those of earlier ones.
 
         Raises:
-          ConfigError: there are not as many weights as folders.
+          ConfigError: there are not as many weights as folders, or a folder never has one.
           UserError: a folder is not prepared, or damaged, or the split has no window, or the
             folders do not go together.
         """
@@ -84,39 +90,37 @@ class BatchSource:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
         self.manifest = read_manifest(folder)
         corpora = [(folder, self.manifest), *((path, read_manifest(path)) for path in mixture)]
-        _check_mixture(corpora, weights)
+        _check_mixture(corpora, weights, weight_changes)
         self.sequence_length = self.manifest.sequence_length
         self.whole_documents = self.manifest.request.has_completions
-        self._parts = [_Windows(path, manifest, split) for path, manifest in corpora]
-        self._first = np.cumsum([0, *(part.count for part in self._parts)])
-        self.num_windows = int(self._first[-1])
+        most = most_open() // len(corpora)
+        self._parts = [_Windows(path, manifest, split, most) for path, manifest in corpora]
+        counts = [part.count for part in self._parts]
+        self._first = [0, *itertools.accumulate(counts)]
+        self.num_windows = self._first[-1]
         self.sizes = BatchSizes(batch_size, tuple(batch_ramp))
         self.steps_per_epoch = -(-self.num_windows // batch_size)
         self._shuffle, self._skip_damaged = shuffle, skip_damaged
         self._skips = tuple(skips)
         self.damaged = 0
-        self._shares = weights if len(corpora) > 1 else (1.0,)
-        self._order = self._make_order(seed, weights)
-
-    def _make_order(self, seed: int, weights: Sequence[float]) -> grain.MapDataset:
-        if not self._shuffle:
-            return grain.MapDataset.range(self.num_windows)
-        orders = []
-        for number, part in enumerate(self._parts):
-            first = int(self._first[number])
-            # Each corpus has an order of its own, and begins its epochs when it is through.
-            order = grain.MapDataset.range(first, first + part.count)
-            drawn = np.random.SeedSequence((seed, number)).generate_state(1)
-            part_seed = int(drawn[0]) if number else seed
-            orders.append(order.seed(part_seed).shuffle().repeat())
-        return grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
+        self._weights = ONE_CORPUS
+        if len(corpora) > 1:
+            changes = tuple((step, tuple(shares)) for step, shares in weight_changes)
+            self._weights = MixtureWeights(tuple(weights), changes)
+        self._order = Order(
+            counts, seed=seed, weights=self._weights, sizes=self.sizes, skips=self._skips
+        )
 
     def epochs(self, steps: int) -> list[tuple[str, float]]:
         """Returns each folder and how often so many steps read each of its windows."""
-        rows = self.sizes.before(steps) / sum(self._shares)
+        rows = [0.0] * len(self._parts)
+        for first, last, shares in self._weights.stretches(0, steps):
+            of_all = self.sizes.before(last) - self.sizes.before(first)
+            for number, share in enumerate(shares):
+                rows[number] += of_all * share / sum(shares)
         return [
-            (part.folder, rows * share / part.count)
-            for part, share in zip(self._parts, self._shares, strict=True)
+            (part.folder, of_part / part.count)
+            for part, of_part in zip(self._parts, rows, strict=True)
         ]
 
     def rows(self, step: int, rows: Sequence[int] | slice) -> Rows:
@@ -129,16 +133,24 @@ class BatchSource:
         Raises:
           UserError: a record is damaged and not to be skipped; names the file and the record.
         """
-        windows, size, first = [], self.sizes.at(step), self._position(step)
-        for row in range(size)[rows] if isinstance(rows, slice) else rows:
+        size = self.sizes.at(step)
+        wanted = range(size)[rows] if isinstance(rows, slice) else rows
+        for row in wanted:
             if not 0 <= row < size:
                 raise IndexError(f"row {row} is not in a batch of {size}")
-            index = first + row
-            if self._shuffle or index < self.num_windows:
-                windows.append(self._window(int(self._order[index])))
-            else:
-                windows.append(self._padding())
-        return unpack(np.stack(windows))
+        numbers = self._numbers(step, wanted)
+        windows = np.empty((len(numbers), 2, self.sequence_length + 1), np.int32)
+        # As they lie on the disk, so that each file is opened once.
+        for row in np.argsort(numbers).tolist():
+            windows[row] = self._window(int(numbers[row]))
+        return unpack(windows)
+
+    def _numbers(self, step: int, rows: Sequence[int]) -> Int64[np.ndarray, "N"]:
+        """Returns the windows of some rows of a batch; past those of an order that ends, -1."""
+        places = self._position(step) + np.array(rows, np.int64)
+        if self._shuffle:
+            return self._order.windows(places)
+        return np.where(places < self.num_windows, places, -1)
 
     def _position(self, step: int) -> int:
         """Returns where in the order the first row of batch `step` is."""
@@ -151,10 +163,8 @@ class BatchSource:
 
         Rows past the last window of an order that ends have no number and are left out.
         """
-        first = self._position(step)
-        last = first + self.sizes.at(step)
-        stop = last if self._shuffle else min(last, self.num_windows)
-        return [int(self._order[index]) for index in range(first, stop)]
+        numbers = self._numbers(step, range(self.sizes.at(step))).tolist()
+        return [number for number in numbers if number >= 0]
 
     def batch(self, step: int) -> Rows:
         """Returns the whole of batch `step`."""
@@ -162,15 +172,20 @@ class BatchSource:
 
     @contextmanager
     def prefetch(
-        self, steps: range, rows: Callable[[int], Sequence[int] | slice], *, buffer_size: int = 4
+        self,
+        steps: range,
+        rows: Callable[[int], Sequence[int] | slice],
+        *,
+        buffer_size: int = 4,
+        threads: int = 2,
     ) -> Iterator[Iterator[tuple[int, Rows]]]:
         """Gives an iterator of `(step, rows of that batch)`, read ahead in the background.
 
-        `rows` returns the rows to read of a step's batch. At most `buffer_size` batches are held.
-        Leaving the context ends the reading.
+        `rows` returns the rows to read of a step's batch. At most `buffer_size` batches are held,
+        and `threads` of them read at the same time. Leaving the context ends the reading.
         """
         dataset = grain.MapDataset.source(steps).map(lambda n: (n, self.rows(n, rows(n))))
-        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=buffer_size)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer_size)
         iterator = iter(dataset.to_iter_dataset(options))
         try:
             yield iterator
@@ -178,9 +193,11 @@ class BatchSource:
             iterator.close()
 
     def _window(self, number: int) -> np.ndarray:
-        part = int(np.searchsorted(self._first, number, side="right")) - 1
+        if number < 0:
+            return self._padding()
+        part = bisect.bisect_right(self._first, number) - 1
         try:
-            return self._parts[part].read(number - int(self._first[part]))
+            return self._parts[part].read(number - self._first[part])
         except DamagedError as error:
             if not self._skip_damaged:
                 raise
@@ -196,17 +213,23 @@ class BatchSource:
 class _Windows:
     """The packed windows of one split of one folder."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest, split: str):
+    def __init__(self, folder: str | Path, manifest: Manifest, split: str, most_open: int):
         self.folder, self.count = str(folder), manifest.split(split).windows
         if self.count == 0:
             raise UserError(
                 f"{folder} has no {split} window; prepare more text, or a shorter --sequence-length"
             )
         self._shape = (2, manifest.sequence_length + 1)
+        self._head = len(window_head(manifest.sequence_length))
+        files = [Path(folder) / shard.name for shard in manifest.split(split).shards]
+        if len(files) > most_open:
+            logger.info(
+                "%s: %d of its %d files are open at a time, by the limit of this process; "
+                "`ulimit -n %d` before the command lets all be, which reads faster",
+                folder, most_open, len(files), len(files) * SHARE_OPEN,
+            )  # fmt: skip
         try:
-            self._records = Shards(
-                [Path(folder) / shard.name for shard in manifest.split(split).shards]
-            )
+            self._records = Shards(files, most_open)
         except DamagedError as error:
             raise UserError(f"{error}; prepare the data again") from error
         if len(self._records) != self.count:
@@ -218,24 +241,47 @@ class _Windows:
     def read(self, number: int) -> np.ndarray:
         try:
             record = self._records[number]
-            size = 4 * math.prod(self._shape)
+            before = len(record) - 4 * math.prod(self._shape)
             # Before the window come a few bytes for TFDS, which older data have none of.
-            if len(record) not in (size, size + len(window_head(self._shape[1] - 1))):
+            if before not in (0, self._head):
                 raise DamagedError(f"{self._records.name(number)} has {len(record)} bytes")
         except DamagedError as error:
             raise DamagedError(
                 f"{error}; prepare the data again, or leave such records out with "
                 "config.data.on_damaged=skip"
             ) from error
-        return np.frombuffer(record[-size:], np.int32).reshape(self._shape)
+        return np.frombuffer(record, np.int32, offset=before).reshape(self._shape)
 
 
-def _check_mixture(corpora: list[tuple[str | Path, Manifest]], weights: Sequence[float]) -> None:
-    if len(corpora) > 1 and len(weights) != len(corpora):
+def _check_mixture(
+    corpora: list[tuple[str | Path, Manifest]],
+    weights: Sequence[float],
+    changes: Sequence[tuple[int, Sequence[float]]],
+) -> None:
+    if len(corpora) == 1 and changes:
         raise ConfigError(
-            f"config.data.weights={tuple(weights)} must have {len(corpora)} numbers: one for "
-            "config.data.path and one for each folder of config.data.mixture"
+            f"config.data.weight_changes={tuple(changes)} changes the weights of a mixture, and "
+            "config.data.mixture names no folder; name some, or leave weight_changes empty"
         )
+    stages = [("weights", weights)]
+    stages += [(f"weight_changes of step {step}", shares) for step, shares in changes]
+    for name, shares in stages if len(corpora) > 1 else ():
+        if len(shares) != len(corpora):
+            raise ConfigError(
+                f"config.data.{name}={tuple(shares)} must have {len(corpora)} numbers: one for "
+                "config.data.path and one for each folder of config.data.mixture"
+            )
+        if not any(share > 0 for share in shares):
+            raise ConfigError(
+                f"config.data.{name}={tuple(shares)} gives nothing to any folder; give one of them "
+                "a share above 0"
+            )
+    for number, (path, _) in enumerate(corpora if len(corpora) > 1 else ()):
+        if not any(shares[number] > 0 for _, shares in stages):
+            raise ConfigError(
+                f"config.data.weights={tuple(weights)} gives {path} nothing, and no weight_changes "
+                "does; give it a share above 0, or leave the folder out"
+            )
     (folder, first), *others = corpora
     for path, manifest in others:
         for name, text in (("tokenizer_sha256", "tokenizer"), ("sequence_length", "windows")):
@@ -249,7 +295,10 @@ def _check_mixture(corpora: list[tuple[str | Path, Manifest]], weights: Sequence
 
 
 def mixture_fingerprint(
-    folder: str | Path, mixture: Sequence[str], weights: Sequence[float]
+    folder: str | Path,
+    mixture: Sequence[str],
+    weights: Sequence[float],
+    weight_changes: Sequence[tuple[int, Sequence[float]]] = (),
 ) -> str:
     """Returns what identifies the data of a run: one corpus's own fingerprint, or a hash of all.
 
@@ -259,4 +308,7 @@ def mixture_fingerprint(
     prints = [read_manifest(path).fingerprint for path in (folder, *mixture)]
     if not mixture:
         return prints[0]
-    return hashlib.sha256(json.dumps([prints, list(weights)]).encode()).hexdigest()
+    about = [prints, list(weights)]
+    if weight_changes:
+        about.append([[step, list(shares)] for step, shares in weight_changes])
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -220,13 +220,17 @@ def unpack(windows: Int32[np.ndarray, "B 2 S1"]) -> Rows:
     """
     tokens, segments = windows[:, 0], np.abs(windows[:, 1])
     inputs = segments[:, :-1]
-    index = np.arange(inputs.shape[1])
-    starts = np.diff(inputs, axis=1, prepend=-1) != 0
-    first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    starts = np.empty(inputs.shape, bool)
+    starts[:, 0] = True
+    np.not_equal(inputs[:, 1:], inputs[:, :-1], out=starts[:, 1:])
+    # Every position less that of its document's start, over all windows laid end to end.
+    positions = np.arange(inputs.size, dtype=np.int32)
+    first = np.flatnonzero(starts).astype(np.int32)
+    positions -= np.repeat(first, np.diff(first, append=np.int32(inputs.size)))
     return Rows(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
         valid=(inputs == segments[:, 1:]) & (windows[:, 1, 1:] > 0),
         segment_ids=inputs,
-        positions=(index - first).astype(np.int32),
+        positions=positions.reshape(inputs.shape),
     )

@@ -1,19 +1,23 @@
 """Records of many ArrayRecord files, of which few are open at a time."""
 
+import bisect
 import functools
+import itertools
 import re
+import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from layerskip_jax.schema import UserError
 
-# A process may have as few as 128 files open at once, and opening one takes less than 0.1 ms.
+# Files open at a time, at least: a process may have as few as 128. Opening one anew takes as long
+# as reading a record, so more are kept open where the process may have more.
 OPEN_SHARDS = 32
 RECORDS_AT_ONCE = 256
+SHARE_OPEN = 4  # one in so many of the files that the process may have open
 # How the library words what the operating system refused, as opposed to what it read.
 _REFUSED = re.compile(r"\w+\(\) failed: ([^;\]]+)")
 
@@ -29,24 +33,25 @@ class Shards:
     of them can be read in any order, by several threads.
     """
 
-    def __init__(self, files: Sequence[str | Path]):
+    def __init__(self, files: Sequence[str | Path], most: int = OPEN_SHARDS):
         """Opens every file once, to count its records.
 
         Args:
           files: made by `layerskip prepare`, or anything of the same format.
+          most: files that are open at a time, at least `OPEN_SHARDS`.
 
         Raises:
           DamagedError: the index of a file is damaged.
           UserError: a file cannot be opened; names the operating system's reason.
         """
         self._files = [str(file) for file in files]
-        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_open)
+        self._open = functools.lru_cache(maxsize=max(most, OPEN_SHARDS))(_open)
         with ThreadPoolExecutor(8) as pool:
             counts = list(pool.map(_count, self._files))
-        self._starts = np.cumsum([0, *counts])
+        self._starts = [0, *itertools.accumulate(counts)]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, number: int) -> bytes:
         """Returns a record.
@@ -69,8 +74,15 @@ class Shards:
     def _locate(self, number: int) -> tuple[str, int]:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._files[shard], number - int(self._starts[shard])
+        shard = bisect.bisect_right(self._starts, number) - 1
+        return self._files[shard], number - self._starts[shard]
+
+
+def most_open() -> int:
+    """Returns how many files of records this process should have open at once, by its limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Without a limit it is -1, and no corpus has so many files.
+    return max((2**20 if limit < 0 else limit) // SHARE_OPEN, OPEN_SHARDS)
 
 
 def read_range(file: str | Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:

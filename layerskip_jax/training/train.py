@@ -226,7 +226,12 @@ def _train(
                 stop_requests() as stop,
                 watchdog.watching(),
                 profiler.listening(),
-                source.prefetch(steps, rows, buffer_size=config.data.prefetch) as batches,
+                source.prefetch(
+                    steps,
+                    rows,
+                    buffer_size=config.data.prefetch,
+                    threads=config.data.read_threads,
+                ) as batches,
             ):
                 with suppress(Stopped):  # within an evaluation, which is made up later
                     for evaluation in evaluations if first_step < total_steps else ():
@@ -298,7 +303,7 @@ def _open_data(
     data = config.data
     manifest = dataclasses.replace(
         read_manifest(data.path),
-        fingerprint=mixture_fingerprint(data.path, data.mixture, data.weights),
+        fingerprint=mixture_fingerprint(data.path, data.mixture, data.weights, data.weight_changes),
     )
     if initial is not None:
         initial.check_tokenizer(_tokenizer_file(config))
@@ -313,6 +318,7 @@ def _open_data(
         skip_damaged=data.on_damaged == "skip",
         mixture=data.mixture,
         weights=data.weights,
+        weight_changes=data.weight_changes,
         skips=folder.skips(),
     )
     if epochs := config.training.epochs:

@@ -1,10 +1,15 @@
+import dataclasses
+import hashlib
+import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from layerskip_jax.data.batches import BatchSource, mixture_fingerprint
 from layerskip_jax.data.prepare import prepare
+from layerskip_jax.data.shards import Shards
 from layerskip_jax.data.tokenizer import file_sha256
 from layerskip_jax.schema import ConfigError, UserError
 from tests.data.conftest import small_request
@@ -137,6 +142,43 @@ def test_prefetch_gives_what_rows_gives(prepared):
         assert_same(batch, reading.rows(step, [1, 4]))
 
 
+def test_a_billion_windows_are_read_without_a_list_of_them(prepared, monkeypatch):
+    """As many as an order may have, of which the files here stand for all."""
+    count = 10**9
+    plain = source(prepared)
+    records = plain.num_windows
+    tracemalloc.start()
+    try:
+        monkeypatch.setattr(
+            "layerskip_jax.data.batches.Shards.__getitem__",
+            lambda self, number, read=Shards.__getitem__: read(self, number % records),
+        )
+        monkeypatch.setattr("layerskip_jax.data.batches.Shards.__len__", lambda self: count)
+        monkeypatch.setattr(
+            "layerskip_jax.data.batches.read_manifest",
+            lambda folder: dataclasses.replace(
+                plain.manifest, train=dataclasses.replace(plain.manifest.train, windows=count)
+            ),
+        )
+        faked = source(prepared, batch_size=8)
+        with faked.prefetch(range(10**8, 10**8 + 5), lambda _: slice(None)) as batches:
+            read = list(batches)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert faked.num_windows == count and faked.steps_per_epoch == count // 8
+    assert peak < 2**22
+    step, batch = read[2]
+    numbers = faked.window_numbers(step)
+    assert len(set(numbers)) == 8 and max(numbers) > 2**24
+    unshuffled = source(prepared, batch_size=8, shuffle=False)
+    for row, number in enumerate(numbers):
+        assert_same(
+            type(batch)(*(array[[row]] for array in batch)),
+            unshuffled.rows(number // 8, [number % 8]),
+        )
+
+
 def test_prefetch_can_be_left_early_and_be_empty(prepared):
     with source(prepared).prefetch(range(1000), lambda _: slice(None)) as batches:
         assert next(batches)[0] == 0
@@ -183,6 +225,78 @@ def test_corpora_are_mixed_by_weight_each_in_epochs_of_its_own(prepared, other):
         if number >= ours:
             assert_same(mixed.rows(5, [row]), alone.batch(number - ours))
     assert_same(source(prepared, mixture=[str(other)], weights=[3.0, 1.0]).batch(5), mixed.batch(5))
+
+
+CHANGES = ((5, (1.0, 1.0)), (9, (0.0, 1.0)))
+
+
+def test_a_mixture_changes_its_weights_by_step(prepared, other):
+    """Six rows a step: 4 and 2, from step 5 on 3 and 3, from step 9 on none and all."""
+    mixed = source(
+        prepared, mixture=[str(other)], weights=[2.0, 1.0], weight_changes=CHANGES, batch_size=BATCH
+    )
+    ours, theirs = (source(folder).num_windows for folder in (prepared, other))
+    steps = [mixed.window_numbers(step) for step in range(12)]
+    of_first = [sum(number < ours for number in numbers) for numbers in steps]
+    assert of_first == [4] * 5 + [3] * 4 + [0] * 3
+    first = [number for numbers in steps for number in numbers if number < ours]
+    assert first == [n for step in range(9) for n in source(prepared).window_numbers(step)][:32]
+    second = [number for numbers in steps for number in numbers if number >= ours]
+    epochs = [second[i : i + theirs] for i in range(0, len(second) - theirs + 1, theirs)]
+    assert epochs and all(len(set(epoch)) == theirs for epoch in epochs)
+    assert mixed.epochs(12) == [
+        (str(prepared), (20 + 12) / ours), (str(other), (10 + 12 + 18) / theirs)
+    ]  # fmt: skip
+    assert mixed.epochs(5) == [(str(prepared), 20 / ours), (str(other), 10 / theirs)]
+
+
+def test_a_schedule_of_weights_is_read_alike_by_whoever_reads(prepared, other):
+    """By a reader that begins anywhere, by parts of the rows, and by two threads or five."""
+    options = {
+        "mixture": [str(other)], "weights": [0.7, 0.3], "weight_changes": CHANGES,
+        "batch_size": 8, "batch_ramp": (3, 6), "skips": [(4, 3), (8, 1)],
+    }  # fmt: skip
+    whole = source(prepared, **options)
+    expected = [whole.batch(step) for step in range(12)]
+    for threads in (2, 5):
+        again = source(prepared, **options)
+        with again.prefetch(range(4, 12), lambda _: slice(None), threads=threads) as batches:
+            for step, batch in batches:
+                assert_same(batch, expected[step])
+    for row in range(8):
+        part = source(prepared, **options).rows(10, [row])
+        assert_same(part, type(part)(*(array[[row]] for array in expected[10])))
+
+
+def test_a_schedule_that_cannot_be_is_refused_by_its_value(prepared, other):
+    mixture = {"mixture": [str(other)], "weights": [1.0, 1.0]}
+    for options, message in (
+        (
+            {"weight_changes": CHANGES},
+            r"weight_changes=\(\(5, .* config.data.mixture names no folder",
+        ),
+        (
+            mixture | {"weight_changes": [(5, (1.0,))]},
+            r"weight_changes of step 5=\(1.0,\) must have 2 numbers",
+        ),
+        (mixture | {"weight_changes": [(5, (0.0, 0.0))]}, "step 5=.* gives nothing to any folder"),
+        (
+            mixture | {"weights": [1.0, 0.0], "weight_changes": [(5, (2.0, 0.0))]},
+            f"{other} nothing, and no weight_changes does",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            source(prepared, **options)
+
+
+def test_a_schedule_is_part_of_what_identifies_the_data(prepared, other):
+    """And a run without one is identified as it was before there were any."""
+    arguments = (prepared, [str(other)], [0.7, 0.3])
+    prints = [source(folder).manifest.fingerprint for folder in (prepared, other)]
+    before = hashlib.sha256(json.dumps([prints, [0.7, 0.3]]).encode()).hexdigest()
+    assert mixture_fingerprint(*arguments) == mixture_fingerprint(*arguments, ()) == before
+    others = {mixture_fingerprint(*arguments, CHANGES[:count]) for count in (0, 1, 2)}
+    assert len(others) == 3
 
 
 def test_skipped_batches_are_passed_over_from_their_step_on(prepared):

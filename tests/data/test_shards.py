@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from layerskip_jax.data.shards import OPEN_SHARDS, DamagedError, Shards, read_range
+from layerskip_jax.data.shards import (
+    OPEN_SHARDS,
+    SHARE_OPEN,
+    DamagedError,
+    Shards,
+    most_open,
+    read_range,
+)
 from layerskip_jax.schema import UserError
 
 FILES, RECORDS = 200, 3
@@ -62,6 +69,41 @@ def test_more_files_than_may_be_open_are_read_in_any_order(files):
         read = [content for file in files for content in read_range(file)]
         assert read == [record(*divmod(index, RECORDS)) for index in range(len(read))]
     assert len(read) == FILES * RECORDS
+
+
+def test_as_many_files_stay_open_as_the_process_may_have(files):
+    """A quarter of its limit, so that those read before need not be opened again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for limit, most in ((64, OPEN_SHARDS), (600, 600 // SHARE_OPEN)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            assert most_open() == most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    before, shards = open_files(), Shards(files, 150)
+    order = np.random.default_rng(1).permutation(len(shards)).tolist()
+    for index in order:
+        shards[index]
+    assert open_files() - before == 150
+    last = {index // RECORDS: index for index in order}
+    kept = sorted(last, key=lambda file: -order.index(last[file]))[:150]
+    opened = shards._open.cache_info().misses
+    for file in kept:
+        assert shards[file * RECORDS] == record(file, 0)
+    assert shards._open.cache_info().misses == opened
+
+
+def test_thousands_of_files_are_read_with_few_open(files):
+    """5,000 paths to 200 files, each of which is another to the reader."""
+    names = [f"{files[n % FILES].parent}/{'./' * (n // FILES)}{files[n % FILES].name}"
+             for n in range(5000)]  # fmt: skip
+    before, shards = open_files(), Shards(names, 64)
+    assert len(shards) == 5000 * RECORDS
+    for index in np.random.default_rng(2).integers(0, len(shards), 500).tolist():
+        file, number = divmod(index, RECORDS)
+        assert shards[index] == record(file % FILES, number)
+        assert open_files() - before <= 64
+    assert open_files() - before == 64
 
 
 def test_what_the_system_refuses_is_not_called_damaged(files, tmp_path):
