@@ -233,7 +233,8 @@ def _settings_of(kind):
 # Numbers that Python alone computes with.
 HOST_SECONDS = {"checkpoint.keep_every_hours", "guards.step_timeout"}
 HOST_COUNTS = {
-    "data.prefetch", "data.read_threads", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
+    "data.prefetch", "data.read_threads",
+    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
     "guards.nonfinite_limit", "guards.roll_backs", "training.log_every", "training.evaluate_every",
     "training.evaluate_batches", "training.profile_step", "training.profile_steps",
     "training.gradient_accumulation", "training.rows_per_device", "model.head_dim",

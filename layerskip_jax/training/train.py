@@ -567,6 +567,16 @@ def _log_decisions(
             "config.training.batch_size",
             config.training.batch_ramp, config.training.steps, config.training.batch_size,
         )  # fmt: skip
+    if changes := config.data.weight_changes:
+        steps = config.training.steps
+        stages = "; ".join(f"{weights} from step {step + 1} on" for step, weights in changes)
+        logger.info("weights of the mixture: %s at first; %s", config.data.weights, stages)
+        last, weights = changes[-1]
+        if last >= steps:
+            logger.warning(
+                "config.data.weight_changes: the %d steps end before step %d, from which on the "
+                "weights would be %s", steps, last + 1, weights,
+            )  # fmt: skip
     _say_epochs(config, source)
     dropout, exits = config.layer_dropout, config.early_exit
     logger.info(

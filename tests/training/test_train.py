@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from unittest.mock import patch
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ from layerskip_jax.cli import main
 from layerskip_jax.commands.evaluate import evaluate
 from layerskip_jax.data.batches import BatchSource
 from layerskip_jax.distributed.processes import RESTART_EXIT_CODE
+from layerskip_jax.ops.checksum import checksum
 from layerskip_jax.run_folder import lock
 from layerskip_jax.run_folder.lock import locked
 from layerskip_jax.run_folder.paths import RunFolder, read_json_lines
@@ -335,6 +338,49 @@ def test_a_run_on_a_mixture_keeps_to_its_weights(arguments, prepared, tmp_path, 
     assert main(["train", f"--workdir={tmp_path / 'no'}", *flags]) == 2
     assert "config.data.weights=() must have 2 numbers" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_a_mixture_whose_weights_change_goes_on_with_the_very_same_batches(
+    arguments, prepared, tmp_path, capsys, caplog
+):
+    """Interrupted after step 2 of 5, read by two threads or by three, and another schedule."""
+    caplog.set_level(logging.INFO, "layerskip_jax")
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    flags = [
+        *arguments, f"--config.data.mixture=('{copy}',)", "--config.data.weights=(2.0, 1.0)",
+        "--config.training.steps=5", "--config.checkpoint.every_steps=2",
+        "--config.training.log_every=1",
+    ]  # fmt: skip
+    changes = "--config.data.weight_changes=((1, (1.0, 3.0)), (3, (0.0, 1.0)), (9, (1.0, 0.0)))"
+    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    assert main(["train", f"--workdir={whole}", *flags, changes]) == 0
+    assert "(1.0, 3.0) from step 2 on; (0.0, 1.0) from step 4 on" in caplog.text
+    assert "the 5 steps end before step 10, from which on" in caplog.text
+    shutil.copytree(whole, workdir)
+    for step in (4, 5):
+        shutil.rmtree(RunFolder(workdir).checkpoints / str(step))
+    another = changes.replace("(1.0, 3.0)", "(1.0, 2.0)")
+    for other in ([], [another]):
+        assert main(["train", f"--workdir={workdir}", *flags, *other]) == 2
+        assert "holds a run on other data" in capsys.readouterr().err
+    threads = "--config.data.read_threads=3"
+    assert main(["train", f"--workdir={workdir}", *flags, changes, threads]) == 0
+    assert "going on from the checkpoint of step 2" in caplog.text
+    ours, theirs = (read_json_lines(RunFolder(run).metrics_file) for run in (workdir, whole))
+    assert [r["batches"] for r in ours] == [r["batches"] for r in theirs]
+    assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
+    # And they are those of the schedule, with the evaluation's figures of a run that was whole.
+    source = BatchSource(
+        prepared, "train", batch_size=24, seed=0, mixture=(str(copy),), weights=(2.0, 1.0),
+        weight_changes=((1, (1.0, 3.0)), (3, (0.0, 1.0))),
+    )  # fmt: skip
+    windows = source.num_windows // 2
+    of_first = [sum(n < windows for n in source.window_numbers(step)) for step in range(5)]
+    assert of_first == [16, 6, 6, 0, 0]
+    sums = [int(checksum(jnp.asarray(source.batch(step).tokens))) for step in range(5)]
+    assert [r["batches"] for r in theirs] == [
+        zlib.crc32(np.array([value], "<u4").tobytes()) for value in sums
+    ]
 
 
 def damage(folder, split):
