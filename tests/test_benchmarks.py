@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
 import decode  # noqa: E402
+import feed  # noqa: E402
 import frontier  # noqa: E402
 import guards  # noqa: E402
 import harness  # noqa: E402
@@ -76,7 +78,7 @@ def test_every_benchmark_starts_from_any_folder(tmp_path):
     no_benchmarks = ("harness", "prompts", "doctests")
     names = sorted(p.name for p in BENCHMARKS.glob("*.py") if p.stem not in no_benchmarks)
     assert names == [
-        "ablation.py", "decode.py", "frontier.py", "guards.py", "policies.py",
+        "ablation.py", "decode.py", "feed.py", "frontier.py", "guards.py", "policies.py",
         "train_mfu.py", "train_step.py", "width_transfer.py",
     ]  # fmt: skip
     script = tmp_path / "all.py"
@@ -410,6 +412,46 @@ def test_the_benchmark_of_the_guards_writes_its_figures(tiny, bench, monkeypatch
     assert figures["step_seconds"] > 0 and figures["host_seconds_per_step"] > 0
     parts = figures["guarded_over_bare_step"] - 1 + figures["host_over_step"]
     assert figures["cost_of_guards_and_metrics"] == pytest.approx(parts)
+
+
+def test_the_benchmark_of_the_feed_reads_as_a_run_does(bench, tmp_path, monkeypatch, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for path in sorted(Path(json.__file__).parent.glob("*.py")):
+        (texts / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    for name, value in {
+        "SOURCE": str(texts), "LENGTHS": (32, 64), "THREADS": (1, 2), "SHARD_BYTES": 64 << 10,
+        "LEAST_WINDOWS": 300, "SAMPLE": 64, "QUICK_SECONDS": 0.01,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(feed, name, value)
+    # Reading cold is for machines of one's own.
+    monkeypatch.setattr(feed, "DROP_CACHES", tmp_path / "none" / "drop_caches")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    figures = bench(feed, "--quick", "--rounds=1", "--shards=60", f"--folder={tmp_path}")
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+    for length in (32, 64):
+        rates = [figures[f"{length}/warm/{threads}_threads"] for threads in (1, 2)]
+        asked = figures[f"{length}/v5p_host_asks"]
+        assert figures[f"{length}/fed_over_asked"] == pytest.approx(max(rates) / asked)
+        assert not any(key.startswith(f"{length}/cold") for key in figures)
+        for part in ("order", "record", "record, uncompressed", "copy", "unpack"):
+            assert figures[f"{length}/microseconds/{part}"] > 0
+        assert figures[f"{length}/kilobytes_uncompressed"] >= figures[f"{length}/kilobytes"] > 0
+        assert figures[f"{length}/wait_ms/at_demand"] > 0
+    assert figures["shards/few_open/open"] <= figures["shards/few_open/may_be_open"] + 2 == 34
+    assert figures["shards/ulimit/windows_per_second"] > 0
+    assert "cold reading is left out" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["texts"]
+
+
+def test_what_a_host_asks_for_is_its_flops_over_those_of_a_window():
+    """Six a parameter and token, and attention: 1.57e9 without the embedding, 2,048 tokens."""
+    parameters = 24 * (4 * 2048**2 + 3 * 2048 * 5504) + 2048 * 32_000
+    plain = 6 * parameters * 2048 + 24 * 3 * 4 * 2048 * 2049 / 2 * 2048
+    asked = feed.asked_for(2048)
+    # The recipe drops a few layers and scores 1.8 exits more.
+    assert asked == pytest.approx(4 * 459e12 / 2 / plain, rel=0.1)
+    assert asked < 4 * 459e12 / 2 / (6 * parameters * 2048)
 
 
 @pytest.mark.slow
