@@ -19,6 +19,7 @@ from layerskip_jax.schema import ConfigError, UserError, as_bytes, is_text, near
 
 VERBS = {
     "prepare": "turn text into packed windows to train on",
+    "data": "where the text of a window that a run trains on was found",
     "import": "make a run of a Hugging Face folder or a GGUF file",
     "plan": "memory, traffic and time of a run on devices that are not here",
     "train": "pretrain a model, or go on where a run was stopped",

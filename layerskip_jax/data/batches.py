@@ -21,6 +21,7 @@ import grain
 import numpy as np
 from jaxtyping import Int64
 
+from layerskip_jax.config import RunConfig
 from layerskip_jax.data.batch_sizes import BatchSizes
 from layerskip_jax.data.manifest import TOKENIZER_FILE, Manifest, read_manifest
 from layerskip_jax.data.order import ONE_CORPUS, MixtureWeights, Order
@@ -46,6 +47,34 @@ class BatchSource:
       damaged: records that were read as padding so far, because they are damaged.
     """
 
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, skips: Sequence[tuple[int, int]], folder: str | None = None
+    ) -> "BatchSource":
+        """Opens what a run trains on.
+
+        Args:
+          config: of the run.
+          skips: see `__init__`.
+          folder: where its `config.data.path` is now; None if it was not moved.
+
+        Raises:
+          ConfigError, UserError: see `__init__`.
+        """
+        data = config.data
+        return cls(
+            data.path if folder is None else folder,
+            "train",
+            batch_size=config.training.batch_size,
+            batch_ramp=config.training.batch_ramp,
+            seed=config.seed,
+            skip_damaged=data.on_damaged == "skip",
+            mixture=data.mixture,
+            weights=data.weights,
+            weight_changes=data.weight_changes,
+            skips=skips,
+        )
+
     def __init__(
         self,
         folder: str | Path,
@@ -65,7 +94,7 @@ class BatchSource:
 
         Args:
           folder: made by `layerskip prepare`.
-          split: `train` or `validation`.
+          split: `train`, `validation` or a set that is held out by name.
           batch_size: rows of a global batch.
           batch_ramp: steps from which on a batch has twice the rows, and batch_size in the end.
           seed: the seed of the order.
@@ -191,6 +220,11 @@ class BatchSource:
             yield iterator
         finally:
             iterator.close()
+
+    def locate(self, number: int) -> tuple[str, int]:
+        """Returns the folder that a window lies in, and its number there."""
+        part = bisect.bisect_right(self._first, number) - 1
+        return self._parts[part].folder, number - self._first[part]
 
     def _window(self, number: int) -> np.ndarray:
         if number < 0:

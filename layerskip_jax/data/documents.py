@@ -32,6 +32,7 @@ def first_tokens(
     source = BatchSource(
         data, split, batch_size=1, seed=0, shuffle=False, skip_damaged=on_damaged == "skip"
     )
+    begun = source.manifest.split(split).unit_starts
     texts: list[list[int]] = []
     text: list[int] | None = None  # what the open document has so far; None where none is known
     for number in range(source.num_windows):
@@ -48,7 +49,7 @@ def first_tokens(
             continue
         for segment in range(1, int(segments.max()) + 1):
             part = tokens[segments == segment]
-            if segment > 1 or number == 0 or source.whole_documents:
+            if segment > 1 or number in begun or source.whole_documents:
                 text = []
                 texts.append(text)
             elif number > 0:

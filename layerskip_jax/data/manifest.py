@@ -226,6 +226,16 @@ class Split:
         """UTF-8 bytes of text a token stands for, on average."""
         return self.bytes / self.tokens
 
+    @property
+    def unit_starts(self) -> set[int]:
+        """The numbers of the windows that begin with a document, as the first of a unit."""
+        starts, number, last = set(), 0, None
+        for shard in self.shards:
+            if shard.unit != last:
+                starts.add(number)
+            number, last = number + shard.windows, shard.unit
+        return starts
+
     def filled(self, sequence_length: int) -> float:
         """Returns the share of its windows' tokens that are no padding, of whole documents."""
         return self.tokens / max(self.windows * (sequence_length + 1), 1)

@@ -114,17 +114,18 @@ class ValidationSet:
       sequence_length: S of the windows.
     """
 
-    def __init__(self, config: RunConfig, path: str | None = None):
+    def __init__(self, config: RunConfig, path: str | None = None, split: str = "validation"):
         """Opens them.
 
         Args:
           config: names the data, what becomes of damaged records, and the batch size.
           path: prepared data; None takes `config.data.path`.
+          split: of that data.
 
         Raises:
           UserError: there are none, or the index of their files is damaged.
         """
-        self._config, self._opened = config, []
+        self._config, self._opened, self._split = config, [], split
         self._path = config.data.path if path is None else path
         self._whole = self._open(shuffle=False)
         self.sequence_length = self._whole.sequence_length
@@ -132,7 +133,7 @@ class ValidationSet:
     def _open(self, shuffle: bool) -> BatchSource:
         source = BatchSource(
             self._path,
-            "validation",
+            self._split,
             batch_size=self._config.training.batch_size,
             seed=0,
             shuffle=shuffle,
@@ -165,7 +166,10 @@ class ValidationSet:
 
 
 def open_further(config: RunConfig, manifest: Manifest) -> dict[str, ValidationSet]:
-    """Opens the sets of `config.data.validation`, by the names of their folders.
+    """Opens the sets that are evaluated beside the run's own validation split.
+
+    These are the sets that its data hold out by name, and those of `config.data.validation`, by the
+    names of their folders.
 
     Args:
       config: the run, its vocabulary known.
@@ -173,11 +177,19 @@ def open_further(config: RunConfig, manifest: Manifest) -> dict[str, ValidationS
 
     Raises:
       UserError: a folder is not prepared, by another tokenizer, of windows too long for the model
-        or with a token that it does not have; or see `ValidationSet`.
+        or with a token that it does not have, or by a name that is taken; or see `ValidationSet`.
     """
-    sets, longest = {}, config.model.max_sequence_length
+    longest = config.model.max_sequence_length
+    sets = {
+        one.name: ValidationSet(config, config.data.path, one.name) for one in manifest.held_out
+    }
     for path in config.data.validation:
         theirs = read_manifest(path)
+        if (name := folder_name(path)) in sets:
+            raise UserError(
+                f"{path} of config.data.validation is called {name!r}, as a set that "
+                f"{config.data.path} holds out; rename the folder"
+            )
         if theirs.tokenizer_sha256 != manifest.tokenizer_sha256:
             raise UserError(
                 f"{path} of config.data.validation was prepared with another tokenizer than "
@@ -190,5 +202,5 @@ def open_further(config: RunConfig, manifest: Manifest) -> dict[str, ValidationS
                 f"longer than config.model.max_sequence_length={longest}; prepare shorter ones"
             )
         theirs.check_tokens(config.model.vocab_size, path)
-        sets[folder_name(path)] = ValidationSet(config, path)
+        sets[name] = ValidationSet(config, path)
     return sets

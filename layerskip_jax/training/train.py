@@ -309,18 +309,7 @@ def _open_data(
         initial.check_tokenizer(_tokenizer_file(config))
         config = dataclasses.replace(config, model=shaped_like(config.model, initial.config))
     config = resolve(config, manifest)
-    source = BatchSource(
-        data.path,
-        "train",
-        batch_size=config.training.batch_size,
-        batch_ramp=config.training.batch_ramp,
-        seed=config.seed,
-        skip_damaged=data.on_damaged == "skip",
-        mixture=data.mixture,
-        weights=data.weights,
-        weight_changes=data.weight_changes,
-        skips=folder.skips(),
-    )
+    source = BatchSource.of_run(config, folder.skips())
     if epochs := config.training.epochs:
         steps = source.sizes.steps_for(epochs * source.num_windows)
         config = dataclasses.replace(
