@@ -80,7 +80,7 @@ def find(folder: Path, manifest: Manifest, split: str, window: int) -> list[Orig
     file = file_of(folder, split, unit)
     try:
         with np.load(file) as arrays:
-            starts, origins = arrays["starts"], arrays["origins"]
+            starts, lengths, origins = (arrays[n] for n in ("starts", "lengths", "origins"))
     except FileNotFoundError:
         raise UserError(
             f"{folder} does not tell where its documents are from; it was prepared by an older "
@@ -93,8 +93,7 @@ def find(folder: Path, manifest: Manifest, split: str, window: int) -> list[Orig
     result = []
     for at in range(first, last):
         begins = int(starts[at])
-        ends = int(starts[at + 1]) if at + 1 < len(starts) else end
-        held = min(ends, end) - max(begins, begin)
+        held = min(begins + int(lengths[at]), end) - max(begins, begin)
         *where, piece, place = origins[at].tolist()
         read = _read_unit(folder, where[0] if where else unit or 0)
         if held > 0:

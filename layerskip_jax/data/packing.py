@@ -154,11 +154,13 @@ class Trace:
     Attributes:
       starts: the first token of each document, counted in the windows' stream: of cut documents
         S to a window, which shares its last token with the next, of whole ones S + 1.
+      lengths: its tokens, the end token included.
       origins: what each document came with.
     """
 
     def __init__(self):
         self.starts: list[int] = []
+        self.lengths: list[int] = []
         self.origins: list[tuple[int, ...]] = []
 
     def pack(
@@ -173,6 +175,7 @@ class Trace:
             length = 0
             for tokens, origin in documents:
                 self.starts.append(length)
+                self.lengths.append(len(tokens) + 1)
                 self.origins.append(origin)
                 length += len(tokens) + 1
                 yield tokens
@@ -197,16 +200,18 @@ class Trace:
             start = number * size
             for document in held:
                 self.starts.append(start)
+                self.lengths.append(len(document.tokens))
                 self.origins.append(waiting.pop(id(document)))
                 start += len(document.tokens)
             yield lay_out(held, size, end_token_id)
 
     def save(self, file: Path) -> None:
-        """Writes both as arrays."""
+        """Writes all three as arrays."""
         columns = len(self.origins[0]) if self.origins else 2
         np.savez_compressed(
             file,
             starts=np.array(self.starts, np.int64),
+            lengths=np.array(self.lengths, np.int64),
             origins=np.array(self.origins, np.int64).reshape(-1, columns),
         )
 

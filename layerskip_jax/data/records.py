@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import dataset_info, naming
+from tensorflow_datasets.proto import tf_example_pb2
 
 from layerskip_jax.data.manifest import Shard
 
@@ -49,7 +50,10 @@ def document_record(
     example = {"path": path, "text": text}
     if has_completions:
         example["completions"] = np.array(completions, np.int64).reshape(-1, 2)
-    return document_features(has_completions).serialize_example(example)
+    record = document_features(has_completions).serialize_example(example)
+    # Its fields lie in no order otherwise, and the same documents would give other bytes.
+    message = tf_example_pb2.Example.FromString(record)
+    return message.SerializeToString(deterministic=True)
 
 
 def write_description(
