@@ -23,6 +23,11 @@ a JobSet also takes
   --account=NAME     service account of the pods, as for access to buckets
   --queue=NAME       local queue of Kueue, which starts the pods all at once or not yet
   --pvc=CLAIM:/PATH  mount a volume claim (NFS, ReadWriteMany) there, to hold the workdir
+  --data-bucket=gs://BUCKET[/PREFIX]    prepared data, mounted read-only by GKE's driver of Cloud
+                     Storage FUSE; the service account needs to read it (Workload Identity)
+  --data-mount=/PATH where (default: /data)
+  --data-cache-gib=N a file cache on each node's disk; as large as the data, or it may slow the
+                     reading down (default: 0, none)
   --secret=NAME      secret whose keys become variables
   --node-selector=LABEL=VALUE     of nodes to run on; any number of times
 and xpk
@@ -34,11 +39,13 @@ and xpk
 gs://..., s3://..., or under the path of --pvc.
 Exit code 75 of the run, and evictions, restart the JobSet always; 2 (bad input) fails it;
 anything else restarts it --restarts times. `kubectl delete jobset NAME` saves, then ends.
-xpk counts every restart alike, so with it a run that is preempted --restarts times fails.
+xpk counts every restart alike, so with it a run that is preempted --restarts times fails; it
+mounts buckets by `xpk storage attach`.
 """
 
 import math
 
+import bucket
 import jobset
 from options import Options, quoted, refuse
 
@@ -48,7 +55,8 @@ def main() -> None:
     options = Options.parse(
         __doc__,
         "name slices=1 image python restarts grace=600 accelerator topology chips reservation "
-        "namespace account queue pvc secret cluster tpu-type project zone".split(),
+        "namespace account queue pvc secret cluster tpu-type project zone".split()
+        + bucket.OPTIONS,
         lists="env node-selector",
         flags="dry-run spot xpk",
     )
@@ -64,7 +72,7 @@ def with_xpk(options: Options) -> None:
     options.exclude(
         "not of xpk, but of a JobSet without --xpk",
         "accelerator topology chips spot reservation namespace account queue pvc secret "
-        "node-selector",
+        "node-selector data-bucket data-mount data-cache-gib",
     )
     options.restarts = options.restarts or "100"
     jobset.check(options)
@@ -92,6 +100,7 @@ def with_jobset(options: Options) -> None:
     options.chips, options.restarts = options.chips or "4", options.restarts or "3"
     options.whole(1, "chips")
     options.matching("topology", "[1-9][0-9]*(x[1-9][0-9]*){1,2}", "like 4x4 or 2x2x4")
+    bucket.check(options, "gs", "TPUs of GKE")
     jobset.check(options)
     if options.spot and options.reservation:
         refuse(f"--spot and --reservation={options.reservation} exclude each other")

@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from options import NAME, Options, refuse, require, say
+import bucket
+from options import NAME, Options, quoted, refuse, require, say
 
 
 def check(options: Options) -> None:
@@ -35,6 +36,8 @@ def check(options: Options) -> None:
             f"--workdir={folder} would be lost with the pod; give gs://..., s3://..., or a folder "
             "under the path of a --pvc=CLAIM:/PATH"
         )
+    if mount and mount == options.data_mount:
+        refuse(f"--pvc={options.pvc} and --data-mount={mount} are one path; give two")
 
 
 def values(options: Options) -> dict:
@@ -44,30 +47,50 @@ def values(options: Options) -> dict:
     # Kubernetes replaces $(NAME) in commands and variables, and reads $$ as one $.
     words = [word.replace("$", "$$") for word in options.command]
     volume = {"name": "workdir", "persistentVolumeClaim": {"claimName": claim}}
+    data = bucket.volume(options)
     return {
         **vars(options),
+        **data,
         "command": [options.python or "python3", "-m", "layerskip_jax", *words],
         "labels": {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else None,
         "env": [{"name": name, "value": env[name].replace("$", "$$")} for name in env],
         "env_from": [{"secretRef": {"name": options.secret}}] if options.secret else None,
-        "volumes": [volume] if claim else [],
-        "mounts": [{"name": "workdir", "mountPath": mount}] if claim else [],
+        "volumes": [volume] * bool(claim) + data["volumes"],
+        "mounts": [{"name": "workdir", "mountPath": mount}] * bool(claim) + data["mounts"],
         "node_selector": dict(pair.split("=", 1) for pair in options.node_selector),
     }
 
 
 def submit(options: Options, kind: str, found: dict) -> None:
     """Prints the manifest, or has kubectl create its JobSet."""
-    manifest = render(Path(__file__).with_name("jobset.yaml").read_text(), kind, found)
+    folder = Path(__file__).parent
+    manifest = render((folder / "jobset.yaml").read_text(), kind, found)
+    volume = ""
+    if found["volume"]:
+        volume = render((folder / "mountpoint.yaml").read_text(), kind, found)
     if options.dry_run:
-        print(manifest, end="")
+        print(volume + manifest, end="")
         return
     require("kubectl", "--dry-run prints the manifest for one elsewhere")
+    if volume:
+        # Of an earlier JobSet of that name it may be there, and is right if it is the same.
+        done = subprocess.run(["kubectl", "apply", "--filename=-"], input=volume.encode())
+        if done.returncode:
+            say(f"the volume is not there as asked for; to make it anew: {_delete(options, found)}")
+            sys.exit(done.returncode)
     # Not apply: over a JobSet of that name it would change nothing, or fail on what is immutable.
     done = subprocess.run(["kubectl", "create", "--filename=-"], input=manifest.encode())
     if done.returncode:
         sys.exit(done.returncode)
     say(" ".join(["to follow it: kubectl get jobset", options.name, *options.given("namespace")]))
+    if volume:
+        say(f"its volume stays when it is deleted; to delete that: {_delete(options, found)}")
+
+
+def _delete(options: Options, found: dict) -> str:
+    # Both: a volume whose claim is gone is bound to no other.
+    what = [f"pvc/{found['claim']}", f"pv/{found['volume']}"]
+    return quoted("kubectl", "delete", *what, *options.given("namespace"))
 
 
 def render(template: str, kind: str, found: dict) -> str:

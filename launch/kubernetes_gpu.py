@@ -12,6 +12,11 @@ usage: launch/kubernetes_gpu.sh --name=NAME --nodes=N --gpus=N --image=IMAGE [op
   --account=NAME     service account of the pods, as for access to buckets
   --queue=NAME       local queue of Kueue, which starts the pods all at once or not yet
   --pvc=CLAIM:/PATH  mount a volume claim (NFS, ReadWriteMany) there, to hold the workdir
+  --data-bucket=gs://BUCKET[/PREFIX] or s3://...    prepared data, mounted read-only: on GKE by
+                     the driver of Cloud Storage FUSE; s3:// by that of Mountpoint for Amazon S3
+  --data-mount=/PATH where (default: /data)
+  --data-cache-gib=N a file cache on each node's disk; as large as the data, or it may slow the
+                     reading down (default: 0, none)
   --secret=NAME      secret whose keys become variables (keys of S3, of Weights & Biases)
   --env=NAME=VALUE   a variable of the processes; any number of times
   --limit=NAME=N     a further resource of each pod, such as rdma/ib=1; any number of times
@@ -26,6 +31,7 @@ Exit code 75 of the run, and evictions, restart the JobSet always; 2 (bad input)
 anything else restarts it --restarts times. `kubectl delete jobset NAME` saves, then ends.
 """
 
+import bucket
 import jobset
 from options import Options
 
@@ -35,12 +41,14 @@ def main() -> None:
     options = Options.parse(
         __doc__,
         "name nodes gpus image python namespace account queue pvc secret restarts=3 "
-        "grace=600".split(),
+        "grace=600".split()
+        + bucket.OPTIONS,
         lists="env limit node-selector",
         flags="dry-run",
     )
     options.need("name nodes gpus image")
     options.whole(1, "nodes gpus")
+    bucket.check(options, "gs s3", "the drivers here")
     jobset.check(options)
     options.pairs("env limit node-selector")
     if not any(pair.startswith("NCCL_DEBUG=") for pair in options.env):

@@ -119,10 +119,10 @@ class Options(argparse.Namespace):
     def whole(self, least: int, names: str) -> None:
         """Makes options numbers; refuses what is no whole number of at least `least`."""
         for name in names.split():
-            value = getattr(self, name)
+            value = getattr(self, name.replace("-", "_"))
             if not re.fullmatch("0|[1-9][0-9]{0,8}", value) or int(value) < least:
                 refuse(f"--{name}={value} must be a whole number of at least {least}")
-            setattr(self, name, int(value))
+            setattr(self, name.replace("-", "_"), int(value))
 
     def matching(self, name: str, pattern: str, what: str) -> None:
         """Refuses a value, if given, that does not match."""

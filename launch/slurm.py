@@ -9,6 +9,11 @@ usage: launch/slurm.sh --nodes=N --gpus=N [options] -- train --config=... --work
   --partition=NAME --account=NAME --qos=NAME    as of sbatch
   --constraint=LIST  features that the nodes must have, as of sbatch
   --python=PATH      that runs layerskip on the nodes (default: python3 on their PATH)
+  --data-bucket=gs://BUCKET[/PREFIX] or s3://...    prepared data, mounted read-only on each node
+                     by gcsfuse or mount-s3, which have to be installed there
+  --data-mount=/PATH where: a folder that the user may make on each node, as /tmp/data
+  --data-cache-gib=N a file cache in TMPDIR or /tmp of each node; as large as the data, or it may
+                     slow the reading down (default: 0, none)
   --log=FILE         output, appended to; %j is the job (default: slurm-%j.out)
   --restarts=N       restarts after crashes within one allocation (default: 3)
   --grace=SECONDS    to save in: SIGTERM comes this long before the time limit (default: 300)
@@ -23,6 +28,7 @@ launch/slurm.sbatch is what runs on the nodes; it explains the NCCL settings.
 
 from pathlib import Path
 
+import bucket
 from options import Options, refuse
 
 
@@ -31,7 +37,8 @@ def main() -> None:
     options = Options.parse(
         __doc__,
         "nodes gpus time name=layerskip partition account qos constraint python=python3 "
-        "log=slurm-%j.out restarts=3 grace=300".split(),
+        "log=slurm-%j.out restarts=3 grace=300".split()
+        + bucket.OPTIONS,
         lists="",
         flags="dry-run",
     )
@@ -46,6 +53,9 @@ def main() -> None:
     )
     if options.grace > 65535:
         refuse(f"--grace={options.grace} must be at most 65535, the longest notice SLURM gives")
+    bucket.check(options, "gs s3", "the nodes", mount="")
+    folder = Path(__file__).resolve().parent
+    mounted = [*options.given(" ".join(bucket.OPTIONS)), f"--mounted={folder / 'mounted.sh'}"]
     submit = [
         "sbatch",
         f"--job-name={options.name}",
@@ -63,9 +73,10 @@ def main() -> None:
         "--open-mode=append",
         f"--output={options.log}",
         *options.given("time partition account qos constraint"),
-        str(Path(__file__).resolve().with_name("slurm.sbatch")),
+        str(folder / "slurm.sbatch"),
         *options.given("python"),
         f"--restarts={options.restarts}",
+        *(mounted if options.data_bucket else []),
         "--",
         *options.command,
     ]

@@ -17,6 +17,11 @@ usage: launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION [o
                      (default: makes .venv by uv, with this package and jax[tpu])
   --python=PATH      that runs layerskip there (default: .venv/bin/python)
   --env=NAME=VALUE   a variable of the processes; any number of times
+  --data-bucket=gs://BUCKET[/PREFIX]    prepared data, mounted read-only on each worker by gcsfuse,
+                     which is installed; the service account needs to read it
+  --data-mount=/PATH where (default: /data)
+  --data-cache-gib=N a file cache on each worker's disk; as large as the data, or it may slow the
+                     reading down (default: 0, none)
   --restarts=N       restarts after crashes (default: 3)
   --poll=SECONDS     between looks at the state of the resource (default: 30)
   --keep             leave the resource at the end; without it, it is deleted
@@ -38,6 +43,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import bucket
 from options import BAD_INPUT, NAME, RESTART, Options, quoted, refuse, require, say
 
 TPUS = ("gcloud", "compute", "tpus", "queued-resources")
@@ -57,7 +63,8 @@ def main() -> None:
     options = Options.parse(
         __doc__,
         "name zone project type runtime slices=1 network subnetwork account".split()
-        + [f"setup={SETUP}", "python=.venv/bin/python", "restarts=3", "poll=30"],
+        + [f"setup={SETUP}", "python=.venv/bin/python", "restarts=3", "poll=30"]
+        + bucket.OPTIONS,
         lists="env",
         flags="spot reserved internal keep dry-run",
     )
@@ -85,6 +92,7 @@ def check(options: Options) -> None:
     options.whole(0, "restarts poll")
     options.matching("name", *NAME)
     options.pairs("env")
+    bucket.check(options, "gs", "TPU VMs")
     if options.spot and options.reserved:
         refuse("--spot and --reserved exclude each other")
     folder = options.workdir()
@@ -133,6 +141,10 @@ class Launcher:
         install = [*on_all, f"--command={install} && cd layerskip && {options.setup}"]
         # The lock waits for a process of before whose connection was lost: it would hold the chips.
         line = ["flock", "--timeout=600", "../layerskip.lock", "env", *options.env, options.python]
+        if options.data_bucket:
+            # Around the lock: gcsfuse stays behind, and would hold it.
+            mounted = ["launch/mounted.sh", *options.given(" ".join(bucket.OPTIONS))]
+            line = [*mounted, "--install", "--", *line]
         line = quoted(*line, "-m", "layerskip_jax", *options.command)
         self.run = [
             *on_all,

@@ -12,7 +12,7 @@ import yaml
 from layerskip_jax.distributed.cluster_env import distributed_arguments
 from tests.launch.jobset_schema import JOBSET
 from tests.launch.scripts import AWKWARD, Fakes, run
-from tests.launch.test_scripts import DRY_RUNS, GOLDEN, GPU, TPU, TRAIN
+from tests.launch.test_scripts import DRY_RUNS, GOLDEN, GPU, GS, S3, TPU, TRAIN
 
 MANIFESTS = sorted(
     case for case in DRY_RUNS if case.startswith(("kube", "gke")) and "xpk" not in case
@@ -44,7 +44,8 @@ def container(jobset):
 
 
 def golden(case):
-    return yaml.safe_load((GOLDEN / f"{case}.txt").read_text())
+    """The JobSet; what it needs beside it comes before it."""
+    return [*yaml.safe_load_all((GOLDEN / f"{case}.txt").read_text())][-1]
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
@@ -207,6 +208,94 @@ def test_kubectl_is_given_the_manifest_of_the_dry_run(script, options, tmp_path)
     text = run(script, *options, "--namespace=team", "--dry-run", *TRAIN).stdout
     assert fakes.calls() == [["kubectl", "create", "--filename=-", text]]
     assert "kubectl get jobset run --namespace=team" in done.stderr
+
+
+def pod(jobset):
+    return job(jobset)["template"]["spec"]
+
+
+@pytest.mark.parametrize("script, options", [("kubernetes_gpu.sh", GPU), ("gke_tpu.sh", TPU)])
+def test_a_bucket_of_google_is_mounted_by_the_driver_of_gke(script, options):
+    jobset = manifest(script, *options, GS, "--data-cache-gib=100", "--dry-run", *TRAIN)
+    validate(jobset)
+    annotations = job(jobset)["template"]["metadata"]["annotations"]
+    assert annotations["gke-gcsfuse/volumes"] == "true"
+    mount, volume = container(jobset)["volumeMounts"][0], pod(jobset)["volumes"][0]
+    assert mount == {"name": volume["name"], "mountPath": "/data", "readOnly": True}
+    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["readOnly"]
+    attributes = volume["csi"]["volumeAttributes"]
+    words = attributes["mountOptions"].split(",")
+    assert attributes["bucketName"] == "my-bucket"
+    assert {"implicit-dirs", "only-dir=corpora/web", "file-cache:max-size-mb:102400"} <= {*words}
+    # The sidecar's cache has room for it, and pods come only to nodes that have.
+    cache = pod(jobset)["volumes"][1]
+    assert cache == {"name": "gke-gcsfuse-cache", "emptyDir": {"sizeLimit": "101Gi"}}
+    assert annotations["gke-gcsfuse/ephemeral-storage-request"] == "101Gi"
+
+
+def test_without_a_cache_none_is_asked_for():
+    jobset = manifest("gke_tpu.sh", *TPU, "--data-bucket=gs://my-bucket", "--dry-run", *TRAIN)
+    (volume,) = pod(jobset)["volumes"]
+    options = volume["csi"]["volumeAttributes"]["mountOptions"]
+    assert "cache:max" not in options and "only-dir" not in options
+    assert not any("request" in name for name in job(jobset)["template"]["metadata"]["annotations"])
+
+
+def volume_and_claim(*arguments):
+    done = run("kubernetes_gpu.sh", *GPU, *arguments, "--dry-run", *TRAIN)
+    volume, claim, jobset = yaml.safe_load_all(done.stdout)
+    for one in (volume, claim):
+        kubernetes_validate.validate(one, "1.33", strict=True)
+    validate(jobset)
+    return volume, claim, jobset
+
+
+def test_a_bucket_of_s3_is_a_volume_with_its_claim():
+    arguments = [S3, "--namespace=team", "--data-cache-gib=100"]
+    volume, claim, jobset = volume_and_claim(*arguments)
+    assert claim["metadata"] == {"name": "run-data", "namespace": "team"}
+    assert claim["spec"]["volumeName"] == volume["metadata"]["name"] == "team-run-data"
+    # Neither looks for a class; both allow what the other asks for.
+    for spec in (volume["spec"], claim["spec"]):
+        assert spec["storageClassName"] == "" and spec["accessModes"] == ["ReadOnlyMany"]
+    source = pod(jobset)["volumes"][0]["persistentVolumeClaim"]
+    assert source == {"claimName": "run-data", "readOnly": True}
+    assert volume["spec"]["mountOptions"][:2] == ["read-only", "prefix corpora/web/"]
+    assert volume["spec"]["csi"]["driver"] == "s3.csi.aws.com"
+    assert volume["spec"]["csi"]["volumeAttributes"] == {
+        "bucketName": "my-bucket",
+        "cache": "emptyDir",
+        "cacheEmptyDirSizeLimit": "100Gi",
+    }
+    assert "metadata" not in job(jobset)["template"]
+
+
+def test_a_bucket_of_s3_is_read_as_the_account_of_the_pods_if_one_is_named():
+    volume, claim, _ = volume_and_claim("--data-bucket=s3://my-bucket", "--account=trainer")
+    attributes = volume["spec"]["csi"]["volumeAttributes"]
+    assert attributes == {"bucketName": "my-bucket", "authenticationSource": "pod"}
+    assert volume["metadata"]["name"] == claim["spec"]["volumeName"] == "run-data"
+    assert not any("prefix" in word for word in volume["spec"]["mountOptions"])
+
+
+def test_the_volume_is_there_before_the_jobset(tmp_path):
+    fakes = Fakes(tmp_path / "fakes", "kubectl")
+    done = run("kubernetes_gpu.sh", *GPU, S3, *TRAIN, fakes=fakes)
+    assert done.returncode == 0, done.stderr
+    (*apply, volume), (*create, jobset) = fakes.calls()
+    assert apply == ["kubectl", "apply", "--filename=-"] and create[1] == "create"
+    text = run("kubernetes_gpu.sh", *GPU, S3, "--dry-run", *TRAIN).stdout
+    assert volume + jobset == text
+    assert "to delete that: kubectl delete pvc/run-data pv/run-data" in done.stderr
+
+
+def test_another_volume_of_that_name_is_no_volume_of_this_jobset(tmp_path):
+    fakes = Fakes(tmp_path / "fakes", "kubectl")
+    fakes.answer("kubectl", (1, "spec.persistentvolumesource: Forbidden: is immutable"))
+    done = run("kubernetes_gpu.sh", *GPU, S3, "--namespace=team", *TRAIN, fakes=fakes)
+    assert done.returncode == 1
+    assert [call[1] for call in fakes.calls()] == ["apply"]
+    assert "kubectl delete pvc/run-data pv/team-run-data --namespace=team" in done.stderr
 
 
 def test_an_error_of_kubectl_is_one_of_the_script(tmp_path):

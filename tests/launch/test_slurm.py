@@ -98,6 +98,39 @@ def test_a_crash_and_then_a_stop(slurm):
     assert [call[0] for call in slurm.calls()] == ["srun", "srun", "squeue", "scontrol"]
 
 
+DATA = ["--data-bucket=s3://bucket/web", "--data-mount=/tmp/data", "--mounted=/x/mounted.sh"]
+MOUNTED = ["bash", "/x/mounted.sh", *DATA[:2]]
+
+
+def after_options(call):
+    """What srun is to run."""
+    return call[call.index("--label") + 1 :]
+
+
+def test_a_bucket_is_mounted_in_the_step_of_the_run_and_taken_away_at_the_end(slurm):
+    slurm.answer("srun", (0, ""), (1, ""), (0, ""))
+    assert batch(slurm, *DATA).returncode == 0
+    run_it = [*MOUNTED, "--", *COMMAND, *AWKWARD]
+    expected = [[*MOUNTED, "--", "true"], run_it, run_it, [*MOUNTED, "--unmount"]]
+    assert [after_options(call) for call in slurm.calls("srun")] == expected
+
+
+def test_a_bucket_is_taken_away_before_the_job_is_requeued(slurm):
+    slurm.answer("srun", (0, ""), (75, ""), (0, ""))
+    slurm.answer("squeue", (0, "RUNNING"))
+    assert batch(slurm, *DATA).returncode == 0
+    names = [call[-1] if call[0] == "srun" else call[0] for call in slurm.calls()]
+    assert names == ["true", AWKWARD[-1], "squeue", "--unmount", "scontrol"]
+
+
+def test_a_bucket_that_one_node_cannot_mount_ends_the_job_before_the_run(slurm):
+    slurm.answer("srun", (2, ""), (0, ""))
+    done = batch(slurm, *DATA)
+    assert done.returncode == 2
+    assert [call[-1] for call in slurm.calls()] == ["true", "--unmount"]
+    assert "exit code 2: the bucket was not mounted on every node" in done.stderr
+
+
 def test_outside_of_a_job_it_says_how_to_submit_it(slurm):
     done = run("slurm.sbatch", "--", "train", fakes=slurm, SLURM_JOB_ID="")
     assert done.returncode == 2 and slurm.calls() == []

@@ -65,6 +65,20 @@ def test_done_is_deleted(gcloud):
     assert done.stderr.count("run is PROVISIONING") == 1
 
 
+def test_a_bucket_is_mounted_before_each_start(gcloud):
+    gcloud.answer("ssh", INSTALLED, ended(75), ended(0))
+    assert launch(gcloud, "--data-bucket=gs://bucket/web", "--data-cache-gib=9").returncode == 0
+    _, *runs = [call[-1].removeprefix("--command=") for call in gcloud.calls("ssh")]
+    assert len(runs) == 2
+    for line in runs:
+        words = shlex.split(line)
+        start, end = words.index("launch/mounted.sh"), words.index("--")
+        data = ["--data-bucket=gs://bucket/web", "--data-mount=/data", "--data-cache-gib=9"]
+        assert words[start + 1 : end] == [*data, "--install"]
+        # The lock is not held by what stays behind.
+        assert words[end + 1] == "flock"
+
+
 def test_kept_when_asked(gcloud):
     gcloud.answer("ssh", INSTALLED, ended(0))
     done = launch(gcloud, "--keep")
