@@ -9,11 +9,14 @@ import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import jax
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -23,6 +26,7 @@ import feed  # noqa: E402
 import frontier  # noqa: E402
 import guards  # noqa: E402
 import harness  # noqa: E402
+import mount  # noqa: E402
 import policies  # noqa: E402
 import train_mfu  # noqa: E402
 import train_step  # noqa: E402
@@ -33,6 +37,7 @@ from layerskip_jax.language_model import load  # noqa: E402
 from layerskip_jax.model.transformer import Transformer  # noqa: E402
 from layerskip_jax.run_folder.exit_policies import store_policy  # noqa: E402
 from layerskip_jax.run_folder.paths import RunFolder  # noqa: E402
+from layerskip_jax.schema import UserError  # noqa: E402
 from layerskip_jax.training.setup import make_setup  # noqa: E402
 from tests.helpers import run_with_full_effort, small_model  # noqa: E402
 
@@ -78,8 +83,8 @@ def test_every_benchmark_starts_from_any_folder(tmp_path):
     no_benchmarks = ("harness", "prompts", "doctests")
     names = sorted(p.name for p in BENCHMARKS.glob("*.py") if p.stem not in no_benchmarks)
     assert names == [
-        "ablation.py", "decode.py", "feed.py", "frontier.py", "guards.py", "policies.py",
-        "train_mfu.py", "train_step.py", "width_transfer.py",
+        "ablation.py", "decode.py", "feed.py", "frontier.py", "guards.py", "mount.py",
+        "policies.py", "train_mfu.py", "train_step.py", "width_transfer.py",
     ]  # fmt: skip
     script = tmp_path / "all.py"
     script.write_text(
@@ -452,6 +457,63 @@ def test_what_a_host_asks_for_is_its_flops_over_those_of_a_window():
     # The recipe drops a few layers and scores 1.8 exits more.
     assert asked == pytest.approx(4 * 459e12 / 2 / plain, rel=0.1)
     assert asked < 4 * 459e12 / 2 / (6 * parameters * 2048)
+
+
+def few_windows(folder, *_):
+    """Shards of five windows in place of those of the standard library."""
+    folder.mkdir(parents=True)
+    for shard in range(2):
+        writer = ArrayRecordWriter(str(folder / f"train-{shard:05d}.array_record"), "group_size:1")
+        for number in range(5):
+            writer.write(bytes([shard, number]) * 4)
+        writer.close()
+
+
+def test_reading_takes_each_window_once(tmp_path, monkeypatch):
+    few_windows(tmp_path / "data")
+    taken, read_one = [], mount.Shards.__getitem__
+    monkeypatch.setattr(
+        mount.Shards, "__getitem__", lambda self, at: taken.append(at) or read_one(self, at)
+    )
+    figures = mount.read(tmp_path / "data", threads=3, seconds=60, seed=0)
+    assert sorted(taken) == list(range(10)) != taken
+    assert 0 < figures["wait_ms_median"] <= figures["wait_ms_99_percent"]
+
+
+def test_the_benchmark_of_mounts_measures_a_folder(bench, tmp_path):
+    few_windows(tmp_path / "data")
+    figures = bench(mount, "--quick", f"--data={tmp_path / 'data'}")
+    assert len(figures) == 6 and all(figure > 0 for figure in figures.values())
+    with pytest.raises(UserError, match="--data=.*has no train-"):
+        bench(mount, f"--data={tmp_path}")
+
+
+def test_without_a_way_to_mount_the_disk_is_measured_alone(bench, monkeypatch, capsys):
+    monkeypatch.setattr(mount, "write_windows", few_windows)
+    monkeypatch.setattr(mount.shutil, "which", lambda _: None)
+    figures = bench(mount, "--quick")
+    assert {name.split("/")[1] for name in figures} == {"disk"}
+    assert "mounts are left out: there is no rclone here" in capsys.readouterr().out
+
+
+def test_the_stand_in_for_a_bucket_answers_in_parts(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    answers = {}
+    # In a thread, as a process of its own takes seconds to start.
+    with mount.bucket_server(tmp_path, latency=0) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever, 0.01)
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        for span in ("bytes=2-4", "bytes=98-", "bytes=98-1000", ""):
+            headers = {"Range": span} if span else {}
+            with urlopen(Request(f"{address}/file", headers=headers)) as answer:
+                answers[span] = answer.status, answer.headers["Content-Range"], answer.read()
+        with urlopen(address) as answer:
+            assert b'href="file"' in answer.read()
+        server.shutdown()
+    end = (206, "bytes 98-99/100", bytes([98, 99]))
+    assert answers["bytes=2-4"] == (206, "bytes 2-4/100", bytes([2, 3, 4]))
+    assert answers["bytes=98-"] == answers["bytes=98-1000"] == end
+    assert answers[""] == (200, None, bytes(range(100)))
 
 
 @pytest.mark.slow
