@@ -55,6 +55,7 @@ MFU = 0.5
 SHARD_BYTES = 64 << 20  # of windows, as `layerskip prepare` has them
 SOURCE = "stdlib"
 SECONDS, QUICK_SECONDS = 2.0, 0.2  # that each rate is measured for
+COLD_WINDOWS = 512
 LEAST_WINDOWS = 2**17  # in an order of fewer than 2**16, finding the next one takes longer
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 FEW_FILES = 128  # the least limit of open files there is
@@ -146,21 +147,33 @@ def reading(source: BatchSource, threads: int) -> Iterator[Iterator]:
         yield read
 
 
-def fed(
-    source: BatchSource, threads: int, seconds: float, from_start: bool = False
-) -> tuple[float, float]:
+def fed(source: BatchSource, threads: int, seconds: float) -> tuple[float, float]:
     """Returns the windows read a second, and the processor's seconds of one.
 
-    The first batches are left out unless `from_start`.
+    Those are left out that were read ahead before the first one was asked for.
     """
     with reading(source, threads) as batches:
-        for _ in range(0 if from_start else 2 * threads + 1):
+        for _ in range(2 * threads + 1):
             next(batches)
         start, used, windows = time.perf_counter(), time.process_time(), 0
         while (passed := time.perf_counter() - start) < seconds:
             next(batches)
             windows += ROWS
         return windows / passed, (time.process_time() - used) / windows
+
+
+def fed_cold(source: BatchSource, threads: int) -> tuple[float, float]:
+    """Returns the same of the first windows, none of which this machine has in memory.
+
+    They are few beside the pages that the system reads with each, or the later ones would be there.
+    """
+    drop_caches()
+    start, used = time.perf_counter(), time.process_time()
+    with reading(source, threads) as batches:
+        for _ in range(COLD_WINDOWS // ROWS):
+            next(batches)
+        passed = time.perf_counter() - start
+    return COLD_WINDOWS / passed, (time.process_time() - used) / COLD_WINDOWS
 
 
 def waits(source: BatchSource, threads: int, rate: float, seconds: float) -> float:
@@ -179,14 +192,10 @@ def waits(source: BatchSource, threads: int, rate: float, seconds: float) -> flo
     return waited / steps
 
 
-def drop_caches() -> bool:
-    """Empties the page cache; returns whether this process may."""
+def drop_caches() -> None:
+    """Empties the page cache."""
     os.sync()
-    try:
-        DROP_CACHES.write_text("1\n")
-    except OSError:
-        return False
-    return True
+    DROP_CACHES.write_text("1\n")
 
 
 def microseconds(work: Callable[[], object], windows: int, rounds: int) -> float:
@@ -240,22 +249,18 @@ def rates(bench: harness.Bench, folder: Path, length: int, rounds: int, seconds:
     """Adds the windows a second of one length, and returns their table."""
     table = Table("threads", *map(str, THREADS), title=f"windows a second, S {length}")
     source = open_source(folder)
-    ways = {"warm": False, "cold": True} if drop_caches() else {"warm": False}
-    if len(ways) == 1:
-        bench.print(f"cold reading is left out: {DROP_CACHES} is for root to write")
     for shard in folder.glob("*.array_record"):
         shard.read_bytes()
-    for way, is_cold in ways.items():
+    ways = {"warm": lambda threads: fed(source, threads, seconds)}
+    if os.access(DROP_CACHES, os.W_OK):
+        ways["cold"] = lambda threads: fed_cold(source, threads)
+    else:
+        bench.print(f"cold reading is left out: {DROP_CACHES} is for root to write")
+    for way, once in ways.items():
         row = []
         for threads in THREADS:
             bench.begin(f"S {length}, {way}, {threads} thread(s)")
-
-            def once(threads=threads, is_cold=is_cold) -> tuple[float, float]:
-                if is_cold:
-                    drop_caches()
-                return fed(source, threads, seconds, from_start=is_cold)
-
-            rate, used = map(float, median_of(once, rounds))
+            rate, used = map(float, median_of(functools.partial(once, threads), rounds))
             name = f"{length}/{way}/{threads}_threads"
             bench.add({name: rate, f"{name}/cpu_microseconds": used * 1e6}, show=False)
             row.append(f"{rate:,.0f} (cpu {used * 1e6:.0f} us)")
@@ -263,6 +268,18 @@ def rates(bench: harness.Bench, folder: Path, length: int, rounds: int, seconds:
     for shard in folder.glob("*.array_record"):
         shard.read_bytes()
     return table
+
+
+def waiting(bench: harness.Bench, folder: Path, length: int, rounds: int, seconds: float) -> None:
+    """Adds what the recipe asks of a host, and what a step waits for its data at some rates."""
+    asked = asked_for(length)
+    best = max(bench.figures[f"{length}/warm/{threads}_threads"] for threads in THREADS)
+    bench.add({f"{length}/v5p_host_asks": asked, f"{length}/fed_over_asked": best / asked})
+    source = open_source(folder)
+    for name, rate in (("at_demand", DEMAND), ("at_v5p_host", asked)):
+        bench.begin(f"S {length}, waiting {name}")
+        once = functools.partial(waits, source, THREADS[-1], rate, seconds)
+        bench.add({f"{length}/wait_ms/{name}": float(median_of(once, rounds)) * 1e3})
 
 
 def many_shards(bench: harness.Bench, folder: Path, rounds: int, seconds: float) -> None:
@@ -276,7 +293,7 @@ def many_shards(bench: harness.Bench, folder: Path, rounds: int, seconds: float)
         try:
             source, before = open_source(folder), len(os.listdir("/proc/self/fd"))
             # So that what may be open is, as far as the time goes.
-            fed(source, THREADS[-1], seconds * rounds, from_start=True)
+            fed(source, THREADS[-1], seconds * rounds)
             once = functools.partial(fed, source, THREADS[-1], seconds)
             rate, used = map(float, median_of(once, rounds))
             bench.add(
@@ -296,7 +313,7 @@ def measure(bench: harness.Bench, options, workdir: Path) -> None:
     """Runs all parts."""
     rounds, quick = options.rounds, bench.quick
     seconds = QUICK_SECONDS if quick else SECONDS
-    shards, share = (2, 4) if quick else (4, 1)
+    shards, share = (4, 4) if quick else (16, 1)
     bench.add({"shards/files": options.shards})
     for length in LENGTHS:
         prepared, records = records_of(workdir, length, quick)
@@ -315,13 +332,7 @@ def measure(bench: harness.Bench, options, workdir: Path) -> None:
         folder = linked(workdir / f"many-{length}", folder, LEAST_WINDOWS // each + 1)
         bench.add({f"{length}/microseconds/{part}": time for part, time in found.items()})
         bench.print(rates(bench, folder, length, rounds, seconds))
-        asked = asked_for(length)
-        best = max(bench.figures[f"{length}/warm/{threads}_threads"] for threads in THREADS)
-        bench.add({f"{length}/v5p_host_asks": asked, f"{length}/fed_over_asked": best / asked})
-        for name, rate in (("at_demand", DEMAND), ("at_v5p_host", asked)):
-            bench.begin(f"S {length}, waiting {name}")
-            once = functools.partial(waits, open_source(folder), THREADS[-1], rate, seconds)
-            bench.add({f"{length}/wait_ms/{name}": float(median_of(once, rounds)) * 1e3})
+        waiting(bench, folder, length, rounds, seconds)
     bench.begin(f"linking {options.shards} shards")
     many = linked(workdir / "many", workdir / f"windows-{LENGTHS[0]}", options.shards)
     many_shards(bench, many, rounds, seconds)
