@@ -12,7 +12,9 @@ With --prompt-field and --completion-field, or --messages-field for chats, only 
 learned. Documents are not cut then; those that are longer than a window are left out.
 """
 
+import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -26,9 +28,10 @@ from layerskip_jax.commands.arguments import (
     write_figures,
 )
 from layerskip_jax.commands.tables import make_console, make_table
+from layerskip_jax.data.beam_runner import BeamRunner
 from layerskip_jax.data.manifest import Manifest, PrepareOptions
 from layerskip_jax.data.prepare import prepare
-from layerskip_jax.data.runners import Processes
+from layerskip_jax.data.runners import Processes, Runner
 from layerskip_jax.data.sources import searched_endings
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
 from layerskip_jax.interop.chat import ChatTemplate, chat_template
@@ -52,6 +55,15 @@ def main(argv: list[str]) -> int:
     add("--overwrite", action="store_true", help="replace prepared data in --output")
     add("--workers", type=int, default=0, help="processes on this machine (default: one a core)")
     add(
+        "--runner", choices=("local", "beam"), default="local",
+        help="who does the work: processes of this machine, or an engine by Apache Beam, whose "
+        "workers all have --output's disk",
+    )  # fmt: skip
+    add(
+        "--beam-options", default="", metavar="OPTIONS",
+        help="of Beam, as its command lines take them: --beam-options='--runner=FlinkRunner ...'",
+    )  # fmt: skip
+    add(
         "--max-failed-units", type=int, default=0,
         help="units that may fail; they are named and left out (default: 0)",
     )  # fmt: skip
@@ -59,6 +71,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     require_count("--workers", options.workers, 0)
     require_count("--max-failed-units", options.max_failed_units, 0)
+    runner = _runner(options)
     existing, chat = {}, None  # what an existing tokenizer decides
     if options.tokenizer is not None:
         model = Path(options.tokenizer)
@@ -82,13 +95,31 @@ def main(argv: list[str]) -> int:
         tokenizer_file=options.tokenizer,
         chat_turns=None if chat is None else chat.turns,
         overwrite=options.overwrite,
-        runner=Processes(options.workers),
+        runner=runner,
         max_failed_units=options.max_failed_units,
     )
     _print(manifest, options.output)
     if options.json:
         write_figures(options.json, figures(manifest))
     return 0
+
+
+def _runner(options: argparse.Namespace) -> Runner:
+    """Returns who does the units.
+
+    Raises:
+      UserError: options of one runner are given to the other.
+    """
+    if options.runner == "beam":
+        if options.workers:
+            raise UserError(
+                f"--workers={options.workers} is of this machine's processes; Beam takes its own, "
+                "as --beam-options='--direct_num_workers=2'"
+            )
+        return BeamRunner(tuple(shlex.split(options.beam_options)))
+    if options.beam_options:
+        raise UserError(f"--beam-options={options.beam_options!r} needs --runner=beam")
+    return Processes(options.workers)
 
 
 def _end_token_of_model(folder: Path, tokenizer: Tokenizer) -> str:

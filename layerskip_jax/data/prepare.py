@@ -39,7 +39,7 @@ from layerskip_jax.data.completions import ChatTurns
 from layerskip_jax.data.manifest import Manifest, NamedSplit, PrepareOptions, Shard, Split
 from layerskip_jax.data.packing import Completed, Trace
 from layerskip_jax.data.reading import DocumentReader
-from layerskip_jax.data.runners import Failure, Processes, Progress, Runner, is_of_disk
+from layerskip_jax.data.runners import Failure, Processes, Runner, is_of_disk
 from layerskip_jax.data.selection import scan_unit, scanned, select
 from layerskip_jax.data.tokenizer import (
     end_token_of,
@@ -255,7 +255,8 @@ class _Preparation:
         job = Job(self._work, request, Path(), 0, self._chat_turns)
         tasks = [Task(unit, unit.key(settings)) for unit in units]
         if request.deduplicate or request.max_bytes:
-            self._run(scan_unit, job, list(scanned(job, tasks)), "looking for documents")
+            logger.info("looking through %d units", len(tasks))
+            self._run(scan_unit, job, list(scanned(job, tasks)))
             failed = {failure.task.key for failure in self._failures}
             tasks = select(job, [task for task in tasks if task.key not in failed])
         file = self._tokenizer(tokenizer_file, job, tasks)
@@ -268,22 +269,17 @@ class _Preparation:
         missing = [task for task in tasks if found[task.key] is None]
         if len(missing) < len(tasks):
             logger.info("%d of %d units are done already", len(tasks) - len(missing), len(tasks))
-        found |= self._run(make_unit, job, missing, "tokenizing")
+        logger.info("tokenizing %d units", len(missing))
+        found |= self._run(make_unit, job, missing)
         done = [(task.unit, record) for task in tasks if (record := found[task.key]) is not None]
         named = tuple(f"{failure.task.unit}: {failure.reason}" for failure in self._failures)
         return _Done(job, done, named)
 
-    def _run(self, work: Callable, job: Job, tasks: list[Task], what: str) -> dict[str, Any]:
+    def _run(self, work: Callable, job: Job, tasks: list[Task]) -> dict[str, Any]:
         results: dict[str, Any] = {}
-        size = sum(piece.bytes for task in tasks for piece in task.unit.pieces)
-        progress = Progress(what, len(tasks), size)
 
         def done(task: Task, result: Any) -> None:
             results[task.key] = result
-            tokens = 0
-            if isinstance(result, UnitRecord):
-                tokens = result.train.tokens + result.held_out.tokens
-            progress.add(sum(piece.bytes for piece in task.unit.pieces), tokens)
 
         self._runner.run(work, job, tasks, done, self._fail)
         return results

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, runtime_checkable
 
-from layerskip_jax.data.units import Job, Task
+from layerskip_jax.data.units import Job, Task, UnitRecord
 from layerskip_jax.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,15 @@ class Processes:
 
     def run(self, work, job, tasks, done, failed) -> None:
         """See `Runner`."""
-        tell = _teller(done, failed)
+        progress = _Progress(tasks)
+
+        def tell(task: Task, result: Any) -> None:
+            if isinstance(result, Failure):
+                failed(result)
+            else:
+                done(task, result)
+            progress.add(task, result)
+
         count = min(self.workers or cores(), len(tasks))
         if count <= 1:
             for task in tasks:
@@ -109,16 +117,6 @@ class Processes:
 def cores() -> int:
     """Returns how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _teller(done, failed) -> Callable[[Task, Any], None]:
-    def tell(task: Task, result: Any) -> None:
-        if isinstance(result, Failure):
-            failed(result)
-        else:
-            done(task, result)
-
-    return tell
 
 
 class _Pool:
@@ -191,26 +189,21 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-class Progress:
+class _Progress:
     """Says now and then how far the units are, how fast they go and how long the rest takes."""
 
-    def __init__(self, what: str, total: int, bytes_total: int):
-        """Begins to count.
-
-        Args:
-          what: is done.
-          total: units.
-          bytes_total: of their files.
-        """
-        self._what, self._total, self._bytes_total = what, total, bytes_total
+    def __init__(self, tasks: Sequence[Task]):
+        self._total = len(tasks)
+        self._bytes_total = sum(map(_bytes_of, tasks))
         self._begun = self._said = time.monotonic()
         self._units = self._bytes = self._tokens = 0
 
-    def add(self, size: int, tokens: int) -> None:
-        """Counts one unit more, of so many bytes of files."""
+    def add(self, task: Task, result: Any) -> None:
+        """Counts one unit more."""
         self._units += 1
-        self._bytes += size
-        self._tokens += tokens
+        self._bytes += _bytes_of(task)
+        if isinstance(result, UnitRecord):
+            self._tokens += result.train.tokens + result.held_out.tokens
         now = time.monotonic()
         if now - self._said < REPORT_SECONDS or self._units == self._total:
             return
@@ -219,9 +212,13 @@ class Progress:
         left = passed * (self._bytes_total - self._bytes) / max(self._bytes, 1)
         rate = f", {self._tokens / passed:,.0f} tokens/s" if self._tokens else ""
         logger.info(
-            "%s: %d of %d units, %.1f MB/s%s, about %s left",
-            self._what, self._units, self._total, self._bytes / passed / 1e6, rate, _time(left),
+            "%d of %d units, %.1f MB/s%s, about %s left",
+            self._units, self._total, self._bytes / passed / 1e6, rate, _time(left),
         )  # fmt: skip
+
+
+def _bytes_of(task: Task) -> int:
+    return sum(piece.bytes for piece in task.unit.pieces)
 
 
 def _time(seconds: float) -> str:

@@ -188,14 +188,20 @@ def is_validation(name: str, seed: int, fraction: float) -> bool:
     return seeded_hash(seed, name) < fraction * 2**64
 
 
+def read_record(folder: Path, key: str) -> UnitRecord | None:
+    """Returns the record of a unit, None where there is none that can be read."""
+    file = folder / key / RECORD
+    try:
+        return build(UnitRecord, json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def finished(folder: Path, key: str) -> UnitRecord | None:
     """Returns the record of a unit that is there, whole and undamaged."""
     place = folder / key
-    if not (place / RECORD).is_file():
-        return None
-    try:
-        record = build(UnitRecord, json.loads((place / RECORD).read_text()), str(place))
-    except ValueError:
+    record = read_record(folder, key)
+    if record is None:
         return None
     for shard in (*record.shards, *record.others):
         file = place / shard.name
