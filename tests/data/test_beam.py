@@ -54,7 +54,8 @@ def beam_environment():
     return {
         **os.environ,
         "PYTHONPATH": path,
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        # Its pool of workers starts whatever is called `python`.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
 
