@@ -74,6 +74,7 @@ TINY = {
     "report": [],
     "settings": [],
     "plan": [],
+    "data": [],
 }
 # And what is replaced in them.
 REPLACED = {
