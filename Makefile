@@ -31,7 +31,7 @@ ablation: $(VENV)/.installed
 # has them. The tests' environment has torch to compare with.
 bench: $(VENV)/.installed-test
 	mkdir -p $(BENCH)
-	set -e; for name in train_step train_mfu decode guards feed; do \
+	set -e; for name in train_step train_mfu attention decode guards feed; do \
 	    $(BIN)/python benchmarks/$$name.py $(if $(FULL),,--quick) --json=$(BENCH)/$$name.json; done
 
 # Every target of every recipe, compiled for its TPUs without one, LayerSkip and plain.

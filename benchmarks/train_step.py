@@ -63,6 +63,7 @@ class Measured:
     seconds: list[float] = dataclasses.field(default_factory=list)
     flops: list[float] = dataclasses.field(default_factory=list)
     plain_seconds: list[float] = dataclasses.field(default_factory=list)
+    plain_flops: float = 0.0
 
     @property
     def measured(self) -> float:
@@ -72,13 +73,13 @@ class Measured:
     @property
     def arithmetic(self) -> float:
         """Mean FLOPs over those of a plain step."""
-        return float(np.mean(self.flops)) / self.cost.plain().computed
+        return float(np.mean(self.flops)) / self.plain_flops
 
     @property
     def quotient(self) -> float:
         """Median of measured over arithmetic."""
         ratio = np.divide(self.seconds, self.plain_seconds)
-        return float(np.median(ratio / np.divide(self.flops, self.cost.plain().computed)))
+        return float(np.median(ratio / np.divide(self.flops, self.plain_flops)))
 
     @property
     def memory(self) -> int:
@@ -181,13 +182,14 @@ def random_batch(setting: Setting, setup: TrainSetup, seed: int) -> Batch:
 def compile_variant(setting: Setting, name: str, changes: dict) -> Measured:
     """Builds and compiles one variant."""
     training = TrainingConfig(steps=TOTAL_STEPS, batch_size=setting.batch_size)
-    config = RunConfig(model=setting.model, training=training, compiler=setting.compiler, **changes)
+    fixed = {"model": setting.model, "training": training, "compiler": setting.compiler}
+    config = RunConfig(**(fixed | changes))
     setup = make_setup(config, jax.devices()[:1])
     start = time.perf_counter()
     with jax.set_mesh(setup.mesh):
         step = setup.compile_step(setting.sequence_length)
     seconds = time.perf_counter() - start
-    return Measured(name, setup, step, CostModel(config, setting.sequence_length), seconds)
+    return Measured(name, setup, step, CostModel(setup.config, setting.sequence_length), seconds)
 
 
 def chosen_variants(setting: Setting, only: str = "") -> dict[str, dict]:
@@ -230,6 +232,8 @@ def measure(
       after_round: called when a round's figures are complete.
     """
     plain, rest = variants[0], variants[1:]
+    for variant in variants:
+        variant.plain_flops = plain.cost.plain().computed
     with jax.set_mesh(plain.setup.mesh):
         state = plain.setup.init()
 
@@ -401,8 +405,11 @@ def run_setting(bench: harness.Bench, name: str, setting: Setting, only: str, ro
     bench.add(flat(name, variants, lambda v: compiled_figures(v, variants[0])), show=False)
     for variant in variants:
         memory = compiled_figures(variant, variants[0])["memory"]
+        kernel = variant.setup.config.model.attention
+        bench.add({f"{name}/{variant.name}/attention": kernel}, show=False)
         bench.print(
-            f"{variant.name}: compiled in {variant.compile_seconds:.1f} s, memory {memory:.3f}"
+            f"{variant.name}: compiled in {variant.compile_seconds:.1f} s, memory {memory:.3f}, "
+            f"attention {kernel}"
         )
     measure(
         setting, variants, rounds, bench, name=name,

@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
+import attention  # noqa: E402
 import decode  # noqa: E402
 import feed  # noqa: E402
 import frontier  # noqa: E402
@@ -83,8 +84,8 @@ def test_every_benchmark_starts_from_any_folder(tmp_path):
     no_benchmarks = ("harness", "prompts", "doctests")
     names = sorted(p.name for p in BENCHMARKS.glob("*.py") if p.stem not in no_benchmarks)
     assert names == [
-        "ablation.py", "decode.py", "feed.py", "frontier.py", "guards.py", "mount.py",
-        "policies.py", "train_mfu.py", "train_step.py", "width_transfer.py",
+        "ablation.py", "attention.py", "decode.py", "feed.py", "frontier.py", "guards.py",
+        "mount.py", "policies.py", "train_mfu.py", "train_step.py", "width_transfer.py",
     ]  # fmt: skip
     script = tmp_path / "all.py"
     script.write_text(
@@ -537,6 +538,56 @@ def test_the_mfu_benchmark_compares_with_transformers(bench, monkeypatch, capsys
             assert figures[f"{remat}/{name}"] > 0
     assert figures["plain_over_transformers_speed"] == figures["none/plain_over_transformers_speed"]
     assert "full/plain_over_transformers_speed" in capsys.readouterr().out
+
+
+def test_attention_is_held_to_the_definition_at_every_window_and_timed(bench, monkeypatch, capsys):
+    sizes = attention.Shape(512, (256,), (0, 30), 4, 2, 16, "float32")
+    monkeypatch.setattr(attention, "shape", lambda gpu, quick: sizes)
+    figures = bench(attention, "--setting=kernels", "--rounds=1")
+    for mask in ("joined", "packed"):
+        for window in (0, 30):
+            name = f"kernels/{mask}/xla/S 256/window {window}"
+            assert figures[f"kernels/{mask}/window {window}/auto"] == "xla"
+            assert 0 < figures[f"{name}/error"] < 2e-6
+            assert figures[f"{name}/forward_seconds"] > 0
+        assert figures[f"kernels/{mask}/xla/S 256/window 0/both_over_full"] == 1
+        assert figures[f"{name}/both_over_full"] > 0
+    assert "packed/xla/S 256/window 30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("window, packed", [(29, True), (31, True), (0, True), (30, False)])
+def test_the_error_of_attention_shows_a_key_too_many_or_too_few(window, packed):
+    sizes = attention.Shape(256, (256,), (), 4, 2, 16, "float32")
+    inputs = attention.draw(sizes, 256)
+    expected = attention.reference(inputs, True, 30)
+    case = attention.compile_case("x", "xla", packed, window, inputs, expected)
+    assert case.error > 0.05
+
+
+def test_every_kernel_that_a_device_has_is_measured_at_what_it_can_do():
+    of = attention.available
+    assert of("gpu", True, 0) == ["triton", "xla"]
+    assert of("gpu", True, 128) == ["xla"]  # triton refuses windows
+    assert of("gpu", False, 128) == ["cudnn", "xla"]
+    assert of("tpu", True, 128) == ["splash", "xla"]
+
+
+@pytest.mark.slow
+def test_a_step_with_windows_is_set_against_one_without(bench, monkeypatch):
+    full = attention.step_setting(gpu=False, quick=True)
+    changes = {"max_sequence_length": 512, "model_dim": 64, "ffn_dim": 64, "num_layers": 4}
+    small = dataclasses.replace(
+        full, model=dataclasses.replace(full.model, **changes), sequence_length=512,
+        variants={
+            name: {"model": dataclasses.replace(full.variants[name]["model"], **changes)}
+            for name in ("window", "window in 3 of 4")
+        },
+    )  # fmt: skip
+    monkeypatch.setattr(attention, "step_setting", lambda gpu, quick: small)
+    figures = bench(attention, "--setting=steps", "--rounds=1")
+    assert figures["steps/window/attention"] == "xla"
+    some, every = (figures[f"steps/{n}/arithmetic"] for n in ("window in 3 of 4", "window"))
+    assert every < some < 1 == figures["steps/plain/arithmetic"]
 
 
 def test_a_cpu_is_compared_at_the_shape_that_the_docs_name():
