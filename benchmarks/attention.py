@@ -5,7 +5,7 @@ r"""What attention costs by kernel, with a window and without, and how far it is
 
 `kernels`: each that the device has, forward and with the backward pass, at the shape of Mistral
 7B's attention, for windows that hold several documents (`packed`) and with the documents let see
-each other (`joined`, which is all that `cudnn` can do). `error` is the worst relative distance
+each other (`joined`). `error` is the worst relative distance
 ||x - reference|| / ||reference|| of the result and the three gradients; the reference is
 `jax.nn.dot_product_attention` in float32 at the highest precision on a float32 copy of the first
 row and some of the heads. `over full` is the time over that of the same kernel without a window;
@@ -93,13 +93,21 @@ def step_setting(gpu: bool, quick: bool) -> Setting:
     )  # fmt: skip
 
 
-def available(platform: str, packed: bool, window: int) -> list[str]:
+def available(platform: str, shape: Shape, packed: bool, window: int) -> list[str]:
     """Returns the kernels that can do this here, none named twice."""
     found = []
     for name in KERNELS:
         try:
             found.append(
-                choose_kernel(name, platform, packing_mask=packed, context=1, window=window)
+                choose_kernel(
+                    name,
+                    platform,
+                    packing_mask=packed,
+                    context=1,
+                    window=window,
+                    dtype=shape.dtype,
+                    head_dim=shape.head_dim,
+                )
             )
         except ConfigError:
             continue
@@ -195,10 +203,8 @@ def run_kernels(bench: harness.Bench, shape: Shape, only: str, rounds: int) -> N
         cases: list[Case] = []
         for packed in (False, True):
             for window in shape.windows:
-                names = available(platform, packed, window)
-                chosen = choose_kernel(
-                    "auto", platform, packing_mask=packed, context=1, window=window
-                )
+                names = available(platform, shape, packed, window)
+                chosen = names[0]  # `auto` is the first of KERNELS
                 mask = "packed" if packed else "joined"
                 bench.add({f"kernels/{mask}/window {window}/auto": chosen}, show=False)
                 named = {kernel: f"{mask}/{kernel}/S {length}/window {window}" for kernel in names}

@@ -565,11 +565,14 @@ def test_the_error_of_attention_shows_a_key_too_many_or_too_few(window, packed):
 
 
 def test_every_kernel_that_a_device_has_is_measured_at_what_it_can_do():
-    of = attention.available
-    assert of("gpu", True, 0) == ["triton", "xla"]
-    assert of("gpu", True, 128) == ["xla"]  # triton refuses windows
+    def of(platform, *how):
+        return attention.available(platform, attention.shape(platform != "cpu", False), *how)
+
+    assert of("gpu", True, 0) == ["triton", "xla", "cudnn"]  # the one of `auto` first
+    assert set(of("gpu", True, 128)) == {"cudnn", "xla"}  # triton refuses windows
     assert of("gpu", False, 128) == ["cudnn", "xla"]
     assert of("tpu", True, 128) == ["splash", "xla"]
+    assert of("cpu", True, 128) == ["xla"]
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ class ModelConfig:
       attention: attention kernel: `splash` on TPU, `triton` or `cudnn` on GPU, `xla` everywhere;
         `auto` takes the fastest that can do what is asked, and says which.
       packing_mask: keeps documents that share a window apart; False lets a token see the earlier
-        ones too, which `cudnn` needs.
+        ones too, which is where `cudnn` is fastest.
       exits: exit adapters and the learned exit.
     """
 

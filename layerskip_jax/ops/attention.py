@@ -24,9 +24,25 @@ CACHE_SIZES = (256, 512, 1024, 4096, 16384, 65536)
 LANES = 128  # what a kernel's sequence is padded to a multiple of
 MAX_BLOCK = 512  # rows and columns of the logits that a TPU core works on at a time
 
+# Widest heads that `cudnn` takes: on a Hopper GPU or a later one, and on every one.
+CUDNN_WIDEST, CUDNN_WIDTH = 256, 128
+# Before, jax had cuDNN compute the gradient of a mask as well, which nothing asks for.
+CUDNN_MASKS_FREELY = jax.__version_info__ >= (0, 11, 2)
+# Rows and columns of a block in the backward pass of `triton`, instead of its own 32, on GPUs of
+# this compute capability, where that was measured (docs/benchmarks.md), and for rows of a head no
+# longer than this, which fit the memory of a core.
+HOPPER, HOPPER_BLOCK, HOPPER_ROW_BYTES = "9.0", 64, 256
+
 
 def choose_kernel(
-    name: str, platform: str, *, packing_mask: bool, context: int, window: int = 0
+    name: str,
+    platform: str,
+    *,
+    packing_mask: bool,
+    context: int,
+    window: int = 0,
+    dtype: str = "bfloat16",
+    head_dim: int = CUDNN_WIDTH,
 ) -> str:
     """Returns the kernel to use on these devices; `auto` takes the fastest that can do it.
 
@@ -36,6 +52,8 @@ def choose_kernel(
       packing_mask: whether documents that share a window are kept apart.
       context: parts that each sequence is split into.
       window: tokens that a token sees, itself among them; 0 for all before it.
+      dtype: of queries, keys and values.
+      head_dim: width of a head.
 
     Raises:
       ConfigError: the kernel cannot do that here; with what can.
@@ -45,7 +63,9 @@ def choose_kernel(
         if platform == "tpu":
             return "splash"
         if platform == "gpu" and context == 1:
-            if not packing_mask:
+            # With a mask `cudnn` is behind `triton`, which has no windows.
+            wanted = (CUDNN_MASKS_FREELY and window > 0) if packing_mask else True
+            if wanted and _cudnn_takes(dtype, head_dim, CUDNN_WIDTH):
                 return "cudnn"
             return "xla" if window else "triton"
         return "xla"
@@ -55,15 +75,16 @@ def choose_kernel(
             f"config.model.attention={name!r} needs a {needed.upper()}, and the devices here are "
             f"of platform {platform!r}; set 'auto', or 'xla', which runs everywhere"
         )
-    if name == "cudnn" and packing_mask:
+    if name == "cudnn" and not _cudnn_takes(dtype, head_dim, CUDNN_WIDEST):
         raise ConfigError(
-            "config.model.attention='cudnn' cannot keep documents of a window apart; set 'triton', "
-            "or config.model.packing_mask=False to let tokens see earlier documents"
+            f"config.model.attention='cudnn' takes bfloat16 and heads whose width is a multiple of "
+            f"8 up to {CUDNN_WIDEST}, and config.model.dtype={dtype!r}, head_dim={head_dim}; set "
+            f"{'xla' if window else 'triton'!r}"
         )
     if name == "triton" and window:
         raise ConfigError(
             f"config.model.attention='triton' has no sliding window, and config.model."
-            f"sliding_window={window}; set 'xla', or 'cudnn' with config.model.packing_mask=False"
+            f"sliding_window={window}; set 'auto', or 'xla', which runs everywhere"
         )
     if needed == "gpu" and context > 1:
         raise ConfigError(
@@ -73,13 +94,17 @@ def choose_kernel(
     return name
 
 
+def _cudnn_takes(dtype: str, head_dim: int, widest: int) -> bool:
+    return dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= widest
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedAttention:
     """Causal attention in which no token sees another document of its row.
 
     Attributes:
       kernel: `xla`, plain operations that run everywhere; `splash` (TPU); `triton` (GPU); or
-        `cudnn` (GPU, without packing mask). Nothing is substituted silently.
+        `cudnn` (GPU; keeps documents apart by a mask of S x S). Nothing is substituted silently.
       packing_mask: False lets a token see the earlier documents of its row too.
       rows: mesh axes that the batch is split over, for the kernels: the compiler splits what is
         made of plain operations, but not a kernel.
@@ -202,35 +227,45 @@ class PackedAttention:
         return sharded(q, k, v, segment_ids, segment_ids, kernel)[:, :length]
 
     def _on_gpu(self, q, k, v, segment_ids):
-        length, scale = q.shape[1], q.shape[-1] ** -0.5
-        if self.kernel == "cudnn":
+        length = q.shape[1]
+        attend = {"cudnn": self._cudnn, "triton": self._triton}[self.kernel]
+        # A mask of an odd length is too much for `cudnn`, but alone it takes any.
+        if self.kernel == "triton" or self.packing_mask:
+            padded = -(-length // LANES) * LANES
+            q, k, v = (_pad_positions(x, padded) for x in (q, k, v))
+            segment_ids = _pad_positions(segment_ids, padded, -1)
+        return self._sharded(attend)(q, k, v, segment_ids, segment_ids)[:, :length]
 
-            def attend(q, k, v, *_):
-                return jax.nn.dot_product_attention(
-                    q, k, v, is_causal=True, scale=scale, implementation="cudnn",
-                    local_window_size=(self.window - 1, 0) if self.window else None,
-                )  # fmt: skip
+    def _cudnn(self, q, k, v, q_segments, kv_segments):
+        same_document = (q_segments[:, :, None] == kv_segments[:, None])[:, None]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=same_document if self.packing_mask else None, is_causal=True,
+            local_window_size=(self.window - 1, 0) if self.window else None,
+            implementation="xla" if self.interpret else "cudnn",
+        )  # fmt: skip
 
-            return self._sharded(attend)(q, k, v, segment_ids, segment_ids)
-
+    def _triton(self, q, k, v, segment_ids, _):
         from jax.experimental.pallas.ops.gpu import attention as triton
 
-        padded = -(-length // LANES) * LANES
-        groups = q.shape[2] // k.shape[2]
-
-        def attend(q, k, v, segment_ids, _):
-            # This kernel wants a key and a value for each query head.
-            k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-            return triton.mha(
-                q, k, v, segment_ids, sm_scale=scale, causal=True, interpret=self.interpret
-            )
-
-        q, k, v = (_pad_positions(x, padded) for x in (q, k, v))
-        segment_ids = _pad_positions(segment_ids, padded, -1)
-        return self._sharded(attend)(q, k, v, segment_ids, segment_ids)[:, :length]
+        scale, groups = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
+        blocks = triton.BlockSizes.get_default()
+        if _capability() == HOPPER and q.shape[-1] * q.dtype.itemsize <= HOPPER_ROW_BYTES:
+            backward = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+            blocks = dataclasses.replace(blocks, **dict.fromkeys(backward, HOPPER_BLOCK))
+        # This kernel wants a key and a value for each query head.
+        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+        return triton.mha(
+            q, k, v, segment_ids, sm_scale=scale, causal=True, block_sizes=blocks,
+            interpret=self.interpret,
+        )  # fmt: skip
 
 
 PLAIN_ATTENTION = PackedAttention()
+
+
+def _capability() -> str:
+    """Returns the compute capability of the GPUs, or nothing where there are none."""
+    return getattr(jax.devices()[0], "compute_capability", "")
 
 
 def _size(mesh_shape, axes: tuple[str, ...]) -> int:

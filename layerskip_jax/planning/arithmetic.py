@@ -41,6 +41,8 @@ def calculate_step(config: RunConfig, topology: Topology, length: int) -> Plan:
         packing_mask=config.model.packing_mask,
         context=shape["context"],
         window=config.model.sliding_window,
+        dtype=config.model.dtype,
+        head_dim=config.model.head_dim,
     )
     model = dataclasses.replace(config.model, attention=kernel)
     config = dataclasses.replace(config, model=model)

@@ -203,6 +203,8 @@ def make_setup(config: RunConfig, devices: list | None = None) -> TrainSetup:
         packing_mask=config.model.packing_mask,
         context=context,
         window=config.model.sliding_window,
+        dtype=config.model.dtype,
+        head_dim=config.model.head_dim,
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
     attend = PackedAttention(

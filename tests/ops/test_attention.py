@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from layerskip_jax.distributed.mesh import MeshShape, make_mesh
+from layerskip_jax.ops import attention
 from layerskip_jax.ops.attention import (
     PackedAttention,
     choose_kernel,
@@ -14,7 +15,7 @@ from layerskip_jax.ops.attention import (
 )
 from layerskip_jax.schema import ConfigError
 
-KERNELS = ("xla", "splash", "triton")
+KERNELS = ("xla", "splash", "triton", "cudnn")
 
 
 def _case(length, heads=4, kv_heads=2, width=16, rows=2, documents=3):
@@ -61,7 +62,31 @@ def test_a_kernel_equals_the_definition(kernel, length):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("capability", ["9.0", "8.9"])
+def test_larger_blocks_on_a_hopper_give_the_same(capability, monkeypatch):
+    """Its own blocks of 32 are the kernel's default, which it has elsewhere."""
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
+    seen = []
+    mha = triton.mha
+    monkeypatch.setattr(
+        triton, "mha", lambda *args, **kwargs: seen.append(kwargs) or mha(*args, **kwargs)
+    )
+    monkeypatch.setattr(attention, "_capability", lambda: capability)
+    q, k, v, w, segments = _case(256)
+    attend = PackedAttention("triton", interpret=True)
+    _, gradients = _value_and_gradients(attend, q, k, v, w, segments)
+    _, expected = _value_and_gradients(PackedAttention("xla"), q, k, v, w, segments)
+    for a, b in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    blocks = seen[0]["block_sizes"]
+    assert blocks.block_q_dkv == blocks.block_kv_dq == (64 if capability == "9.0" else 32)
+    wide = jnp.zeros((1, 128, 1, 128))  # a row of a head in float32 is twice what it has room for
+    jax.eval_shape(attend, wide, wide, wide, jnp.zeros((1, 128), jnp.int32))
+    assert seen[-1]["block_sizes"].block_q_dkv == 32
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
 @pytest.mark.parametrize("length, window", [(24, 1), (131, 20), (256, 130), (300, 40)])
 def test_a_window_equals_the_definition(kernel, length, window):
     q, k, v, w, segments = _case(length)
@@ -127,6 +152,7 @@ def test_without_packing_mask_documents_see_earlier_ones(kernel):
         ("splash", MeshShape(data=2, context=4), 0),
         ("splash", MeshShape(data=2, context=4), 70),
         ("triton", MeshShape(data=2, fsdp=2, tensor=2), 0),
+        ("cudnn", MeshShape(data=2, fsdp=2, tensor=2), 70),
     ],
     ids=str,
 )
@@ -143,11 +169,11 @@ def test_devices_share_rows_positions_and_heads(kernel, shape, window):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def _choose(name, platform, packing_mask=True, context=1, window=0):
-    return choose_kernel(name, platform, packing_mask=packing_mask, context=context, window=window)
+def _choose(name, platform, packing_mask=True, context=1, **model):
+    return choose_kernel(name, platform, packing_mask=packing_mask, context=context, **model)
 
 
-def test_auto_takes_what_the_machine_has():
+def test_auto_takes_what_the_machine_has(monkeypatch):
     assert _choose("auto", "cpu") == "xla"
     assert _choose("auto", "tpu") == _choose("auto", "tpu", context=4) == "splash"
     assert _choose("auto", "gpu") == "triton"
@@ -155,11 +181,25 @@ def test_auto_takes_what_the_machine_has():
     assert _choose("auto", "gpu", context=2) == "xla"
     assert _choose("xla", "tpu") == "xla"
     # `triton` has no window
+    monkeypatch.setattr(attention, "CUDNN_MASKS_FREELY", False)
     assert _choose("auto", "gpu", window=8) == "xla"
+    monkeypatch.setattr(attention, "CUDNN_MASKS_FREELY", True)
+    assert _choose("auto", "gpu", window=8) == "cudnn"
     assert _choose("auto", "gpu", packing_mask=False, window=8) == "cudnn"
     assert _choose("auto", "tpu", window=8) == "splash"
     with pytest.raises(ConfigError, match="'triton' has no sliding window, .*sliding_window=8"):
         _choose("triton", "gpu", window=8)
+    # nor has `cudnn` float32, or heads of any width
+    for lacks in ({"dtype": "float32"}, {"head_dim": 36}, {"head_dim": 256}):
+        assert _choose("auto", "gpu", packing_mask=False, **lacks) == "triton"
+        assert _choose("auto", "gpu", packing_mask=False, window=8, **lacks) == "xla"
+        assert _choose("auto", "gpu", window=8, **lacks) == "xla"
+    assert _choose("cudnn", "gpu", head_dim=256) == "cudnn"  # which a Hopper has
+    for window, other in ((0, "triton"), (8, "xla")):
+        with pytest.raises(ConfigError, match=f"takes bfloat16 .*dtype='float32'.* set '{other}'"):
+            _choose("cudnn", "gpu", dtype="float32", window=window)
+    with pytest.raises(ConfigError, match="multiple of 8 up to 256, .* head_dim=36; set 'triton'"):
+        _choose("cudnn", "gpu", head_dim=36)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +207,6 @@ def test_auto_takes_what_the_machine_has():
     [
         ("splash", "cpu", 1, "'splash' needs a TPU, .* platform 'cpu'; set 'auto', or 'xla'"),
         ("triton", "tpu", 1, "'triton' needs a GPU, .* platform 'tpu'"),
-        ("cudnn", "gpu", 1, "'cudnn' cannot keep documents .* set 'triton', or .*packing_mask"),
         ("triton", "gpu", 2, "'triton' cannot split sequences, and .*context=2; set 'xla'"),
         ("flash", "gpu", 1, "attention='flash' is not one of .* Did you mean 'splash'"),
     ],
