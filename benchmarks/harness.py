@@ -239,7 +239,8 @@ def prepare_data(
         f"--output={data}",
         f"--vocab-size={vocabulary}",
         f"--sequence-length={window}",
-        f"--validation-fraction={held_out}",
+        # Of a megabyte, a small share may be no document at all.
+        f"--validation-fraction={max(held_out, 0.1) if options.quick else held_out}",
         *([f"--max-bytes={QUICK_BYTES}"] if options.quick else []),
     )
     return data, code

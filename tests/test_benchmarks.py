@@ -421,10 +421,7 @@ def test_the_benchmark_of_the_guards_writes_its_figures(tiny, bench, monkeypatch
 
 
 def test_the_benchmark_of_the_feed_reads_as_a_run_does(bench, tmp_path, monkeypatch, capsys):
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for path in sorted(Path(json.__file__).parent.glob("*.py")):
-        (texts / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    texts = _some_modules(tmp_path / "texts")
     for name, value in {
         "SOURCE": str(texts), "LENGTHS": (32, 64), "THREADS": (1, 2), "SHARD_BYTES": 64 << 10,
         "LEAST_WINDOWS": 300, "SAMPLE": 64, "QUICK_SECONDS": 0.01,
