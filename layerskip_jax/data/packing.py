@@ -13,6 +13,7 @@ target, one of a prompt, the window has the segment id with a minus sign.
 """
 
 import bisect
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def pack(
 ) -> Iterator[Int32[np.ndarray, "2 S1"]]:
     """Cuts documents into windows of S + 1 tokens (row 0) and segment ids (row 1).
 
-    Holds one window and one document at a time. The last window is padded with end tokens
+    Holds one window and one document more at a time. The last window is padded with end tokens
     of segment 0; a last window that would hold no target is left out.
 
     Args:
@@ -72,15 +73,33 @@ def pack(
     """
     size = sequence_length + 1
     tokens, segments = np.empty(0, np.int32), np.empty(0, np.int32)
-    for number, document in enumerate(documents):
-        tokens = np.concatenate([tokens, document, [end_token_id]], dtype=np.int32)
-        segments = np.pad(segments, (0, len(document) + 1), constant_values=number)
+    end = np.array([end_token_id], np.int32)
+    parts: list[Tokens] = []  # of documents that no window was cut from yet
+    first = waiting = 0  # the first of these, and the length of all
+
+    def join() -> None:
+        nonlocal tokens, segments, first, waiting
+        # Once for many short documents, of which each would take longer than to tokenize it.
+        tokens = np.concatenate([tokens, *itertools.chain(*((part, end) for part in parts))])
+        lengths = [len(part) + 1 for part in parts]
+        numbers = np.arange(first, first + len(parts), dtype=np.int32)
+        segments = np.concatenate([segments, np.repeat(numbers, np.array(lengths, np.int64))])
+        first, waiting = first + len(parts), 0
+        parts.clear()
+
+    for document in documents:
+        parts.append(document)
+        waiting += len(document) + 1
+        if len(tokens) + waiting < size:
+            continue
+        join()
         start = 0
         while len(tokens) - start >= size:
             window = slice(start, start + size)
             yield np.stack([tokens[window], segments[window] - segments[start] + 1])
             start += sequence_length
         tokens, segments = tokens[start:], segments[start:]
+    join()
     if len(tokens) > 1:
         padding = (0, size - len(tokens))
         yield np.stack(

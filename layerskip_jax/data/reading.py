@@ -164,10 +164,11 @@ class DocumentReader:
             self.leave_out(name, f"{name} {error}; correct it, leave it out", error)
             return
         for text, completions in texts:
-            if not text.strip():
+            if not text or text.isspace():
                 continue
-            size = len(text.encode())
-            if size > self.options.max_document_bytes:
+            most = self.options.max_document_bytes
+            # A character has four bytes at most.
+            if len(text) * 4 > most and (size := len(text.encode())) > most:
                 self._too_long(piece, row.place, f"{size:,}")
             elif self._has_length(text):
                 yield Document(number, row.place, text, completions)

@@ -101,8 +101,9 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int32[np.nd
             list(itertools.chain.from_iterable(parts)), add_special_tokens=False
         )
     )
+    ids = (np.fromiter(found := encoding.ids, np.int32, len(found)) for encoding in encodings)
     return [
-        np.concatenate([np.array(next(encodings).ids, np.int32) for _ in some]) for some in parts
+        next(ids) if len(some) == 1 else np.concatenate([next(ids) for _ in some]) for some in parts
     ]
 
 

@@ -97,13 +97,18 @@ class Counts:
     largest_token: int = -1
 
     def __add__(self, other: "Counts") -> "Counts":
-        sums = {
-            field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in dataclasses.fields(Counts)
-        }
-        for name in ("longest", "largest_token"):
-            sums[name] = max(getattr(self, name), getattr(other, name))
+        sums = dataclasses.asdict(self)
+        add_counts(sums, **dataclasses.asdict(other))
         return Counts(**sums)
+
+
+def add_counts(sums: dict[str, int], **counts: int) -> None:
+    """Adds some counts to the fields of a `Counts`, of which two are the largest of all."""
+    for name, count in counts.items():
+        if name in ("longest", "largest_token"):
+            sums[name] = max(sums[name], count)
+        else:
+            sums[name] += count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +275,8 @@ class _UnitWork:
         self._tokenizer = _tokenizer(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
         left_out = np.zeros(0, np.int64) if task.left_out is None else np.load(task.left_out)
         self._left_out = set(left_out.tolist())
-        self._counts = {False: Counts(), True: Counts()}
+        # Added up in place: a `Counts` for each document would take longer than a short one's ids.
+        self._sums = {held_out: dataclasses.asdict(Counts()) for held_out in (False, True)}
         self._held_out = _HeldOut()
         self._trace = Trace()
         self._kept: dict[bool, ArrayRecordWriter] = {}
@@ -298,8 +304,8 @@ class _UnitWork:
             others.append(shard_of(self._folder / name, self._kept_counts[held_out]))
         return UnitRecord(
             key=self._key,
-            train=self._counts[False],
-            held_out=self._counts[True],
+            train=Counts(**self._sums[False]),
+            held_out=Counts(**self._sums[True]),
             shards=shards,
             others=tuple(others),
             skipped=self._reader.skipped,
@@ -321,7 +327,7 @@ class _UnitWork:
             yield document, digest, held_out
 
     def _add(self, held_out: bool, **counts: int) -> None:
-        self._counts[held_out] += Counts(**counts)
+        add_counts(self._sums[held_out], **counts)
 
     def _keep(self, document: Document, held_out: bool) -> None:
         if not self._request.keep_documents:
@@ -371,7 +377,7 @@ class _UnitWork:
         for made, document, digest, held_out, size in self._completed():
             count = len(made.tokens)
             if count > self._request.sequence_length + 1:
-                self._counts[held_out] += Counts(over_long=1, longest=count)
+                self._add(held_out, over_long=1, longest=count)
                 continue
             self._add(
                 held_out, documents=1, bytes=size, tokens=count, targets=int(made.is_target.sum()),
