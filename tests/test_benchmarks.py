@@ -1,5 +1,6 @@
 """The benchmarks run and report what they promise; no wall-clock time is asserted."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -29,6 +30,7 @@ import guards  # noqa: E402
 import harness  # noqa: E402
 import mount  # noqa: E402
 import policies  # noqa: E402
+import prepare as prepare_benchmark  # noqa: E402
 import train_mfu  # noqa: E402
 import train_step  # noqa: E402
 import width_transfer  # noqa: E402
@@ -81,11 +83,12 @@ def bench(monkeypatch, tmp_path):
 
 def test_every_benchmark_starts_from_any_folder(tmp_path):
     """By its path alone: in one process, as starting jax for each would take seconds."""
-    no_benchmarks = ("harness", "prompts", "doctests")
+    no_benchmarks = ("harness", "prompts", "doctests", "tokenize_by")
     names = sorted(p.name for p in BENCHMARKS.glob("*.py") if p.stem not in no_benchmarks)
     assert names == [
         "ablation.py", "attention.py", "decode.py", "feed.py", "frontier.py", "guards.py",
-        "mount.py", "policies.py", "train_mfu.py", "train_step.py", "width_transfer.py",
+        "mount.py", "policies.py", "prepare.py", "train_mfu.py", "train_step.py",
+        "width_transfer.py",
     ]  # fmt: skip
     script = tmp_path / "all.py"
     script.write_text(
@@ -610,3 +613,41 @@ def test_packed_windows_hold_several_documents():
     assert (starts.sum(axis=1) == train_mfu.DOCUMENTS).all()
     assert (positions[starts] == 0).all() and positions.max() < setting.sequence_length
     assert not batch.valid[0][np.diff(segments, axis=1, append=0) != 0].any()
+
+
+def test_prepare_is_measured_beside_other_ways_on_the_same_text(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_benchmark, "FILE_BYTES", 60_000)
+    source = tmp_path / "text"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.c").write_text(f"int f{number}() {{ return {number}; }}\n" * 40)
+    (source / "no text").write_bytes(b"\xff\xfe")
+    figures = bench(
+        prepare_benchmark, "--quick", f"--source={source}", "--size=0.0002", "--cores=2",
+        "--vocab-size=300", "--ways=prepare,megatron",
+    )  # fmt: skip
+    assert figures["text_bytes"] >= 200_000
+    assert figures["documents"] == pytest.approx(200_000 / (40 * 24), rel=0.1)
+    for way in ("limit", "prepare", "megatron"):
+        assert figures[f"{way}/tokens"] == figures["tokens"] > 0
+        assert figures[f"{way}/tokens_per_second"] > 0 and figures[f"{way}/over_limit"] > 0
+    assert figures["limit/over_limit"] == 1
+    assert figures["prepare/disk_over_text"] > 0 and figures["prepare/processor_seconds"] > 0
+
+
+def test_text_for_prepare_has_no_copies(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    (source / "a.py").write_text("first\nsecond\nthird\n")
+    options = argparse.Namespace(source=str(source), size=1e-7, cores=1)
+    size, documents = prepare_benchmark.write_text(options, tmp_path / "made")
+    texts = list(prepare_benchmark._texts(tmp_path / "made"))
+    assert len(texts) == documents == len(set(texts)) and size == sum(map(len, texts)) >= 100
+
+
+def test_links_to_one_file_are_counted_once(tmp_path):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    assert prepare_benchmark.disk_of(tmp_path) == 10
+    memory = prepare_benchmark.tree_memory(os.getpid())
+    assert memory > 1 << 20
