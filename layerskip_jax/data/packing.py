@@ -14,6 +14,7 @@ target, one of a prompt, the window has the segment id with a minus sign.
 
 import bisect
 import itertools
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -174,13 +175,12 @@ class Trace:
       starts: the first token of each document, counted in the windows' stream: of cut documents
         S to a window, which shares its last token with the next, of whole ones S + 1.
       lengths: its tokens, the end token included.
-      origins: what each document came with.
+      origins: what each document came with, one after the other.
     """
 
     def __init__(self):
-        self.starts: list[int] = []
-        self.lengths: list[int] = []
-        self.origins: list[tuple[int, ...]] = []
+        # There may be very many and very short ones.
+        self.starts, self.lengths, self.origins = array("q"), array("q"), array("q")
 
     def pack(
         self,
@@ -195,7 +195,7 @@ class Trace:
             for tokens, origin in documents:
                 self.starts.append(length)
                 self.lengths.append(len(tokens) + 1)
-                self.origins.append(origin)
+                self.origins.extend(origin)
                 length += len(tokens) + 1
                 yield tokens
 
@@ -220,13 +220,13 @@ class Trace:
             for document in held:
                 self.starts.append(start)
                 self.lengths.append(len(document.tokens))
-                self.origins.append(waiting.pop(id(document)))
+                self.origins.extend(waiting.pop(id(document)))
                 start += len(document.tokens)
             yield lay_out(held, size, end_token_id)
 
     def save(self, file: Path) -> None:
         """Writes all three as arrays."""
-        columns = len(self.origins[0]) if self.origins else 2
+        columns = len(self.origins) // len(self.starts) if self.starts else 2
         np.savez_compressed(
             file,
             starts=np.array(self.starts, np.int64),

@@ -6,12 +6,16 @@ and of chats, it also says which parts of its text are completions.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import numbers
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from layerskip_jax.data import sources
 from layerskip_jax.data.completions import BadRecordError, ChatTurns, Spans, marked_texts
 from layerskip_jax.data.manifest import PrepareOptions
+from layerskip_jax.data.shards import DamagedError
 from layerskip_jax.data.sources import DAMAGE, FORMATS, Piece, Row
 from layerskip_jax.run_folder.atomic import remedy
 from layerskip_jax.schema import UserError, as_bytes, is_text
@@ -72,7 +76,7 @@ class DocumentReader:
         for number, piece in enumerate(pieces):
             if not is_text(piece.url):
                 name = as_bytes(piece.url)
-                self.leave_out(name, f"{name} has a name that is not UTF-8; rename it")
+                self._leave_out(lambda name=name: name, "has a name that is not UTF-8; rename it")
                 continue
             if self.options.needs_fields and not FORMATS[piece.kind].has_fields:
                 raise UserError(
@@ -95,9 +99,14 @@ class DocumentReader:
                 f"write the chats of {piece.path} as such"
             )
         most = self.options.max_document_bytes
+        last = None
         try:
+            if self.options.skip_bad_files and piece.kind == "lines":
+                # Until a harmed one comes to an end, anything may come out of it.
+                sources.check_packed(piece)
             for row in FORMATS[piece.kind].rows(piece, self._all_fields(piece), most):
                 yield from self._row(number, piece, row)
+                last = row.place
         except sources.TooLongError:
             self._too_long(piece, 0, f"over {most:,}")
         except sources.MissingFieldError as error:
@@ -106,21 +115,24 @@ class DocumentReader:
                     f"{piece.path} has no text in a field {error.field!r}; its fields are "
                     f"{', '.join(error.names)}: name one with {self._option(error.field)}"
                 ) from error
-            self.leave_out(
-                piece.url,
-                f"{piece.url} has no column {error.field!r}; its columns are "
+            self._leave_out(
+                lambda: piece.url,
+                f"has no column {error.field!r}; its columns are "
                 f"{', '.join(error.names) or 'none'}: name one with {self._option(error.field)}",
                 error,
             )
-        except DAMAGE as error:
+        except DamagedError as error:  # says where
+            self._leave_out(lambda: "", f"{error}; get it anew, leave it out", error, piece.url)
+        except (*DAMAGE, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise UserError(
                     f"{piece.url} cannot be read ({error.strerror})"
                     f"{remedy(error) or '; leave it out'}"
                 ) from error
-            self.leave_out(
-                piece.url,
-                f"{piece.url} is damaged, or no {_FILES[piece.kind]} ({error}); get it anew, "
+            after = "" if last is None else f" after {self.name(piece, last)}"
+            self._leave_out(
+                lambda: piece.url,
+                f"is damaged{after}, or no {_FILES[piece.kind]} ({error}); get it anew, "
                 "leave it out",
                 error,
             )
@@ -134,34 +146,38 @@ class DocumentReader:
     def _row(self, number: int, piece: Piece, row: Row) -> Iterator[Document]:
         """Yields the documents of a row, one in most cases."""
         try:
-            if isinstance(row.value, sources.TooLongError):
+            if isinstance(row.value, Exception):
                 raise row.value
             record = self._record(piece, row.value)
             if record is None:
+                return
+            if isinstance(record, Mapping) and not self._passes(record):
+                self.filtered += 1
                 return
             if self.options.has_completions:
                 texts = marked_texts(_as_text(record), self.options, self._chat_turns)
             else:
                 texts = [(self._text(piece, record), ())]
-            if not all(self._passes(record, rule) for rule in self._filters):
-                self.filtered += 1
-                return
         except sources.TooLongError:
             self._too_long(piece, row.place, f"over {self.options.max_document_bytes:,}")
             return
         except UnicodeDecodeError as error:
-            name = self.name(piece, row.place) if piece.kind == "tfds" else piece.url
-            self.leave_out(
-                self.name(piece, row.place),
-                f"{name} is not UTF-8 text: {error.reason} at byte "
-                f"{(row.place if piece.kind == 'lines' else 0) + error.start}; convert it, "
-                "leave it out",
+            at = (row.place if piece.kind == "lines" else 0) + error.start
+            self._leave_out(
+                lambda: self.name(piece, row.place),
+                f"is not UTF-8 text: {error.reason} at byte {at}; convert it, leave it out",
                 error,
             )
             return
         except BadRecordError as error:
-            name = self.name(piece, row.place)
-            self.leave_out(name, f"{name} {error}; correct it, leave it out", error)
+            self._leave_out(
+                lambda: self.name(piece, row.place), f"{error}; correct it, leave it out", error
+            )
+            return
+        except (ValueError, OverflowError) as error:  # such as a time that Python has no value for
+            self._leave_out(
+                lambda: self.name(piece, row.place), f"has {error}; correct it, leave it out", error
+            )
             return
         for text, completions in texts:
             if not text or text.isspace():
@@ -216,36 +232,50 @@ class DocumentReader:
             )
         return text
 
-    def _passes(self, record: Any, rule: tuple[str, str]) -> bool:
-        field, wanted = rule
-        if not isinstance(record, Mapping) or field not in record:
-            return False
-        value = record[field]
-        if isinstance(value, bytes):
-            value = value.decode("utf-8")
-        if isinstance(value, str):
-            return value == wanted
-        return json.dumps(value, default=str) == wanted
+    def _passes(self, record: Mapping[str, Any]) -> bool:
+        return all(
+            field in record and is_value(record[field], wanted) for field, wanted in self._filters
+        )
 
     def _has_length(self, text: str) -> bool:
         least, most = self.options.min_characters, self.options.max_characters
         return len(text) >= least and (most == 0 or len(text) <= most)
 
     def _too_long(self, piece: Piece, place: int, size: str) -> None:
-        name = self.name(piece, place)
-        self.leave_out(
-            name,
-            f"{name} is a text of {size} bytes, which is more than is held at once; raise "
+        what = "line" if piece.kind == "lines" else "text"
+        self._leave_out(
+            lambda: self.name(piece, place),
+            f"is a {what} of {size} bytes, which is more than is held at once; raise "
             f"--max-document-bytes={self.options.max_document_bytes}, part the text",
         )
 
-    def leave_out(self, name: str, message: str, error: Exception | None = None) -> None:
-        """Counts what cannot be read or tokenized, or fails."""
+    def leave_out(self, piece: Piece, place: int, message: str) -> None:
+        """Counts a document that cannot be tokenized, or fails.
+
+        Args:
+          piece: where it is.
+          place: as `Row` has it.
+          message: goes on after its name, and says what is wrong and what may be done.
+
+        Raises:
+          UserError: such documents are not to be left out.
+        """
+        self._leave_out(lambda: self.name(piece, place), message)
+
+    def _leave_out(
+        self,
+        name: Callable[[], str],
+        message: str,
+        error: Exception | None = None,
+        skipped_name: str = "",
+    ) -> None:
+        # Named only where it is said: to count lines a file is read once more.
         if not self.options.skip_bad_files:
-            raise UserError(f"{message}, or pass --skip-bad-files") from error
+            said = f"{name()} {message}".lstrip()
+            raise UserError(f"{said}, or pass --skip-bad-files") from error
         self.skipped += 1
         if len(self.skipped_names) < NAMED_SKIPS:
-            self.skipped_names.append(name)
+            self.skipped_names.append(skipped_name or name())
 
     def name(self, piece: Piece, place: int) -> str:
         """Returns a row's file, with the number of its line or row, from 1 as editors count."""
@@ -277,6 +307,32 @@ def _as_text(record: Any) -> Any:
         field: value.decode("utf-8") if isinstance(value, bytes) else value
         for field, value in record.items()
     }
+
+
+def is_value(value: Any, wanted: str) -> bool:
+    """Returns whether a field holds what `--require` asks for.
+
+    Args:
+      value: text, or what JSON, a table or TFDS has.
+      wanted: such a text; a number, `true`, `false` or `null`; or what else, as Python prints it.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8")
+    if isinstance(value, str):
+        return value == wanted
+    if isinstance(value, bool | np.bool_):
+        return wanted == ("true" if value else "false")
+    if value is None or isinstance(value, list | dict):
+        return json.dumps(value, default=str) == wanted
+    if str(value) == wanted:
+        return True
+    try:
+        number = json.loads(wanted)
+    except (ValueError, RecursionError):
+        return False
+    # By value: 3.0 is 3.
+    is_number = isinstance(value, numbers.Number) and type(number) in (int, float)
+    return is_number and bool(value == number)
 
 
 def line_number(piece: Piece, place: int) -> int:

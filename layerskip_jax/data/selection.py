@@ -5,22 +5,35 @@ whole is worked out from these, a part of the hashes at a time, and each unit is
 which of its documents to leave out.
 """
 
+import enum
 import hashlib
 import os
 import uuid
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt64
 
 from layerskip_jax.data.reading import DocumentReader
 from layerskip_jax.data.units import Job, Task, seeded_hash
 from layerskip_jax.run_folder.atomic import sync
 from layerskip_jax.schema import UserError
 
-# Documents whose hashes are compared at once: 32 bytes each.
+# Documents whose hashes are compared at once: about 64 bytes each.
 COMPARED = 1 << 22
 BUCKETS = 1 << 12  # of draws, of which one is looked at in full
+
+
+class _Column(enum.IntEnum):
+    """What a scan says of each document, a row of the file for each."""
+
+    FIRST = 0  # 8 bytes of the text's digest, by which the file is sorted
+    SECOND = 1  # the others
+    DRAW = 2
+    SIZE = 3  # UTF-8 bytes
+    NUMBER = 4  # within the unit
 
 
 def scan_unit(job: Job, task: Task) -> int:
@@ -29,21 +42,20 @@ def scan_unit(job: Job, task: Task) -> int:
     Raises:
       UserError: its sources hold what is no text, or cannot be read.
     """
-    request, digests, draws, sizes = job.request, [], [], []
+    request, digests, draws, sizes = job.request, bytearray(), array("Q"), array("Q")
     reader = DocumentReader(request, job.chat_turns)
     for document in reader.read(list(task.unit.pieces)):
         digest = document.digest
-        digests.append(digest)
+        digests += digest
         draws.append(seeded_hash(f"take {request.seed}", digest.hex()))
         sizes.append(len(document.text.encode()))
+    first, second = np.frombuffer(digests, ">u8").reshape(-1, 2).T.astype(np.uint64)
+    # Sorted, so that a part of all hashes is one part of each file; of copies the first stays so.
+    order = np.lexsort((second, first))
+    columns = [first, second, np.array(draws), np.array(sizes), np.arange(len(sizes))]
     file = scan_file(job.folder, task.key)
-    stage = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.npz")
-    np.savez(
-        stage,
-        digests=np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2),
-        draws=np.array(draws, np.uint64),
-        sizes=np.array(sizes, np.int64),
-    )
+    stage = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.npy")
+    np.save(stage, np.stack([column[order].astype(np.uint64) for column in columns]))
     sync(stage)
     os.replace(stage, file)
     return len(sizes)
@@ -51,7 +63,7 @@ def scan_unit(job: Job, task: Task) -> int:
 
 def scan_file(folder: Path, key: str) -> Path:
     """Returns where the scan of a unit is."""
-    return folder / f"scan-{key}.npz"
+    return folder / f"scan-{key}.npy"
 
 
 def select(job: Job, tasks: Sequence[Task]) -> list[Task]:
@@ -67,8 +79,8 @@ def select(job: Job, tasks: Sequence[Task]) -> list[Task]:
     Raises:
       UserError: the limit has no room for any document.
     """
-    scans = [_Scan(scan_file(job.folder, task.key)) for task in tasks]
-    left_out = [np.zeros(len(scan.sizes), bool) for scan in scans]
+    scans = [scan_file(job.folder, task.key) for task in tasks]
+    left_out = [np.zeros(_scan(file).shape[1], bool) for file in scans]
     if job.request.deduplicate:
         _mark_copies(tasks, scans, left_out)
     if job.request.max_bytes:
@@ -79,79 +91,92 @@ def select(job: Job, tasks: Sequence[Task]) -> list[Task]:
     ]
 
 
-class _Scan:
-    """The scan of one unit, read when it is asked for."""
-
-    def __init__(self, file: Path):
-        self._file = file
-        with np.load(file) as arrays:
-            self.sizes = arrays["sizes"]
-
-    def array(self, name: str) -> np.ndarray:
-        with np.load(self._file) as arrays:
-            return arrays[name]
+def _scan(file: Path) -> UInt64[np.ndarray, "5 documents"]:
+    """Returns the scan of a unit, of which only that is read which is looked at."""
+    return np.load(file, mmap_mode="r")
 
 
 def _mark_copies(
-    tasks: Sequence[Task], scans: Sequence[_Scan], left_out: Sequence[np.ndarray]
+    tasks: Sequence[Task], scans: Sequence[Path], left_out: Sequence[np.ndarray]
 ) -> None:
-    total = sum(len(scan.sizes) for scan in scans)
+    total = sum(map(len, left_out))
     parts = max(-(-total // COMPARED), 1)
+    bounds = [(part << 64) // parts for part in range(1, parts)]
     # Sets that are held out come first, so that training loses their copies.
     order = sorted(range(len(tasks)), key=lambda number: (not tasks[number].unit.held_out, number))
+    begins = [0] * len(tasks)
     for part in range(parts):
-        digests, units, numbers = [], [], []
-        for number in order:
-            found = scans[number].array("digests")
-            mine = np.flatnonzero(found[:, 0] % np.uint64(parts) == part)
-            digests.append(found[mine])
-            units.append(np.full(len(mine), number))
-            numbers.append(mine)
-        every = np.concatenate(digests)
+        firsts, seconds, units, numbers = [], [], [], []
+        for unit in order:
+            scan, begin = _scan(scans[unit]), begins[unit]
+            end = scan.shape[1]
+            if part < parts - 1:
+                end = int(np.searchsorted(scan[_Column.FIRST], np.uint64(bounds[part])))
+            begins[unit] = end
+            firsts.append(np.array(scan[_Column.FIRST, begin:end]))
+            seconds.append(np.array(scan[_Column.SECOND, begin:end]))
+            units.append(np.full(end - begin, unit))
+            numbers.append(scan[_Column.NUMBER, begin:end].astype(np.int64))
+        first, second = np.concatenate(firsts), np.concatenate(seconds)
         # Stable, so that of equal digests the first of the corpus stays first.
-        rank = np.lexsort((np.arange(len(every)), every[:, 1], every[:, 0]))
-        ordered = every[rank]
-        copies = rank[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]
-        of, at = np.concatenate(units)[copies], np.concatenate(numbers)[copies]
-        for number in np.unique(of):
-            left_out[number][at[of == number]] = True
+        rank = np.lexsort((second, first))
+        first, second = first[rank], second[rank]
+        copies = rank[1:][(first[1:] == first[:-1]) & (second[1:] == second[:-1])]
+        _mark(left_out, np.concatenate(units)[copies], np.concatenate(numbers)[copies])
+
+
+def _mark(left_out: Sequence[np.ndarray], units: np.ndarray, numbers: np.ndarray) -> None:
+    for unit in np.unique(units).tolist():
+        left_out[unit][numbers[units == unit]] = True
 
 
 def _mark_undrawn(
-    job: Job, tasks: Sequence[Task], scans: Sequence[_Scan], left_out: Sequence[np.ndarray]
+    job: Job, tasks: Sequence[Task], scans: Sequence[Path], left_out: Sequence[np.ndarray]
 ) -> None:
-    """Marks what is drawn after the limit is reached; sets of their own are not limited."""
+    """Marks what is drawn after the limit is reached; sets of their own are not limited.
+
+    Copies have the same draw, and come in the order of the corpus.
+    """
     limited = [number for number, task in enumerate(tasks) if not task.unit.held_out]
     shift = np.uint64(64 - BUCKETS.bit_length() + 1)
+
+    def drawn(unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns number, draw and size of the documents of a unit that are no copies."""
+        scan = _scan(scans[unit])
+        numbers = scan[_Column.NUMBER].astype(np.int64)
+        kept = ~left_out[unit][numbers]
+        return numbers[kept], scan[_Column.DRAW][kept], scan[_Column.SIZE][kept].astype(np.int64)
+
     bytes_of = np.zeros(BUCKETS, np.int64)
-    for number in limited:
-        kept = ~left_out[number]
-        bucket = (scans[number].array("draws")[kept] >> shift).astype(np.int64)
-        np.add.at(bytes_of, bucket, scans[number].sizes[kept])
+    for unit in limited:
+        _, draws, sizes = drawn(unit)
+        np.add.at(bytes_of, (draws >> shift).astype(np.int64), sizes)
     limit = job.request.max_bytes
     full = np.cumsum(bytes_of) > limit
     if not full.any():
         return
-    crossing = int(np.argmax(full))
+    crossing = np.argmax(full)
     room = limit - int(bytes_of[:crossing].sum())
-    draws, sizes = [], []
-    for number in limited:
-        drawn = scans[number].array("draws")
-        mine = ~left_out[number] & ((drawn >> shift) == crossing)
-        draws.append(drawn[mine])
-        sizes.append(scans[number].sizes[mine])
-    draw, size = np.concatenate(draws), np.concatenate(sizes)
-    order = np.lexsort((size, draw))
+    units, numbers, draws, sizes = [], [], [], []
+    for unit in limited:
+        number, draw, size = drawn(unit)
+        bucket = draw >> shift
+        left_out[unit][number[bucket > crossing]] = True
+        mine = np.flatnonzero(bucket == crossing)
+        mine = mine[np.argsort(number[mine])]
+        units.append(np.full(len(mine), unit))
+        numbers.append(number[mine])
+        draws.append(draw[mine])
+        sizes.append(size[mine])
+    unit, number, size = map(np.concatenate, (units, numbers, sizes))
+    order = np.argsort(np.concatenate(draws), kind="stable")
     fits = np.cumsum(size[order]) <= room
-    if crossing == 0 and not fits.any() or not (fits.any() or bytes_of[:crossing].any()):
+    if not fits.any() and not bytes_of[:crossing].any():
         raise UserError(
             f"--max-bytes={limit} has no room for the first document drawn, "
             f"of {size[order][0]} bytes; raise it"
         )
-    taken = draw[order][fits]
-    last = int(taken[-1]) if len(taken) else (crossing << int(shift)) - 1
-    for number in limited:
-        left_out[number][scans[number].array("draws") > np.uint64(last)] = True
+    _mark(left_out, unit[order][~fits], number[order][~fits])
 
 
 def _told(folder: Path, task: Task, left_out: np.ndarray) -> Task:

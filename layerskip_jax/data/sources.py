@@ -17,12 +17,15 @@ import itertools
 import json
 import lzma
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from layerskip_jax.data.manifest import STANDARD_LIBRARY
@@ -34,12 +37,18 @@ TFDS_PREFIX, LIST_PREFIX = "tfds:", "@"
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 # What `datasets` writes beside the arrow files of a data set that it saves to a disk.
 SAVED_STATE = "state.json"
-ROWS_AT_ONCE = 256  # of a table, which may hold long texts
+# Of a table that are taken apart at once, and so held in memory: fewer where they are long.
+ROWS_AT_ONCE, ROW_BYTES_AT_ONCE = 4096, 16 << 20
+# What file systems say of a file that another one in its place would say otherwise.
+CHANGES = ("etag", "ETag", "md5Hash", "blob_id", "mtime", "LastModified", "created")
+BUFFER_BYTES = 4 << 20  # of a column of a table, or of a bucket, that are read in one go
+LISTED_AT_ONCE = 16  # files that are looked into at the same time, which takes long on a bucket
 
 
-def _zstd(file: IO[bytes]) -> IO[bytes]:
+def _zstd(file: io.BufferedIOBase) -> io.BufferedIOBase:
     """Opens a Zstandard stream of any number of frames; Python's library has none before 3.14."""
-    return io.BufferedReader(_Raw(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")))
+    stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+    return io.BufferedReader(_Raw(stream), 1 << 17)
 
 
 class _Raw(io.RawIOBase):
@@ -56,11 +65,57 @@ class _Raw(io.RawIOBase):
         return self._stream.readinto(buffer)
 
 
-COMPRESSIONS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+class UnreadableError(Exception):
+    """A file of a bucket could not be read just now, which says nothing of what it holds."""
+
+
+class _Remote(io.RawIOBase):
+    """A file of fsspec as Python's own readers want it, whose errors are never taken for damage."""
+
+    def __init__(self, url: str):
+        super().__init__()
+        self._url, self._file = url, None
+        with self._explained():
+            filesystem, path = fsspec.core.url_to_fs(url)
+            self._file = filesystem.open(path, "rb")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each package raises kinds of its own
+            raise UnreadableError(f"{self._url}: {type(error).__name__}: {error}") from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with self._explained():
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer) -> int:
+        with self._explained():
+            read = self._file.read(len(buffer))
+        buffer[: len(read)] = read
+        return len(read)
+
+    def close(self) -> None:
+        if self._file is not None and not self.closed:
+            self._file.close()
+        super().close()
+
+
+COMPRESSIONS: dict[str, Callable[[io.BufferedIOBase], io.BufferedIOBase]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd,
 }  # fmt: skip
 # What a damaged file raises where it is taken apart. The system's own errors have a number.
-DAMAGE = (EOFError, OSError, lzma.LZMAError, pa.ArrowException)
+DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error, pa.ArrowException)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +130,8 @@ class Piece:
       kind: how it is read, a key of `FORMATS`.
       begin: the first byte of a range of lines, row group of a parquet file or example of TFDS.
       end: what follows the last one; -1 is the end of the file.
-      about: the name of a TFDS data set and its split.
+      about: the folder of a TFDS data set.
+      bytes: about how many of the file are read.
     """
 
     path: str
@@ -86,11 +142,7 @@ class Piece:
     begin: int = 0
     end: int = -1
     about: str = ""
-
-    @property
-    def bytes(self) -> int:
-        """About how many bytes of the file are read."""
-        return self.size if self.kind != "lines" or self.end < 0 else self.end - self.begin
+    bytes: int = 0
 
 
 class Row(NamedTuple):
@@ -98,7 +150,7 @@ class Row(NamedTuple):
 
     Attributes:
       place: the byte where a line begins, once unpacked; the number of a table's row, from 0.
-      value: bytes of a text or a line, or the fields of a row.
+      value: bytes of a text or a line, or the fields of a row, or the error of what is none.
     """
 
     place: int
@@ -140,11 +192,11 @@ class TooLongError(Exception):
 
 
 @contextlib.contextmanager
-def opened(url: str, *, unpack: bool = True) -> Iterator[IO[bytes]]:
+def opened(url: str, *, unpack: bool = True) -> Iterator[io.BufferedIOBase]:
     """Opens a file anywhere, and what it holds where it is compressed."""
     if is_remote(url):
-        filesystem, path = fsspec.core.url_to_fs(url)
-        file = filesystem.open(path, "rb")
+        # fsspec's own files read lines by their own rules.
+        file = io.BufferedReader(_Remote(url), 1 << 17)
     else:
         file = Path(url).open("rb")
     with file:
@@ -171,31 +223,47 @@ def _lines(piece: Piece, fields: tuple[str, ...], most: int) -> Iterator[Row]:
         if piece.begin:
             # The line that the byte before belongs to began in an earlier piece.
             file.seek(piece.begin - 1)
-            place += _pass_line(file) - 1
+            place += _pass_line(file, piece.end - place + 1 if piece.end >= 0 else -1) - 1
         while piece.end < 0 or place < piece.end:
             line = file.readline(most + 1)
             if not line:
                 return
             length = len(line)
             if length > most and not line.endswith(b"\n"):
-                length += _pass_line(file)
+                length += _pass_line(file, piece.end - place if piece.end >= 0 else -1)
                 yield Row(place, TooLongError())
             else:
                 yield Row(place, line)
             place += length
 
 
-def _pass_line(file: IO[bytes]) -> int:
-    """Reads to the end of a line and returns how many bytes that was."""
+def _pass_line(file: io.BufferedIOBase, enough: int) -> int:
+    """Reads to the end of a line, and returns how many bytes that was.
+
+    Of a line that goes on beyond `enough` bytes, what follows belongs to other pieces; -1 is no
+    such place.
+    """
     passed = 0
-    while part := file.readline(1 << 20):
+    while part := file.readline(1 << 20 if enough < 0 else min(enough - passed, 1 << 20)):
         passed += len(part)
         if part.endswith(b"\n"):
             break
     return passed
 
 
-def _wanted(names: list[str], fields: tuple[str, ...], piece: Piece) -> list[str]:
+def check_packed(piece: Piece) -> None:
+    """Unpacks a packed file to its end, where most have the checksum of what they hold.
+
+    Raises:
+      one of `DAMAGE`: it is damaged.
+    """
+    if ending(piece.url)[1]:
+        with opened(piece.url) as file:
+            while file.read(1 << 20):
+                pass
+
+
+def _wanted(names: list[str], fields: tuple[str, ...]) -> list[str]:
     missing = [field for field in fields if field not in names]
     if missing:
         raise MissingFieldError(missing[0], names)
@@ -212,20 +280,78 @@ class MissingFieldError(Exception):
 
 def _parquet(piece: Piece, fields: tuple[str, ...], most: int) -> Iterator[Row]:
     with opened(piece.url, unpack=False) as file:
-        table = pq.ParquetFile(file)
-        columns = _wanted(table.schema_arrow.names, fields, piece)
+        table = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+        columns = _wanted(table.schema_arrow.names, fields)
         end = table.num_row_groups if piece.end < 0 else piece.end
         counts = [table.metadata.row_group(i).num_rows for i in range(end)]
         number = sum(counts[: piece.begin])
         # Group by group, so that what a file holds is never in memory at once.
         for group in range(piece.begin, end):
             batches = table.iter_batches(
-                ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False
-            )
+                _rows_at_once(table.metadata.row_group(group), columns),
+                row_groups=[group], columns=columns, use_threads=False,
+            )  # fmt: skip
             for batch in batches:
-                for row in batch.to_pylist():
-                    yield Row(number, row)
-                    number += 1
+                yield from _rows(batch, columns, number, most)
+                number += batch.num_rows
+
+
+def _rows_at_once(group: pq.RowGroupMetaData, columns: list[str]) -> int:
+    chunks = map(group.column, range(group.num_columns))
+    size = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] in columns or chunk.path_in_schema in columns
+    )
+    return min(max(ROW_BYTES_AT_ONCE * group.num_rows // max(size, 1), 1), ROWS_AT_ONCE)
+
+
+# Text as bytes, so that what is no UTF-8 is found where it is.
+_AS_BYTES = {
+    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}  # fmt: skip
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    as_bytes = _AS_BYTES.get(column.type)
+    return column if as_bytes is None else column.view(as_bytes)
+
+
+def _rows(batch: pa.RecordBatch, names: list[str], number: int, most: int) -> Iterator[Row]:
+    """Yields the rows of a part of a table, made one by one, as they may be long.
+
+    Args:
+      batch: the part.
+      names: of the columns that are wanted.
+      number: of its first row in the table.
+      most: bytes of a text.
+
+    Raises:
+      pa.ArrowException: it is damaged.
+    """
+    columns, too_long = [], set()
+    for name in names:
+        column = batch.column(batch.schema.names.index(name))
+        if pa.types.is_dictionary(column.type):
+            values = _as_bytes(column.dictionary)
+            column = pa.DictionaryArray.from_arrays(column.indices, values, safe=False)
+        column = _as_bytes(column)
+        column.validate(full=True)
+        if column.type in (pa.binary(), pa.large_binary()) and column.nbytes > most:
+            lengths = pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+            too_long |= set((lengths > most).nonzero()[0].tolist())
+        columns.append(column)
+    for at in range(batch.num_rows):
+        try:
+            if at in too_long:
+                raise TooLongError()
+            values: Any = {
+                name: column[at].as_py() for name, column in zip(names, columns, strict=True)
+            }
+        except (TooLongError, ValueError, OverflowError) as error:
+            values = error
+        yield Row(number + at, values)
 
 
 def _arrow(piece: Piece, fields: tuple[str, ...], most: int) -> Iterator[Row]:
@@ -238,19 +364,17 @@ def _arrow(piece: Piece, fields: tuple[str, ...], most: int) -> Iterator[Row]:
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:
             reader = batches = pa.ipc.open_stream(file)
-        columns = _wanted(reader.schema.names, fields, piece)
+        columns = _wanted(reader.schema.names, fields)
         for batch in batches:
-            for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                for row in batch.select(columns).slice(start, ROWS_AT_ONCE).to_pylist():
-                    yield Row(number, row)
-                    number += 1
+            yield from _rows(batch, columns, number, most)
+            number += batch.num_rows
 
 
 def _tfds(piece: Piece, fields: tuple[str, ...], most: int) -> Iterator[Row]:
     from layerskip_jax.data import tfds_sources
 
     names, rows = tfds_sources.examples(piece.url, piece.about, piece.begin, piece.end)
-    _wanted(names, fields, piece)
+    _wanted(names, fields)
     for place, row in rows:
         yield Row(place, row)
 
@@ -281,9 +405,9 @@ def _row_groups(file: Found, most: int) -> Iterator[tuple[int, int, int]]:
                 sum(group.column(c).total_compressed_size for c in range(group.num_columns))
                 for group in map(metadata.row_group, range(metadata.num_row_groups))
             ]
-    except DAMAGE as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
+    except (*DAMAGE, UnreadableError) as error:
+        if isinstance(error, UnreadableError) or (isinstance(error, OSError) and error.errno):
+            raise UserError(f"{file.url} cannot be read ({error})") from error
         yield 0, -1, file.size  # whoever reads it says what is wrong
         return
     begin, total = 0, 0
@@ -308,7 +432,7 @@ ENDINGS = {
     ".jsonl": "lines",
     ".json": "lines",
     ".parquet": "parquet",
-    ".arrow": "arrow",
+    **dict.fromkeys((".arrow", ".feather"), "arrow"),
 }
 # A bare .json may be anything, such as some program's settings.
 ONLY_BY_NAME = {".json"}
@@ -346,9 +470,16 @@ def pieces(found: list[Found], most: int) -> Iterator[tuple[Piece, int]]:
       found: files of one source.
       most: bytes of a piece that can be cut otherwise.
     """
-    for file in found:
-        for begin, end, size in FORMATS[file.kind].cut(file, most):
-            yield Piece(*file, file.kind, begin, end), size
+
+    def cut(file: Found) -> list[Piece]:
+        return [
+            Piece(*file, file.kind, begin, end, bytes=size)
+            for begin, end, size in FORMATS[file.kind].cut(file, most)
+        ]
+
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+        for piece in itertools.chain.from_iterable(pool.map(cut, found)):
+            yield piece, piece.bytes
 
 
 def find_files(
@@ -384,11 +515,12 @@ def find_files(
 
 
 def _listed(source: str, with_fields: bool) -> tuple[list[Found], collections.Counter[str]]:
-    file = Path(source.removeprefix(LIST_PREFIX))
+    name = source.removeprefix(LIST_PREFIX)
     try:
-        names = [line.strip() for line in file.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--source={source}: {file} is no list of sources ({error})") from error
+        with opened(name) as file:
+            names = [line.strip() for line in file.read().decode("utf-8-sig").split("\n")]
+    except (*DAMAGE, UnreadableError, UnicodeDecodeError) as error:
+        raise UserError(f"--source={source}: {name} is no list of sources ({error})") from error
     result: dict[str, Found] = {}
     others: collections.Counter[str] = collections.Counter()
     for name in filter(None, names):
@@ -413,30 +545,63 @@ def _local_files(source: str, with_fields: bool) -> tuple[list[Found], collectio
         rest = [file for file in files if not _is_searched(file.name, with_fields)]
         others.update(file.suffix or "no suffix" for file in rest)
         files = [file for file in files if _is_searched(file.name, with_fields)]
-        saved = {file.parent for file in files if (file.parent / SAVED_STATE).is_file()}
-        kept = {folder: _saved_files(folder / SAVED_STATE) for folder in saved}
-        files = [f for f in files if f.parent not in saved or f.name in kept[f.parent]]
     elif path.is_file():
-        root, files = path.parent, [path]
+        return _local(path.parent, [path]), others
     elif glob.has_magic(source):
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
         root = Path(*plain)
         files = [Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file()]
     else:
         raise UserError(f"--source={source}: there is no such file or folder")
-    return _local(root, files), others
+    return _without_caches(_local(root, files), path.is_dir()), others
 
 
-def _saved_files(state: Path) -> set[str]:
-    """Returns the arrow files of a data set that `datasets` saved; others beside them are caches.
+def _without_caches(found: list[Found], all_wanted: bool) -> list[Found]:
+    """Leaves out the caches that `datasets` writes beside the files of a data set that it saves.
 
     Raises:
-      UserError: the list of them is damaged.
+      UserError: the list of these files is damaged, or one of them is missing where all are wanted.
     """
+    files = [file for file in found if file.kind == "arrow"]
+    folders = dict.fromkeys(_folder(file) for file in files)
+    saved = {folder: _saved_files(f"{folder}/{SAVED_STATE}") for folder in folders}
+    if all_wanted:
+        there = {file.url for file in files}
+        for folder, names in saved.items():
+            for name in sorted(names or ()):
+                if f"{folder}/{name}" not in there:
+                    raise UserError(f"{folder}/{name} is missing; save the data set again")
+    return [
+        file
+        for file in found
+        if file.kind != "arrow"
+        or (names := saved[_folder(file)]) is None
+        or PurePosixPath(file.url).name in names
+    ]
+
+
+def _folder(file: Found) -> str:
+    return file.url.rpartition("/")[0] or "."
+
+
+def _saved_files(state: str) -> set[str] | None:
+    """Returns the arrow files of a data set that `datasets` saved; None where it did not."""
+    if is_remote(state):
+        filesystem, path = fsspec.core.url_to_fs(state)
+        there = filesystem.exists(path)
+    else:
+        there = Path(state).is_file()
+    if not there:
+        return None
     try:
-        return {entry["filename"] for entry in json.loads(state.read_text())["_data_files"]}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{state} does not tell the files of a saved data set ({error})") from error
+        with opened(state) as file:
+            listed = json.load(file)
+        return {entry["filename"] for entry in listed["_data_files"]}
+    except (UnreadableError, OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{state} does not tell the files of a saved data set ({error}); save it again, or "
+            "name its files one by one"
+        ) from error
 
 
 def _local(root: Path, files: list[Path]) -> list[Found]:
@@ -455,7 +620,7 @@ def _local(root: Path, files: list[Path]) -> list[Found]:
 def _remote_files(source: str, with_fields: bool) -> tuple[list[Found], collections.Counter[str]]:
     """Lists a folder, glob or file of any file system that fsspec knows."""
     others: collections.Counter[str] = collections.Counter()
-    is_folder = False
+    is_folder = is_file = False
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
         if glob.has_magic(path):
@@ -466,6 +631,7 @@ def _remote_files(source: str, with_fields: bool) -> tuple[list[Found], collecti
             is_folder = True
             root, listed = path.rstrip("/"), filesystem.find(path, detail=True)
         elif filesystem.exists(path):
+            is_file = True
             root, listed = str(PurePosixPath(path).parent), {path: filesystem.info(path)}
         else:
             raise UserError(f"--source={source}: there is no such file or folder")
@@ -486,8 +652,7 @@ def _remote_files(source: str, with_fields: bool) -> tuple[list[Found], collecti
         if is_folder and not _is_searched(name, with_fields):
             others[PurePosixPath(name).suffix or "no suffix"] += 1
             continue
-        changes = (info.get(key) for key in ("etag", "ETag", "md5Hash", "mtime", "LastModified"))
-        version = str(next((change for change in changes if change), ""))
+        version = str(next((info[key] for key in CHANGES if info.get(key)), ""))
         url = filesystem.unstrip_protocol(name)
         found.append(Found(relative, url, int(info["size"] or 0), version))
-    return found, others
+    return found if is_file else _without_caches(found, is_folder), others

@@ -34,20 +34,26 @@ def find(source: str) -> list[tuple[Piece, int]]:
         ) from error
     result = []
     for part in builder.info.splits[split].file_instructions:
-        size = Path(part.filename).stat().st_size
-        end = part.skip + part.examples_in_shard if part.take < 0 else part.skip + part.take
+        try:
+            stat = Path(part.filename).stat()
+        except OSError as error:
+            raise UserError(
+                f"--source={source}: {part.filename} cannot be read ({error.strerror}); make the "
+                "data set anew"
+            ) from error
+        size = int(stat.st_size * part.take / max(part.examples_in_shard, 1))
         piece = Piece(
             path=f"{builder.name}:{split}:{Path(part.filename).name}",
             url=str(part.filename),
-            size=size,
-            version="",
+            size=stat.st_size,
+            version=str(stat.st_mtime_ns),
             kind="tfds",
             begin=part.skip,
-            end=end,
+            end=part.skip + part.take,
             about=str(builder.data_path),
+            bytes=size,
         )
-        share = (end - part.skip) / max(part.examples_in_shard, 1)
-        result.append((piece, int(size * share)))
+        result.append((piece, size))
     return result
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-import string
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +20,12 @@ SMALLEST_VOCABULARY = 257  # every byte, and the end token
 # of 2 MB, and near a hundred bytes a character.
 PART_CHARACTERS = 1 << 20
 CONTEXT_CHARACTERS = 200  # that are looked at on either side of a place to cut
+TRIED_PLACES = 1000  # before a text is given up as one that cannot be cut
+_LINE_BEGINS = re.compile(r"(?<=\S)\n(?=[^\W\d_])")
+_WORD_BEGINS = re.compile(r"(?<=\S) (?=[^\W\d_])")
+# Encoded in one go: the tokenizer's own results take many times a text's memory until they are
+# ids.
+ENCODED_CHARACTERS = 4 << 20
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -95,58 +101,80 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int32[np.nd
     A text that is longer than `PART_CHARACTERS` is encoded in parts, cut where its ids do not
     change; see `cut_text`.
     """
-    parts = [cut_text(tokenizer, text) for text in texts]
-    encodings = iter(
-        tokenizer.encode_batch_fast(
-            list(itertools.chain.from_iterable(parts)), add_special_tokens=False
-        )
-    )
-    ids = (np.fromiter(found := encoding.ids, np.int32, len(found)) for encoding in encodings)
-    return [
-        next(ids) if len(some) == 1 else np.concatenate([next(ids) for _ in some]) for some in parts
-    ]
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    waiting: list[tuple[int, str]] = []
+    characters = 0
+
+    def encode() -> None:
+        parts = [part for _, part in waiting]
+        encodings = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        for (number, _), encoding in zip(waiting, encodings, strict=True):
+            ids = encoding.ids
+            found[number].append(np.fromiter(ids, np.int32, len(ids)))
+        waiting.clear()
+
+    for number, text in enumerate(texts):
+        for part in cut_text(tokenizer, text):
+            waiting.append((number, part))
+            characters += len(part)
+            if characters >= ENCODED_CHARACTERS:
+                encode()
+                characters = 0
+    encode()
+    return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in found]
 
 
-def cut_text(tokenizer: Tokenizer, text: str) -> list[str]:
-    """Returns the parts of a long text whose ids, one after the other, are those of the whole.
+def cut_text(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    """Yields the parts of a long text whose ids, one after the other, are those of the whole.
 
-    A tokenizer parts a text into words before it looks for tokens in each. A text is cut between a
-    single newline and an ASCII letter, with no space before the newline, and only where the
-    tokenizer has a boundary of words there and gives what is around it the same ids in two parts
-    as in one. Where it has no words, as SentencePiece's, or no such place, the text stays whole.
+    A tokenizer parts a text into words before it looks for tokens in each, and a text is cut where
+    a word begins: at a letter after a single newline, else at a single space before a letter.
+    Both are looked at twice. The tokenizer must have a boundary of words there when it comes from
+    the last cut, as it would in the whole, and what is around the place must have the same ids in
+    two parts as in one. Where it has no words, as Llama 2's, or there is no such place, the rest of
+    the text stays whole.
     """
-    result, start = [], 0
+    start = 0
     while len(text) - start > PART_CHARACTERS:
-        at = _place_to_cut(tokenizer, text, start + PART_CHARACTERS)
+        at = _place_to_cut(tokenizer, text, start)
         if at is None:
             break
-        result.append(text[start:at])
+        yield text[start:at]
         start = at
-    return [*result, text[start:]]
+    yield text[start:]
 
 
 def _place_to_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:
+    """Returns the first place to cut that is `PART_CHARACTERS` after a cut or later."""
     if tokenizer.pre_tokenizer is None:
         return None
-    tries, at = 0, start
-    while tries < 1000:
-        at = text.find("\n", at, min(len(text) - 1, start + PART_CHARACTERS)) + 1
-        if at == 0:
-            return None
-        if text[at] in string.ascii_letters and at > 1 and not text[at - 2].isspace():
-            tries += 1
-            if _is_boundary(tokenizer, text, at):
-                return at
-    return None
+    first = start + PART_CHARACTERS
+    # Newlines first: nothing that a tokenizer knows goes across one and on with a letter.
+    places = itertools.chain(
+        (match.end() for match in _tried(_LINE_BEGINS, text, first - 1, first + PART_CHARACTERS)),
+        (match.start() for match in _tried(_WORD_BEGINS, text, first, len(text))),
+    )
+    return next((at for at in places if _is_boundary(tokenizer, text, start, at)), None)
 
 
-def _is_boundary(tokenizer: Tokenizer, text: str, at: int) -> bool:
-    before = text[max(at - CONTEXT_CHARACTERS, 0) : at]
-    after = text[at : at + CONTEXT_CHARACTERS]
+def _tried(pattern: re.Pattern, text: str, begin: int, end: int) -> Iterator[re.Match]:
+    return itertools.islice(pattern.finditer(text, begin, end), TRIED_PLACES)
+
+
+def _is_boundary(tokenizer: Tokenizer, text: str, start: int, at: int) -> bool:
+    """Returns whether a place is one to cut, after a cut at `start`."""
+    begin = max(at - CONTEXT_CHARACTERS, start)
+    before, after = text[begin:at], text[at : at + CONTEXT_CHARACTERS]
+    if not _begins_word(tokenizer, before + after, len(before)):
+        return False
     whole, first, second = tokenizer.encode_batch(
         [before + after, before, after], add_special_tokens=False
     )
     if whole.ids != first.ids + second.ids:
         return False
-    words = tokenizer.pre_tokenizer.pre_tokenize_str(before + after)
-    return any(begin == len(before) for _, (begin, _) in words)
+    return begin == start or _begins_word(tokenizer, text[start:at] + after, at - start)
+
+
+def _begins_word(tokenizer: Tokenizer, text: str, at: int) -> bool:
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return any(begin == at for _, (begin, _) in words)

@@ -22,6 +22,7 @@ import logging
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -248,20 +249,29 @@ class _HeldOut:
     """Documents that are packed later, together with those of other units."""
 
     def __init__(self):
-        self.tokens: list[Tokens] = []
-        self.targets: list[np.ndarray] = []
-        self.digests: list[bytes] = []
-        self.origins: list[tuple[int, int]] = []
+        # Bytes, which take no more room than these: there may be very many and very short ones.
+        self._tokens, self._targets, self._digests = bytearray(), bytearray(), bytearray()
+        self._lengths, self._origins = array("q"), array("q")
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add(
+        self, tokens: Tokens, targets: np.ndarray, digest: bytes, origin: tuple[int, int]
+    ) -> None:
+        self._tokens += tokens.tobytes()
+        self._targets += targets.tobytes()
+        self._digests += digest
+        self._lengths.append(len(tokens))
+        self._origins.extend(origin)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        lengths = np.array([len(tokens) for tokens in self.tokens], np.int64)
-        empty = [np.zeros(0, np.int32)]
         return {
-            "tokens": np.concatenate(self.tokens or empty).astype(np.int32),
-            "targets": np.concatenate(self.targets or [np.zeros(0, bool)]),
-            "lengths": lengths,
-            "digests": np.frombuffer(b"".join(self.digests), np.uint64).reshape(-1, 2),
-            "origins": np.array(self.origins, np.int64).reshape(-1, 2),
+            "tokens": np.frombuffer(self._tokens, np.int32),
+            "targets": np.frombuffer(self._targets, bool),
+            "lengths": np.array(self._lengths, np.int64),
+            "digests": np.frombuffer(self._digests, np.uint64).reshape(-1, 2),
+            "origins": np.array(self._origins, np.int64).reshape(-1, 2),
         }
 
 
@@ -273,8 +283,9 @@ class _UnitWork:
         self._request = job.request
         self._reader = DocumentReader(job.request, job.chat_turns)
         self._tokenizer = _tokenizer(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
-        left_out = np.zeros(0, np.int64) if task.left_out is None else np.load(task.left_out)
-        self._left_out = set(left_out.tolist())
+        # By number, in their order; kept as an array, for they may be most documents.
+        empty = np.zeros(0, np.int64)
+        self._left_out = empty if task.left_out is None else np.load(task.left_out)
         # Added up in place: a `Counts` for each document would take longer than a short one's ids.
         self._sums = {held_out: dataclasses.asdict(Counts()) for held_out in (False, True)}
         self._held_out = _HeldOut()
@@ -295,7 +306,7 @@ class _UnitWork:
         if shards:
             self._trace.save(self._folder / ORIGINS)
             others.append(shard_of(self._folder / ORIGINS))
-        if self._held_out.tokens:
+        if len(self._held_out):
             np.savez(self._folder / HELD_OUT, **self._held_out.arrays())
             others.append(shard_of(self._folder / HELD_OUT))
         for held_out, writer in self._kept.items():
@@ -316,9 +327,10 @@ class _UnitWork:
 
     def _documents(self) -> Iterator[tuple[Document, bytes, bool]]:
         """Yields the documents that are wanted, with their digest and whether they are held out."""
-        request = self._request
+        request, passed = self._request, 0
         for number, document in enumerate(self._reader.read(list(self._unit.pieces))):
-            if number in self._left_out:
+            if passed < len(self._left_out) and number == self._left_out[passed]:
+                passed += 1
                 continue
             digest = document.digest
             held_out = bool(self._unit.held_out) or is_validation(
@@ -361,16 +373,9 @@ class _UnitWork:
                 self._keep(document, held_out)
                 origin = (document.piece, document.place)
                 if held_out:
-                    self._hold_out(ids, np.zeros(0, bool), digest, origin)
+                    self._held_out.add(ids, np.zeros(0, bool), digest, origin)
                 else:
                     yield ids, origin
-
-    def _hold_out(self, tokens: Tokens, targets: np.ndarray, digest: bytes, origin) -> None:
-        held = self._held_out
-        held.tokens.append(tokens)
-        held.targets.append(targets)
-        held.digests.append(digest)
-        held.origins.append(origin)
 
     def _whole(self) -> Iterator[tuple[Completed, tuple[int, int]]]:
         """Yields the documents that are trained on and fit a window, with where they were found."""
@@ -385,7 +390,7 @@ class _UnitWork:
             )  # fmt: skip
             origin = (document.piece, document.place)
             if held_out:
-                self._hold_out(made.tokens, made.is_target, digest, origin)
+                self._held_out.add(made.tokens, made.is_target, digest, origin)
             else:
                 yield made, origin
 
@@ -435,11 +440,11 @@ class _UnitWork:
                 add_completion(made, prompt, completion)
         if not unsaid:
             return made
-        name = self._reader.name(self._unit.pieces[document.piece], document.place)
         self._reader.leave_out(
-            name,
-            f"{name}: the tokenizer has no tokens that say {unsaid}; part them where a word ends, "
-            "leave it out",
+            self._unit.pieces[document.piece],
+            document.place,
+            f"cannot be learned: the tokenizer has no tokens that say {unsaid}; part them where a "
+            "word ends, leave it out",
         )
         return []
 

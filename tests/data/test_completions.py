@@ -363,7 +363,7 @@ def test_what_no_tokens_say_after_the_prompt_is_named(tmp_path):
     request = pairs_request(
         source, vocab_size=0, tokenizer_sha256=file_sha256(file), validation_fraction=0.5
     )
-    with pytest.raises(UserError, match=r"d.jsonl:2: .*no tokens that say 'cd' after 'ab'.*or pas"):
+    with pytest.raises(UserError, match=r"d.jsonl:2 .*no tokens that say 'cd' after 'ab'.*or pas"):
         prepare(request, tmp_path / "data", tokenizer_file=file)
     request = dataclasses.replace(request, skip_bad_files=True)
     manifest = prepare(request, tmp_path / "data", tokenizer_file=file)
