@@ -11,12 +11,14 @@ from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layerskip_jax.distributed.cluster_env import VARIABLES, distributed_arguments
 from layerskip_jax.distributed.cpu_threads import spare_threads_for_waiting
 from layerskip_jax.distributed.mesh import parts
+from layerskip_jax.distributed.roll_call import begin_roll_calls
 from layerskip_jax.schema import UserError
 
 BatchT = TypeVar("BatchT", bound=tuple)
@@ -43,12 +45,18 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> None:
     # What CPU devices exchange arrays with; GPUs and TPUs have their own and do not ask.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**arguments)
+    _begin_roll_calls()
+
+
+def _begin_roll_calls() -> None:
+    count, address = global_state.num_processes, global_state.coordinator_address
+    if count > 1:
+        coordinator = address.rpartition(":")[0]
+        begin_roll_calls(_client(), global_state.process_id, count, coordinator)
 
 
 def _client():
     """Returns the client of the coordinator, which knows all processes of the run."""
-    from jax._src.distributed import global_state
-
     if global_state.client is None:
         raise UserError(
             f"the devices belong to {jax.process_count()} processes that no engine has named to "

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,17 +109,58 @@ class _JsonLines(logging.Handler):
 
 @contextmanager
 def process_log(folder: RunFolder) -> Iterator[None]:
-    """Writes what this process logs to a file of its own in `RunFolder.logs`."""
-    with named_writes(folder.logs):
+    """Writes what this process logs to a file of its own in `RunFolder.logs`.
+
+    Of several processes, each keeps there as well, in `errors_file`, what native libraries write to
+    standard error: when one is lost, pages in each of the others. Python goes on writing to the
+    terminal.
+    """
+    with named_writes(folder.logs), ExitStack() as opened:
         folder.logs.mkdir(exist_ok=True)
         handler = _JsonLines(folder.logs / f"process-{jax.process_index()}.jsonl")
+        if jax.process_count() > 1:
+            opened.enter_context(_native_errors_to(errors_file(folder)))
+        kept = opened.pop_all()
     package = logging.getLogger("layerskip_jax")
     package.addHandler(handler)
     try:
-        yield
+        with kept:
+            yield
     finally:
         package.removeHandler(handler)
         handler.close()
+
+
+def errors_file(folder: RunFolder) -> Path:
+    """Returns where native libraries write their errors in a run of several processes."""
+    return folder.logs / f"process-{jax.process_index()}.stderr"
+
+
+@contextmanager
+def _native_errors_to(file: Path) -> Iterator[None]:
+    """Appends to a file what is written to standard error other than by `sys.stderr`."""
+    native, before = 2, sys.stderr
+    before.flush()
+    with file.open("ab") as errors, ExitStack() as back:
+        terminal = back.enter_context(
+            os.fdopen(os.dup(native), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+        )
+        handlers = [
+            handler
+            for handler in logging.root.handlers
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before
+        ]
+
+        def show(stream) -> None:
+            sys.stderr = stream
+            for handler in handlers:
+                handler.setStream(stream)
+
+        show(terminal)
+        back.callback(show, before)
+        os.dup2(errors.fileno(), native)
+        back.callback(os.dup2, terminal.fileno(), native)
+        yield
 
 
 def heartbeat(folder: RunFolder, step: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
 
 from layerskip_jax import __version__
 from layerskip_jax.config import RunConfig
@@ -22,6 +23,7 @@ from layerskip_jax.distributed.processes import (
     stop_requests,
     wait_for_all,
 )
+from layerskip_jax.distributed.roll_call import end_if_others_are_lost
 from layerskip_jax.early_exit_loss import max_active_exits
 from layerskip_jax.hardware.chips import chip_of, peak_flops
 from layerskip_jax.hardware.compiler_options import compiler_table, keep_compiled
@@ -44,7 +46,13 @@ from layerskip_jax.training.guards import Guards, RollBack, Watchdog
 from layerskip_jax.training.initialize import Initial, initial_parameters, resolve, shaped_like
 from layerskip_jax.training.lengthen import REMEDY, why_not
 from layerskip_jax.training.metrics import MetricsLog
-from layerskip_jax.training.observe import Clock, Profiler, heartbeat, process_log
+from layerskip_jax.training.observe import (
+    Clock,
+    Profiler,
+    errors_file,
+    heartbeat,
+    process_log,
+)
 from layerskip_jax.training.setup import TrainSetup, make_setup
 from layerskip_jax.training.step import Batch, StepMetrics, TrainState
 from layerskip_jax.training.tasks import OpenTasks, TaskScorer, Watch, opened_tasks
@@ -281,6 +289,9 @@ def _train(
         except RollBack as bad:
             checkpoints.close()
             return _roll_back(folder, checkpoints, bad)
+        except JaxRuntimeError as error:
+            end_if_others_are_lost(error, str(folder.shown(errors_file(folder))))
+            raise
         finally:
             try:
                 metrics_log.close()
