@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +18,14 @@ from pathlib import Path
 from tests.launch.scripts import REPOSITORY
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-NODES = ("n1", "n2")
+# Addresses that are nobody's (RFC 5737).
+NODES = {"n1": "192.0.2.1", "n2": "192.0.2.2"}
 HOST = "slurm"
-SECONDS = 120  # after which a state that does not come is an error; other tests may load the machine
+SECONDS = 120  # until what does not come is an error; other tests may load the machine
 # How the daemons find each other; nodes notice quickly what in a real cluster takes minutes.
 CONFIG = """
 ClusterName=layerskip
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
+SlurmctldHost={host}
 SlurmUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
@@ -54,17 +55,31 @@ PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 # The first process within: whoever loses its parent becomes its child. The end of its input, when
-# the process that started it ends, is its own, and with it the kernel ends all others.
+# the process that started it ends, is its own. It kills all others first, and removes the folder.
 FIRST = r"""
 set -eu
+trap 'kill -KILL -1; rm -rf "$1"' EXIT
+read -r _
 mount -t overlay overlay -o "lowerdir=$1/packages/usr:/usr" /usr
 mount -t overlay overlay -o "lowerdir=$1/etc:/etc" /etc
 mount -t tmpfs tmpfs /run
 hostname "$2"
+"${@:3}"
 mkdir -m 755 /run/munge
 munged --log-file="$1/munged.log" --seed-file="$1/munge.seed"
 echo ready
 while read -r _; do :; done
+"""
+# Brings the loopback up, as `ip link` and `ip address` do, with the addresses of the nodes: where
+# there are no others than the loopback's, names are not resolved.
+LOOPBACK = """
+import fcntl, socket, struct, sys
+SIOCSIFFLAGS, SIOCSIFADDR, IFF_UP = 0x8914, 0x8916, 1
+lo = socket.socket()
+fcntl.ioctl(lo, SIOCSIFFLAGS, struct.pack("16sh", b"lo", IFF_UP))
+for number, address in enumerate(sys.argv[1:]):
+    name, packed = b"lo:%d" % number, socket.inet_aton(address)
+    fcntl.ioctl(lo, SIOCSIFADDR, struct.pack("16sHH4s8x", name, socket.AF_INET, 0, packed))
 """
 
 
@@ -91,7 +106,8 @@ def unpack(folder: Path) -> None:
     for more in ([], [f"-oDir::State::lists={lists}"]):
         if more and subprocess.run(["apt-get", *private, *more, "update", "-qq"]).returncode:
             continue
-        done = subprocess.run(["apt-get", *private, *more, *install], capture_output=True, text=True)
+        command = ["apt-get", *private, *more, *install]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             break
     else:
@@ -105,50 +121,72 @@ class SlurmCluster:
 
     Attributes:
       folder: of the cluster, its logs, and the runs of its jobs.
+      namespace: which all that runs in it shares.
     """
 
-    def __init__(self, folder: Path, port: int):
+    def __init__(self, folder: Path):
+        """Starts what the daemons and jobs run in.
+
+        Args:
+          folder: an empty one, which the cluster removes when it ends.
+
+        Raises:
+          NoSlurm: it cannot be had.
+        """
         self.folder = folder
-        self._write(port)
-        command = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc"]
+        apart = ["--mount", "--uts", "--ipc", "--net"]
         self._first = subprocess.Popen(
-            [*command, "bash", "-c", FIRST, "first", str(folder), HOST],
+            ["unshare", *apart, "--pid", "--fork", "--mount-proc", "bash", "-c", FIRST, "first"]
+            + [str(folder), HOST, sys.executable, "-c", LOOPBACK, *NODES.values()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        if self._first.stdout.readline() != "ready\n":
+        try:
+            unpack(folder)
+            self._write()
+            with contextlib.suppress(BrokenPipeError):
+                print("go", file=self._first.stdin, flush=True)
+            if self._first.stdout.readline() != "ready\n":
+                raise NoSlurm(f"no namespaces to run it in: {self._first.stderr.read().strip()}")
+        except BaseException:
             self.end()
-            raise NoSlurm(f"no namespaces to run it in: {self._first.stderr.read().strip()}")
+            raise
         pid = self._first.pid
+        self.namespace = _namespace(Path(f"/proc/{pid}"))
         self._enter = [
-            "nsenter", f"--target={pid}", "--mount", "--uts", "--ipc",
+            "nsenter", f"--target={pid}", *apart,
             f"--pid=/proc/{pid}/ns/pid_for_children", "--", "env", f"--chdir={REPOSITORY}",
         ]  # fmt: skip
 
-    def _write(self, port: int) -> None:
+    def _write(self) -> None:
         for name in ("state", "etc/slurm", "etc/munge", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
         nodes = [
-            f"NodeName={node} NodeHostname={HOST} NodeAddr=127.0.0.1 Port={port + 1 + i} CPUs=1 "
+            f"NodeName={node} NodeHostname={HOST} NodeAddr={address} Port={17000 + i} CPUs=1 "
             "RealMemory=1000"
-            for i, node in enumerate(NODES)
+            for i, (node, address) in enumerate(NODES.items())
         ]
         etc = self.folder / "etc"
         (etc / "slurm/slurm.conf").write_text(
-            CONFIG.format(host=HOST, port=port, folder=self.folder, nodes="\n".join(nodes))
+            CONFIG.format(host=HOST, folder=self.folder, nodes="\n".join(nodes))
         )
-        (etc / "hosts").write_text(f"127.0.0.1 localhost {HOST} {' '.join(NODES)}\n")
+        hosts = {"localhost": "127.0.0.1", HOST: NODES["n1"], **NODES}
+        lines = [f"{address} {name}\n" for name, address in hosts.items()]
+        (etc / "hosts").write_text("".join(lines))
         (etc / "munge").chmod(0o700)
         key = etc / "munge/munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
 
     def end(self) -> None:
-        """Ends everything that runs in the cluster."""
-        self._first.stdin.close()
+        """Ends everything that runs in the cluster, and removes its folder."""
+        with contextlib.suppress(BrokenPipeError):
+            self._first.stdin.close()
         self._first.wait(SECONDS)
+        self._first.stdout.close()
+        self._first.stderr.close()
 
     def run(self, *command: str, codes: tuple[int, ...] = (0,), **environment: str) -> str:
         """Runs a command on the cluster, and returns what it prints."""
@@ -172,20 +210,20 @@ class SlurmCluster:
 
     def node_state(self, node: str) -> str:
         """Its state as sinfo has it, such as idle, alloc or down*."""
-        return self.run("sinfo", "--noheader", f"--nodes={node}", "--partition=main", "-o%t").strip()
+        return self.run("sinfo", "-h", f"--nodes={node}", "--partition=main", "-o%t").strip()
 
     def kill_daemon(self, name: str) -> None:
         """Kills slurmctld, or slurmd.NODE."""
         self.run("bash", "-c", f"kill -KILL $(cat /run/{name}.pid)")
 
-    def task(self, rank: int) -> int:
-        """The process of a rank of the one job that runs."""
+    def task(self, job: str, rank: int) -> int:
+        """The process of a rank of a job that runs."""
+        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
         (found,) = [
             int(process.name)
-            for process in Path("/proc").glob("[0-9]*")
-            if str(self.folder).encode() in _read(process / "cmdline")
-            and _read(process / "comm").startswith(b"python")
-            and f"SLURM_PROCID={rank}".encode() in _read(process / "environ").split(b"\0")
+            for process in processes_in(self.namespace)
+            if _read(process / "comm").startswith(b"python")
+            and wanted.issubset(_read(process / "environ").split(b"\0"))
         ]
         return found
 
@@ -208,6 +246,19 @@ def wait_for(what: str, is_so: Callable[[], bool], seconds: float = SECONDS) -> 
         time.sleep(0.1)
 
 
+def processes_in(namespace: str) -> list[Path]:
+    """The folders in /proc of all that runs in a cluster."""
+    return [process for process in Path("/proc").glob("[0-9]*") if _namespace(process) == namespace]
+
+
+def _namespace(process: Path) -> str:
+    """Which namespace of host names a process is in; each cluster has one of its own."""
+    try:
+        return os.readlink(process / "ns/uts")
+    except OSError:
+        return ""  # the process has ended
+
+
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -216,7 +267,7 @@ def _read(file: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def slurm_cluster(port: int) -> Iterator[SlurmCluster]:
+def slurm_cluster() -> Iterator[SlurmCluster]:
     """Yields a cluster whose nodes are idle.
 
     Raises:
@@ -225,14 +276,11 @@ def slurm_cluster(port: int) -> Iterator[SlurmCluster]:
     if os.geteuid() != 0:
         raise NoSlurm("its daemons want root")
     # Not pytest's folder, which outlives the tests.
-    with tempfile.TemporaryDirectory(prefix="slurm-") as name:
-        folder = Path(name)
-        unpack(folder)
-        cluster = SlurmCluster(folder, port)
-        try:
-            cluster.start_controller()
-            for node in NODES:
-                cluster.start_node(node)
-            yield cluster
-        finally:
-            cluster.end()
+    cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="slurm-")))
+    try:
+        cluster.start_controller()
+        for node in NODES:
+            cluster.start_node(node)
+        yield cluster
+    finally:
+        cluster.end()

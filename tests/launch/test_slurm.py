@@ -91,6 +91,20 @@ def test_crashes_restart_in_the_allocation_so_many_times(slurm):
     assert "crash 3 (exit code 137), and --restarts=2: giving up" in done.stderr
 
 
+def test_a_node_that_does_not_answer_is_waited_for(tmp_path):
+    """Where it is lost, SLURM requeues the job meanwhile; each start would be a crash."""
+    slurm = Fakes(tmp_path / "fakes", "srun", "sinfo", "sleep")
+    slurm.answer("srun", (1, ""), (0, ""))
+    lost = "n1=alloc\nn2=alloc*\nn2=alloc*"  # once for each partition
+    slurm.answer("sinfo", (0, lost), (0, lost), (0, "n1=alloc\nn2=alloc"))
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = run("slurm.sbatch", "--", "train", fakes=slurm, **job)
+    assert done.returncode == 0
+    assert [call[0] for call in slurm.calls()] == ["srun", *["sinfo", "sleep"] * 2, "sinfo", "srun"]
+    assert "--nodes=n[1-2]" in slurm.calls("sinfo")[0]
+    assert done.stderr.count("waiting for n2: no answer") == 1
+
+
 def test_a_crash_and_then_a_stop(slurm):
     slurm.answer("srun", (1, ""), (75, ""))
     slurm.answer("squeue", (0, "RUNNING"))
