@@ -21,7 +21,7 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 # Addresses that are nobody's (RFC 5737).
 NODES = {"n1": "192.0.2.1", "n2": "192.0.2.2"}
 HOST = "slurm"
-SECONDS = 120  # until what does not come is an error; other tests may load the machine
+SECONDS = 300  # until what does not come is an error; other tests may load the machine
 # How the daemons find each other; nodes notice quickly what in a real cluster takes minutes.
 CONFIG = """
 ClusterName=layerskip
