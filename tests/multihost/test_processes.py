@@ -189,6 +189,11 @@ def test_a_process_killed_takes_the_run_to_its_last_checkpoint(whole, train, tmp
     assert code == 0, errors
     assert "process 1 ended with -9" in errors
     assert "restarting all processes" in errors
+    # One line, and what else there was to say in the log of the process.
+    log = RunFolder(workdir).logs / "process-0.stderr"
+    lost = re.findall("lost process 1 of 2 .*; what it saw is in (.*)", errors)
+    assert lost == [str(log)] and "Traceback" not in errors
+    assert "Traceback" in log.read_text()
     assert records(workdir) == records(whole)
     assert checksums(workdir) == checksums(whole)
 
@@ -201,6 +206,7 @@ def test_four_processes_restart_when_one_is_killed(whole, train, tmp_path):
     code, errors = interrupt(command, "step 7/12", lambda pids: os.kill(pids[3], signal.SIGKILL))
     assert code == 0, errors
     assert "process 3 ended with -9" in errors
+    assert errors.count("lost process 3 of 4 (on ") == errors.count("lost process") == 1
     assert errors.count("restarting all processes") == 1
     # Each says so, once it is started again.
     assert errors.count("going on from the checkpoint of step 5") == 4
