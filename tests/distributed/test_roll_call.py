@@ -1,4 +1,4 @@
-"""Calling the roll, with a coordinator that is a dictionary; real processes are in tests/multihost."""
+"""Calling the roll, with a dictionary as coordinator; real processes are in tests/multihost."""
 
 import queue
 import threading

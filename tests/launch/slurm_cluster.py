@@ -93,8 +93,6 @@ def unpack(folder: Path) -> None:
     Raises:
       NoSlurm: they cannot be had.
     """
-    if not shutil.which("apt-get"):
-        raise NoSlurm("there is no apt-get to get slurmctld with")
     archives = folder / "archives"
     (archives / "partial").mkdir(parents=True)
     private = [f"-oDir::Cache::archives={archives}", "-oDebug::NoLocking=1"]
@@ -275,6 +273,9 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
     """
     if os.geteuid() != 0:
         raise NoSlurm("its daemons want root")
+    for program in ("apt-get", "dpkg", "unshare", "nsenter"):
+        if not shutil.which(program):
+            raise NoSlurm(f"there is no {program}")
     # Not pytest's folder, which outlives the tests.
     cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="slurm-")))
     try:
