@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from layerskip_jax.schema import UserError
 
@@ -20,12 +20,10 @@ SMALLEST_VOCABULARY = 257  # every byte, and the end token
 # of 2 MB, and near a hundred bytes a character.
 PART_CHARACTERS = 1 << 20
 CONTEXT_CHARACTERS = 200  # that are looked at on either side of a place to cut
-TRIED_PLACES = 1000  # before a text is given up as one that cannot be cut
+# Before a text is given up as one that cannot be cut, by a look around, and by a whole part.
+TRIED_PLACES, TRIED_PARTS = 1000, 5
 _LINE_BEGINS = re.compile(r"(?<=\S)\n(?=[^\W\d_])")
 _WORD_BEGINS = re.compile(r"(?<=\S) (?=[^\W\d_])")
-# Encoded in one go: the tokenizer's own results take many times a text's memory until they are
-# ids.
-ENCODED_CHARACTERS = 4 << 20
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -98,83 +96,84 @@ def file_sha256(path: Path) -> str:
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
     """Returns the ids of each text, without what the tokenizer puts around a text.
 
-    A text that is longer than `PART_CHARACTERS` is encoded in parts, cut where its ids do not
-    change; see `cut_text`.
+    A text that is longer than `PART_CHARACTERS` is encoded in parts, one at a time.
     """
-    found: list[list[np.ndarray]] = [[] for _ in texts]
-    waiting: list[tuple[int, str]] = []
-    characters = 0
-
-    def encode() -> None:
-        parts = [part for _, part in waiting]
-        encodings = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        for (number, _), encoding in zip(waiting, encodings, strict=True):
-            ids = encoding.ids
-            found[number].append(np.fromiter(ids, np.int32, len(ids)))
-        waiting.clear()
-
-    for number, text in enumerate(texts):
-        for part in cut_text(tokenizer, text):
-            waiting.append((number, part))
-            characters += len(part)
-            if characters >= ENCODED_CHARACTERS:
-                encode()
-                characters = 0
-    encode()
-    return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in found]
+    short = [text for text in texts if len(text) <= PART_CHARACTERS]
+    encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+    return [
+        np.fromiter(found := next(encodings).ids, np.int32, len(found))
+        if len(text) <= PART_CHARACTERS
+        else np.concatenate([ids for _, ids in encode_parts(tokenizer, text)])
+        for text in texts
+    ]
 
 
-def cut_text(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    """Yields the parts of a long text whose ids, one after the other, are those of the whole.
+def encode_parts(
+    tokenizer: Tokenizer, text: str
+) -> Iterator[tuple[str, Int32[np.ndarray, "tokens"]]]:
+    """Yields the parts of a text and their ids, which one after the other are those of the whole.
 
     A tokenizer parts a text into words before it looks for tokens in each, and a text is cut where
-    a word begins: at a letter after a single newline, else at a single space before a letter.
-    Both are looked at twice. The tokenizer must have a boundary of words there when it comes from
-    the last cut, as it would in the whole, and what is around the place must have the same ids in
-    two parts as in one. Where it has no words, as Llama 2's, or there is no such place, the rest of
-    the text stays whole.
+    a word begins: at a letter after a single newline, else at a single space before a letter. It
+    has to begin there for a tokenizer that comes from the last cut, as it does in the whole, and
+    what is around the place must have the same ids in two parts as in one. Where a tokenizer has no
+    words, as Llama 2's, or there is no such place, the rest of the text stays whole.
     """
     start = 0
     while len(text) - start > PART_CHARACTERS:
-        at = _place_to_cut(tokenizer, text, start)
-        if at is None:
+        for at in itertools.islice(_places_to_cut(tokenizer, text, start), TRIED_PARTS):
+            # With what follows, on which a word may depend.
+            encoding = tokenizer.encode(
+                text[start : at + CONTEXT_CHARACTERS], add_special_tokens=False
+            )
+            if (count := _tokens_before(encoding, at - start, text[at] == " ")) is not None:
+                yield text[start:at], np.array(encoding.ids[:count], np.int32)
+                start = at
+                break
+        else:
             break
-        yield text[start:at]
-        start = at
-    yield text[start:]
+    rest = tokenizer.encode_batch_fast([text[start:]], add_special_tokens=False)[0]
+    yield text[start:], np.array(rest.ids, np.int32)
 
 
-def _place_to_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:
-    """Returns the first place to cut that is `PART_CHARACTERS` after a cut or later."""
-    if tokenizer.pre_tokenizer is None:
+def _tokens_before(encoding: Encoding, at: int, is_space: bool) -> int | None:
+    """Returns the tokens before a character that begins a word; None where it does not.
+
+    Some tokenizers do not count the space before a word to it when they say where it is.
+    """
+    token = encoding.char_to_token(at + is_space)
+    word = None if token is None else encoding.token_to_word(token)
+    if word is None:
         return None
+    first, _ = encoding.word_to_tokens(word)
+    begin, _ = encoding.token_to_chars(first)
+    is_counted = encoding.char_to_token(at) is not None
+    return first if begin == (at if is_counted else at + is_space) else None
+
+
+def _places_to_cut(tokenizer: Tokenizer, text: str, start: int) -> Iterator[int]:
+    """Yields places that look like some to cut, `PART_CHARACTERS` after a cut or later."""
+    if tokenizer.pre_tokenizer is None:
+        return
     first = start + PART_CHARACTERS
     # Newlines first: nothing that a tokenizer knows goes across one and on with a letter.
-    places = itertools.chain(
-        (match.end() for match in _tried(_LINE_BEGINS, text, first - 1, first + PART_CHARACTERS)),
-        (match.start() for match in _tried(_WORD_BEGINS, text, first, len(text))),
-    )
-    return next((at for at in places if _is_boundary(tokenizer, text, start, at)), None)
+    lines = _LINE_BEGINS.finditer(text, first - 1, first + PART_CHARACTERS)
+    words = _WORD_BEGINS.finditer(text, first)
+    for at in itertools.chain(
+        (match.end() for match in itertools.islice(lines, TRIED_PLACES)),
+        (match.start() for match in itertools.islice(words, TRIED_PLACES)),
+    ):
+        if _is_place_to_cut(tokenizer, text, at):
+            yield at
 
 
-def _tried(pattern: re.Pattern, text: str, begin: int, end: int) -> Iterator[re.Match]:
-    return itertools.islice(pattern.finditer(text, begin, end), TRIED_PLACES)
-
-
-def _is_boundary(tokenizer: Tokenizer, text: str, start: int, at: int) -> bool:
-    """Returns whether a place is one to cut, after a cut at `start`."""
-    begin = max(at - CONTEXT_CHARACTERS, start)
-    before, after = text[begin:at], text[at : at + CONTEXT_CHARACTERS]
-    if not _begins_word(tokenizer, before + after, len(before)):
+def _is_place_to_cut(tokenizer: Tokenizer, text: str, at: int) -> bool:
+    before = text[max(at - CONTEXT_CHARACTERS, 0) : at]
+    after = text[at : at + CONTEXT_CHARACTERS]
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(before + after)
+    if all(begin != len(before) for _, (begin, _) in words):
         return False
     whole, first, second = tokenizer.encode_batch(
         [before + after, before, after], add_special_tokens=False
     )
-    if whole.ids != first.ids + second.ids:
-        return False
-    return begin == start or _begins_word(tokenizer, text[start:at] + after, at - start)
-
-
-def _begins_word(tokenizer: Tokenizer, text: str, at: int) -> bool:
-    words = tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    return any(begin == at for _, (begin, _) in words)
+    return whole.ids == first.ids + second.ids

@@ -364,12 +364,19 @@ class _UnitWork:
         end, begin = self._job.end_token_id, np.array(begin_tokens(self._tokenizer), np.int32)
         for chunk in _chunks(self._documents()):
             encoded = encode_texts(self._tokenizer, [document.text for document, _, _ in chunk])
-            for (document, digest, held_out), ids in zip(chunk, encoded, strict=True):
-                ids = np.concatenate([begin, ids]) if len(begin) else ids
+            encoded = [np.concatenate([begin, ids]) if len(begin) else ids for ids in encoded]
+            for split in (False, True):
+                mine = [n for n, (_, _, held_out) in enumerate(chunk) if held_out == split]
                 self._add(
-                    held_out, documents=1, bytes=len(document.text.encode()),
-                    tokens=len(ids) + 1, largest_token=max(int(ids.max(initial=-1)), end),
-                )  # fmt: skip
+                    split,
+                    documents=len(mine),
+                    bytes=sum(len(chunk[n][0].text.encode()) for n in mine),
+                    tokens=sum(len(encoded[n]) + 1 for n in mine),
+                    largest_token=max(
+                        (max(int(encoded[n].max(initial=-1)), end) for n in mine), default=-1
+                    ),
+                )
+            for (document, digest, held_out), ids in zip(chunk, encoded, strict=True):
                 self._keep(document, held_out)
                 origin = (document.piece, document.place)
                 if held_out:

@@ -279,7 +279,8 @@ def test_what_is_damaged_is_named_or_left_out(tmp_path, ending, harm):
     """What comes before the damage may be kept; nothing that was not written is ever read."""
     file, good = tmp_path / f"d{ending}", tmp_path / "good.txt"
     good.write_text("good")
-    texts = [os.urandom(1500).hex() for _ in range(41)]
+    random = np.random.default_rng(0)
+    texts = [random.bytes(1500).hex() for _ in range(41)]
     if ending.startswith(".txt"):
         texts = ["".join(texts)]
         file.write_bytes(PACKINGS[sources.ending(file.name)[1]](texts[0].encode()))
@@ -298,7 +299,7 @@ def test_what_is_damaged_is_named_or_left_out(tmp_path, ending, harm):
     if harm == "empty" and (packing in ("", ".gz", ".zst") and ending not in TABLES):
         assert (reader.skipped, left) == (0, [])  # which is a file of no text
         return
-    if harm == "a few bytes" and (ending == ".arrow" or packing == ".zst"):
+    if harm == "a few bytes" and (ending in (".arrow", ".feather") or packing == ".zst"):
         # Nothing here tells the bytes of a text from others: pyarrow's .zst have no checksum.
         assert len(left) + reader.skipped >= len(texts)
         assert sum(text in texts for text in left) >= len(texts) - 4
@@ -563,7 +564,7 @@ def test_tfds_by_slice_and_damage(tmp_path):
         (("text=four",), ["four"]),
     ):
         assert texts_of(source, requires=rules) == wanted
-    for field, kind in (("stars", "int64"), ("tags", "ndarray")):
+    for field, kind in (("stars", "int"), ("tags", "list")):
         with pytest.raises(UserError, match=rf": row 1 has no text in its column .* \({kind}\)"):
             texts_of(source, text_field=field)
     file = tmp_path / "set" / "train-00001.array_record"
@@ -640,13 +641,13 @@ def test_a_bucket_that_fails_is_not_taken_for_a_damaged_file(monkeypatch):
         filesystem = fsspec.filesystem("memory")
         for ending in (".txt", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow"):
             filesystem.pipe_file(f"/runs/d{ending}", bytes(5000))
-            monkeypatch.setattr(type(filesystem), "open", lambda *_: Failing())
+            monkeypatch.setattr(type(filesystem), "open", lambda *_: Failing(bytes(5000)))
             [found] = find_files(f"{bucket}/d{ending}")[0]
             piece = Piece(*found, found.kind)
             reader = DocumentReader(PrepareOptions(skip_bad_files=True))
             with pytest.raises(UnreadableError, match="TimeoutError: too slow"):
                 list(reader.read([piece]))
             monkeypatch.undo()
-        monkeypatch.setattr(type(filesystem), "open", lambda *_: Failing())
+        monkeypatch.setattr(type(filesystem), "open", lambda *_: Failing(bytes(5000)))
         with pytest.raises(UserError, match="d.parquet cannot be read .*too slow"):
             find_units(PrepareOptions((f"{bucket}/d.parquet",), unit_bytes=10))
