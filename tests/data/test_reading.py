@@ -1,3 +1,5 @@
+import datetime
+import gzip
 import json
 from decimal import Decimal
 
@@ -111,11 +113,9 @@ def test_values_of_tables(value, wanted):
 
 
 def test_dates_are_as_python_prints_them(tmp_path):
-    import datetime
-
     file = tmp_path / "d.parquet"
     day = datetime.date(2024, 2, 29)
-    late = pa.array([1 << 62, 0], pa.timestamp("s"))  # of which Python has no such year
+    late = pa.array([1 << 48, 0], pa.timestamp("s"))  # of which Python has no such year
     pq.write_table(pa.table({"text": ["a", "b"], "day": [day, None], "late": late}), file)
     assert read(file, requires=("day=2024-02-29",))[1] == ["a"]
     with pytest.raises(UserError, match="d.parquet: row 1 has .*--skip-bad-files"):
@@ -139,11 +139,7 @@ def test_many_bad_lines_are_counted_and_few_are_named(tmp_path, monkeypatch):
 
 def test_where_damage_begins_is_said(tmp_path):
     file = tmp_path / "d.jsonl.gz"
-    import gzip
-
     lines = "".join(json.dumps({"text": f"{n} " * 50}) + "\n" for n in range(500))
     file.write_bytes(gzip.compress(lines.encode())[:-4])
-    with pytest.raises(
-        UserError, match=r"d.jsonl.gz is damaged after \S+d.jsonl.gz:500, or no file"
-    ):
+    with pytest.raises(UserError, match=r"d.jsonl.gz is damaged after \S+jsonl.gz:500, or no f"):
         read(file)
