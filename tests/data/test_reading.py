@@ -1,7 +1,10 @@
 import datetime
 import gzip
 import json
+import subprocess
+import sys
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -143,3 +146,38 @@ def test_where_damage_begins_is_said(tmp_path):
     file.write_bytes(gzip.compress(lines.encode())[:-4])
     with pytest.raises(UserError, match=r"d.jsonl.gz is damaged after \S+jsonl.gz:500, or no f"):
         read(file)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from layerskip_jax.data.prepare import prepare
+from tests.data.conftest import small_request
+changes = {"skip_bad_files": True, "sequence_length": 512, "validation_fraction": 0.01}
+manifest = prepare(small_request(sys.argv[1], **changes), Path(sys.argv[2]))
+documents = manifest.train.documents + manifest.validation.documents
+# What `getrusage` says begins with the parent's.
+[peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(documents, manifest.skipped_files, int(peak.split()[1]) >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_memory_does_not_grow_with_what_is_read(tmp_path, packing):
+    """Neither with very many and very short documents, nor with one that is too long."""
+    opened = gzip.open if packing else open
+    with opened(tmp_path / f"d.jsonl{packing}", "wt") as file:
+        for number in range(300_000):
+            file.write(f'{{"text": "a tiny document {number}"}}\n')
+        file.write(json.dumps({"text": "long " * 40_000_000}) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path / f"d.jsonl{packing}"), str(tmp_path / "o")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    documents, skipped, megabytes = map(int, done.stdout.split())
+    assert (documents, skipped) == (300_000, 1)
+    assert megabytes < 450
