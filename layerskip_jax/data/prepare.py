@@ -570,7 +570,7 @@ def _take_held_out(
                 np.add.at(histogram, tokens[is_target], 1)
                 yield Completed(tokens, is_target), origin
             else:
-                histogram[:] += np.bincount(tokens, minlength=len(histogram))
+                np.add.at(histogram, tokens, 1)
                 histogram[job.end_token_id] += 1
                 yield tokens, origin
 
