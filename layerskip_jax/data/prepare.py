@@ -434,17 +434,19 @@ def _say_left_out(source: str, others: collections.Counter[str], with_fields: bo
 def _sample(job: Job, tasks: Sequence[Task]) -> Iterator[str]:
     """Yields the text to train a tokenizer on: all there is, or as much as was asked for at most.
 
-    Of more, so many units are drawn that each source has its share, and the first texts of each
-    are taken. What is held out is no part of it.
+    Of more, units are drawn, of which each source has its share on average, and the first texts of
+    each are taken. What is held out is no part of it.
     """
     request = job.request
     units = [task for task in tasks if not task.unit.held_out]
     total = sum(piece.bytes for task in units for piece in task.unit.pieces)
     if total > request.tokenizer_bytes:
         # By draws and not by place: the units of a source lie one after the other.
-        drawn = sorted(units, key=lambda task: seeded_hash(request.seed, task.key))
-        units = drawn[:SAMPLED_UNITS]
+        units = sorted(units, key=lambda task: _draw(request.seed, task.unit))[:SAMPLED_UNITS]
     quota = -(-request.tokenizer_bytes // max(len(units), 1))
+    plain = all(sources.is_plain(piece) for task in units for piece in task.unit.pieces)
+    if total <= request.tokenizer_bytes and plain:
+        quota = request.tokenizer_bytes  # units differ in size, and all of them fit
     for task in units:
         left_out = set() if task.left_out is None else set(np.load(task.left_out).tolist())
         reader, taken = DocumentReader(request, job.chat_turns), 0
@@ -461,6 +463,12 @@ def _sample(job: Job, tasks: Sequence[Task]) -> Iterator[str]:
         except UserError as error:
             # Whoever makes the unit says so too, where that ends the preparation.
             logger.warning("%s; the tokenizer is trained without the rest of it", error)
+
+
+def _draw(seed: int, unit: Unit) -> int:
+    """Returns a number drawn for a unit, which is the same wherever its files lie."""
+    first = unit.pieces[0]
+    return seeded_hash(seed, f"{first.path}:{first.begin}")
 
 
 def _require_documents(request: PrepareOptions, done: _Done) -> None:

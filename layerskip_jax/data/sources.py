@@ -145,6 +145,11 @@ class Piece:
     bytes: int = 0
 
 
+def is_plain(piece: Piece) -> bool:
+    """Returns whether the bytes of a file are those of its text, or of its lines."""
+    return piece.kind in ("text", "lines") and not ending(piece.url)[1]
+
+
 class Row(NamedTuple):
     """One record of a file.
 
