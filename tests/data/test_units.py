@@ -1,7 +1,9 @@
 """The same bytes whoever does the units, in which order, and however often that is interrupted."""
 
 import dataclasses
+import gzip
 import json
+import lzma
 import os
 import random
 import signal
@@ -11,6 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
@@ -81,7 +85,9 @@ def test_there_are_many_units_and_no_document_is_lost(by_units, prepared):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("runner", [Processes(2), Shuffled()], ids=["processes", "shuffled"])
+@pytest.mark.parametrize(
+    "runner", [Processes(2), Processes(4), Shuffled()], ids=["2", "4", "shuffled"]
+)
 def test_the_same_bytes_by_any_workers_in_any_order(by_units, corpus_folder, tmp_path, runner):
     prepare(in_units(corpus_folder), tmp_path / "data", runner=runner)
     assert contents(tmp_path / "data") == contents(by_units)
@@ -270,6 +276,65 @@ def test_every_window_is_traced_to_its_documents(by_units, tmp_path, capsys, spl
     assert len(pieced) > 0.8 * read_manifest(by_units).split(split).documents
     for file, tokens in pieced.items():
         assert tokens <= len(tokenizer.encode(Path(file).read_text()).ids) + 1
+
+
+def write_formats(folder):
+    """Writes ten documents of each format; returns a reader of what lies at a place, by file."""
+    texts = {
+        name: [f"{name} number {n}: " + f"some{n} words " * (n + 3) for n in range(10)]
+        for name in ("d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.parquet", "d.arrow", "d.txt.xz")
+    }
+    lines = {
+        name: b"".join(json.dumps({"text": t}).encode() + b"\n" for t in found)
+        for name, found in texts.items()
+    }
+    (folder / "d.jsonl").write_bytes(lines["d.jsonl"])
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines["d.jsonl.gz"]))
+    with pa.CompressedOutputStream(str(folder / "d.jsonl.zst"), "zstd") as file:
+        file.write(lines["d.jsonl.zst"])
+    table = pa.table({"text": texts["d.parquet"]})
+    pq.write_table(table, folder / "d.parquet", row_group_size=3)
+    table = pa.table({"text": texts["d.arrow"]})
+    with (
+        pa.OSFile(str(folder / "d.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as w,
+    ):
+        w.write_table(table, max_chunksize=4)
+    texts["d.txt.xz"] = [" ".join(texts["d.txt.xz"])]
+    (folder / "d.txt.xz").write_bytes(lzma.compress(texts["d.txt.xz"][0].encode()))
+    return texts
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["cut", "whole"])
+def test_a_window_of_any_format_is_traced(tmp_path, capsys, whole):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = write_formats(folder)
+    fields = {}
+    if whole:  # and so with the fields of prompts and completions
+        (folder / "d.txt.xz").unlink()
+        texts = {"p.jsonl": [f"asked {n}? said {n}" for n in range(30)]}
+        rows = [dict(zip(("a", "b"), t.split("?"), strict=True)) for t in texts["p.jsonl"]]
+        (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        fields = {"prompt_field": "a", "completion_field": "b"}
+    source = folder / "p.jsonl" if whole else folder
+    request = small_request(source, unit_bytes=300, sequence_length=24, **fields)
+    manifest = prepare(request, tmp_path / "data")
+    seen = set()
+    for split in ("train", "validation"):
+        for number in range(manifest.split(split).windows):
+            values = shown(tmp_path / "data", tmp_path, f"--window={number}", f"--split={split}")
+            assert values["documents"]
+            for found in values["documents"]:
+                name = Path(found["file"]).name
+                kind, _, at = found["at"].partition(" ")
+                index = 0 if kind == "the" else int(at) - 1
+                text = texts[name][index].replace("?", "") if whole else texts[name][index]
+                assert found["text"] in text, found
+                assert kind == {"text": "the", "lines": "line"}.get(found["kind"], "row")
+                seen.add((name, index))
+    capsys.readouterr()
+    assert seen == {(name, n) for name, found in texts.items() for n in range(len(found))}
 
 
 def ends_of_units(folder, split):
