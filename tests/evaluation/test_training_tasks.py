@@ -59,7 +59,9 @@ def further(made_once, prepared):
         texts = folder / "texts"
         texts.mkdir()
         for number in range(12):
-            (texts / f"{number}.txt").write_text(" ".join(f"word{k % 5}" for k in range(40)))
+            (texts / f"{number}.txt").write_text(
+                " ".join(f"word{(k + number) % 5}" for k in range(40 + number))
+            )
         assert prepare.main([
             f"--source={texts}", f"--output={folder / 'repeats'}", "--sequence-length=16",
             "--validation-fraction=0.5", f"--tokenizer={prepared / 'tokenizer.json'}",

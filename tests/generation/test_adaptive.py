@@ -312,12 +312,12 @@ def test_figures_add_up(generator):
 def test_a_name_alone_takes_the_calibrated_threshold(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished, tmp_path / "run"))
     model = layerskip_jax.load(run.path)
-    entry = {"policy": "margin", "kv": "deferred", "exits": [1, 2, 3], "threshold": 0.02}
+    entry = {"policy": "margin", "kv": "deferred", "exits": [1, 2, 3], "threshold": 0.001}
     with pytest.raises(ConfigError, match="no threshold, and none was calibrated .*calibrate"):
         model.complete([[5, 6]], 6, exit_when="margin", kv="deferred")
     store_policy(run, {**entry, "step": 12})
     found = model.complete([[5, 6]], 6, exit_when="margin", kv="deferred")
-    given = model.complete([[5, 6]], 6, exit_when="margin:0.02", kv="deferred")
+    given = model.complete([[5, 6]], 6, exit_when="margin:0.001", kv="deferred")
     assert found.generation.tokens == given.generation.tokens
     assert found.generation.depth.mean_layers == given.generation.depth.mean_layers < 4
     with pytest.raises(ConfigError, match="kv=propagate"):
