@@ -247,7 +247,8 @@ def test_tasks_killed_restart_it_as_often_as_restarts_says(cluster, whole, begun
     errors = RunFolder(begun).logs / "process-0.stderr"
     says = "this process ends, so that the launcher restarts the run; what it saw is in"
     assert log.count(f"0: lost process 1 of 2 (on n2); {says} {errors}\n") == 1
-    assert log.count("1: lost process 0 of 2 (on n1)") == 1
+    # The coordinator takes jax's client with it, which may end the other before it can say so.
+    assert log.count("1: lost process 0 of 2 (on n1)") == 1 or "n1: task 0: Killed" in log
     assert "Traceback" not in log and "coordination_service" not in log
     assert "Traceback" in errors.read_text()
     assert_as(whole, begun, 120)

@@ -35,6 +35,7 @@ def test_processes_share_a_folder_on_a_store(tmp_path, arguments):
             )
             assert {p.name for p in (folder.home / "logs").iterdir()} == {
                 "process-0.jsonl", "process-1.jsonl", "heartbeat-0.json", "heartbeat-1.json",
+                "process-0.stderr", "process-1.stderr",
             }  # fmt: skip
         assert sums[0] == sums[1]
         # What is lost with a killed machine are lines of steps that the run does not go back to.
