@@ -193,9 +193,7 @@ class Trace:
         def noted() -> Iterator[Tokens]:
             length = 0
             for tokens, origin in documents:
-                self.starts.append(length)
-                self.lengths.append(len(tokens) + 1)
-                self.origins.extend(origin)
+                self._note(length, len(tokens) + 1, origin)
                 length += len(tokens) + 1
                 yield tokens
 
@@ -218,11 +216,14 @@ class Trace:
         for number, held in enumerate(fill_windows(noted(), sequence_length)):
             start = number * size
             for document in held:
-                self.starts.append(start)
-                self.lengths.append(len(document.tokens))
-                self.origins.extend(waiting.pop(id(document)))
+                self._note(start, len(document.tokens), waiting.pop(id(document)))
                 start += len(document.tokens)
             yield lay_out(held, size, end_token_id)
+
+    def _note(self, start: int, length: int, origin: tuple[int, ...]) -> None:
+        self.starts.append(start)
+        self.lengths.append(length)
+        self.origins.extend(origin)
 
     def save(self, file: Path) -> None:
         """Writes all three as arrays."""

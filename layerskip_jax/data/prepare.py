@@ -20,7 +20,6 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -334,16 +333,15 @@ class _Preparation:
         _require_documents(request, done)
         logger.info("putting %d units together", len(done.units))
         shards = _take_train(self._work, done.units, folder)
-        names = [*dict.fromkeys([VALIDATION, *(unit.held_out for unit, _ in done.units)])]
+        names = dict.fromkeys([VALIDATION, *(_held_out_for(unit) for unit, _ in done.units)])
         splits, entropy = {}, 0.0
         train = sum((record.train for _, record in done.units), Counts())
         splits[TRAIN] = _split(request, train, shards)
-        for name in filter(None, names):
-            wanted = name if name != VALIDATION else ""
+        for name in names:
             mine = [
                 (number, unit, record)
                 for number, (unit, record) in enumerate(done.units)
-                if unit.held_out == wanted and record.held_out.documents
+                if _held_out_for(unit) == name and record.held_out.documents
             ]
             histogram = np.zeros(vocabulary_size(tokenizer), np.int64)
             held = _take_held_out(job, mine, folder, name, histogram)
@@ -417,7 +415,7 @@ def find_units(request: PrepareOptions) -> list[Unit]:
                         f"{file.url} is matched by both --source={other} and --source={source}; "
                         "leave it out of one"
                     )
-            pieces = list(sources.pieces(files, request.unit_bytes))
+            pieces = sources.pieces(files, request.unit_bytes)
         result += cut_units(pieces, request.unit_bytes, held_out)
     return result
 
@@ -497,6 +495,11 @@ def _require_documents(request: PrepareOptions, done: _Done) -> None:
             raise EmptyError(f"--held-out={name}=... has no document that is not blank")
 
 
+def _held_out_for(unit: Unit) -> str:
+    """Returns the name of the set that a unit's held-out documents belong to."""
+    return unit.held_out or VALIDATION
+
+
 def _split(request: PrepareOptions, counts: Counts, shards: tuple[Shard, ...]) -> Split:
     return Split(
         documents=counts.documents,
@@ -541,7 +544,8 @@ def _take_held_out(
 ) -> tuple[Shard, ...]:
     """Packs the documents that units hold out, in an order that their hashes draw.
 
-    Holds 40 bytes a document, and the ids of one unit at a time for each of its documents.
+    Holds 40 bytes a document. Each unit is read once: its ids go to where the order has them in a
+    file beside the units, which is read from its beginning then.
     """
     request, files = job.request, [job.folder / record.key / HELD_OUT for _, _, record in units]
     index = []
@@ -563,24 +567,36 @@ def _take_held_out(
     every = np.concatenate(index)
     every = every[np.lexsort((every[:, 4], every[:, 1], every[:, 0]))]
 
-    @functools.lru_cache(maxsize=16)
-    def arrays_of(place: int) -> dict[str, np.ndarray]:
+    ends = np.cumsum(every[:, 3])
+    gathered = np.lib.format.open_memmap(
+        job.folder / f"{name}.npy", "w+", np.dtype([("token", np.int32), ("is_target", bool)]),
+        (int(ends[-1]),),
+    )  # fmt: skip
+    found = np.empty((len(every), 3), np.int64)  # the origin of each document
+    by_unit = np.argsort(every[:, 1], kind="stable")
+    bounds = np.searchsorted(every[by_unit, 1], np.arange(1, len(files)))
+    for place, rows in enumerate(np.split(by_unit, bounds)):
         with np.load(files[place]) as arrays:
-            return {key: arrays[key] for key in ("tokens", "targets", "origins")}
+            tokens, targets, places = (arrays[n] for n in ("tokens", "targets", "origins"))
+        for row in rows.tolist():
+            _, _, begin, count, at = every[row].tolist()
+            there, here = slice(ends[row] - count, ends[row]), slice(begin, begin + count)
+            gathered["token"][there] = tokens[here]
+            if request.has_completions:
+                gathered["is_target"][there] = targets[here]
+            found[row] = units[place][0], *places[at]
 
     def documents():
-        for _, place, begin, count, at in every.tolist():
-            arrays = arrays_of(place)
-            tokens = arrays["tokens"][begin : begin + count]
-            origin = (units[place][0], *arrays["origins"][at].tolist())
+        for end, count, origin in zip(ends.tolist(), every[:, 3].tolist(), found, strict=True):
+            tokens = np.array(gathered["token"][end - count : end])
             if request.has_completions:
-                is_target = arrays["targets"][begin : begin + count]
+                is_target = np.array(gathered["is_target"][end - count : end])
                 np.add.at(histogram, tokens[is_target], 1)
-                yield Completed(tokens, is_target), origin
+                yield Completed(tokens, is_target), tuple(origin.tolist())
             else:
                 np.add.at(histogram, tokens, 1)
                 histogram[job.end_token_id] += 1
-                yield tokens, origin
+                yield tokens, tuple(origin.tolist())
 
     trace, size = Trace(), request.sequence_length
     make = trace.pack_whole if request.has_completions else trace.pack
@@ -600,7 +616,7 @@ def _take_documents(
         for held_out in (False, True):
             if (shard := known.get(kept_name(held_out))) is None:
                 continue
-            split = (unit.held_out or VALIDATION) if held_out else TRAIN
+            split = _held_out_for(unit) if held_out else TRAIN
             mine = splits.setdefault(split, [])
             name = f"{split}-{len(mine):05d}.array_record"
             _link(work / record.key / shard.name, folder / name)

@@ -468,8 +468,8 @@ def searched_endings(with_fields: bool = False) -> str:
     return f"{', '.join(plain)}, those of text and lines also with {', '.join(COMPRESSIONS)}"
 
 
-def pieces(found: list[Found], most: int) -> Iterator[tuple[Piece, int]]:
-    """Yields what is read by itself of each file, and about how many bytes that is.
+def pieces(found: list[Found], most: int) -> Iterator[Piece]:
+    """Yields what is read by itself of each file.
 
     Args:
       found: files of one source.
@@ -483,8 +483,7 @@ def pieces(found: list[Found], most: int) -> Iterator[tuple[Piece, int]]:
         ]
 
     with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
-        for piece in itertools.chain.from_iterable(pool.map(cut, found)):
-            yield piece, piece.bytes
+        yield from itertools.chain.from_iterable(pool.map(cut, found))
 
 
 def find_files(

@@ -13,8 +13,8 @@ from layerskip_jax.data.sources import TFDS_PREFIX, Piece
 from layerskip_jax.schema import UserError
 
 
-def find(source: str) -> list[tuple[Piece, int]]:
-    """Returns the shards of a split, and about how many bytes each has.
+def find(source: str) -> list[Piece]:
+    """Returns the shards of a split.
 
     Args:
       source: `tfds:NAME_OR_FOLDER[:SPLIT]`; the split is `train` where none is named.
@@ -41,7 +41,6 @@ def find(source: str) -> list[tuple[Piece, int]]:
                 f"--source={source}: {part.filename} cannot be read ({error.strerror}); make the "
                 "data set anew"
             ) from error
-        size = int(stat.st_size * part.take / max(part.examples_in_shard, 1))
         piece = Piece(
             path=f"{builder.name}:{split}:{Path(part.filename).name}",
             url=str(part.filename),
@@ -51,9 +50,9 @@ def find(source: str) -> list[tuple[Piece, int]]:
             begin=part.skip,
             end=part.skip + part.take,
             about=str(builder.data_path),
-            bytes=size,
+            bytes=int(stat.st_size * part.take / max(part.examples_in_shard, 1)),
         )
-        result.append((piece, size))
+        result.append(piece)
     return result
 
 

@@ -166,16 +166,16 @@ class Task(NamedTuple):
     left_out: Path | None = None
 
 
-def cut_units(pieces: Iterable[tuple[Piece, int]], most: int, held_out: str = "") -> Iterator[Unit]:
+def cut_units(pieces: Iterable[Piece], most: int, held_out: str = "") -> Iterator[Unit]:
     """Joins pieces that are small, in their order, to units of about `most` bytes."""
     held: list[Piece] = []
     total = 0
-    for piece, size in pieces:
-        if held and total + size > most:
+    for piece in pieces:
+        if held and total + piece.bytes > most:
             yield Unit(tuple(held), held_out)
             held, total = [], 0
         held.append(piece)
-        total += size
+        total += piece.bytes
     if held:
         yield Unit(tuple(held), held_out)
 
