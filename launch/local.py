@@ -96,9 +96,11 @@ def _run(options: argparse.Namespace, command: list[str], requests: list[int]) -
     processes = [subprocess.Popen(command, env={**os.environ, **e}) for e in environments]
     _say("started processes " + " ".join(str(process.pid) for process in processes))
     deadline, passed_on = None, 0
+    said: set[int] = set()
     try:
         while any(process.poll() is None for process in processes):
             time.sleep(POLL_SECONDS)
+            _say_ends(processes, said)
             if len(requests) > passed_on:
                 passed_on += 1
                 _signal(processes, signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
@@ -108,13 +110,20 @@ def _run(options: argparse.Namespace, command: list[str], requests: list[int]) -
             if deadline is not None and time.monotonic() > deadline:
                 _say(f"{options.grace:g} s after the first ended: killing the others")
                 _signal(processes, signal.SIGKILL)
+                deadline = float("inf")
     finally:
         _signal(processes, signal.SIGKILL)
     codes = [process.wait() for process in processes]
-    for number, code in enumerate(codes):
-        if code:
-            _say(f"process {number} ended with {code}")
+    _say_ends(processes, said)
     return next((code for code in (BAD_INPUT, RESTART) if code in codes), max(codes, key=abs))
+
+
+def _say_ends(processes: list[subprocess.Popen], said: set[int]) -> None:
+    """Says which have ended otherwise than well, each once."""
+    for number, process in enumerate(processes):
+        if number not in said and (code := process.poll()):
+            said.add(number)
+            _say(f"process {number} ended with {code}")
 
 
 def _signal(processes: list[subprocess.Popen], number: int) -> None:

@@ -2,8 +2,9 @@
 
 A process that is killed takes the others with it: some see a collective fail, and others wait in it
 for ever. The coordinator itself notices only after 100 seconds. So whoever sees a failure calls the
-roll, each process answers from a thread of its own, and who does not answer is lost. One process
-says so; all of them end, for the launcher to start anew.
+roll, each process answers from a thread of its own, and who does not answer is lost. The caller
+says so; then all of them end, for the launcher to start anew. Where nobody sees a failure, since
+all wait, the launcher or the watchdog ends them.
 """
 
 import atexit
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # A thread answers at once, unless its process is stopped or its machine overloaded.
 _ANSWER_SECONDS = 5.0
+_TOLD_SECONDS = 10.0  # for the caller to say who is lost
 _LOOK_SECONDS = 0.1
 _FOREVER = 10**9  # milliseconds
 _CRASH = 1  # exit code
@@ -80,6 +82,14 @@ class RollCall:
                 return f"process {number} of {self._count}"  # it was lost before it said so
         return f"process {number} of {self._count} (on {host})"
 
+    def told(self) -> None:
+        """Lets the others end, now that it is said who is lost.
+
+        Process 0 takes the coordinator with it, and the caller too if that were still speaking.
+        """
+        with contextlib.suppress(JaxRuntimeError):  # the coordinator is gone
+            self._client.key_value_set(f"{_call_key(self._answered - 1)}/told", "")
+
     def leave(self) -> None:
         """Answers no more; the processes of a run end together, or after this."""
         self._leaving = True
@@ -101,7 +111,9 @@ class RollCall:
             except JaxRuntimeError:
                 end_at_once()  # as the others have: the coordinator is gone, or who called
             if missing and caller != self.number:
-                end_at_once()  # the caller says why
+                with contextlib.suppress(JaxRuntimeError):  # the caller is gone too, or slow
+                    self._client.blocking_key_value_get(f"{key}/told", int(1000 * _TOLD_SECONDS))
+                end_at_once()
             self._answered = call + 1
             self._missing.put((call, missing))
 
@@ -173,4 +185,5 @@ def end_if_others_are_lost(error: BaseException, log: str = "") -> None:
     logger.error("%s", _lost(names, f"; what it saw is in {log}" if log else ""))
     # By its number: sys.stderr may still be the terminal.
     os.write(2, "".join(traceback.format_exception(error)).encode(errors="replace"))
+    _roll_call.told()
     end_at_once()

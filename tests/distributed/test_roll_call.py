@@ -25,7 +25,8 @@ class Coordinator:
 
     def blocking_key_value_get(self, key, milliseconds):
         with self.changed:
-            self.changed.wait_for(lambda: key in self.values)
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                raise JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
             return self.values[key]
 
     def key_value_dir_get(self, folder):
@@ -68,10 +69,21 @@ def test_who_does_not_answer_is_missing_and_the_others_end(ended, monkeypatch):
     coordinator = Coordinator()
     first, second = begin(coordinator, 0, 1)
     assert first.missing() == [2]
+    with pytest.raises(queue.Empty):
+        ended.get(timeout=0.5)  # not before it is said: process 0 is what the others hear through
+    first.told()
     assert ended.get(timeout=10) is second._thread and ended.empty()
     assert first.name(1) == "process 1 of 3 (on node1)"
     assert first.name(2) == "process 2 of 3"  # it never said where it is
     assert first.name(0) == "process 0 of 3 (on head)"
+
+
+def test_the_others_end_too_where_the_caller_never_says_it(ended, monkeypatch):
+    monkeypatch.setattr(roll_call, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(roll_call, "_TOLD_SECONDS", 0.3)
+    first, second = begin(Coordinator(), 0, 1)
+    assert second.missing() == [2]
+    assert ended.get(timeout=10) is first._thread and ended.empty()
 
 
 def test_without_a_coordinator_each_ends(ended, caplog):

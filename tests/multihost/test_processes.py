@@ -29,6 +29,8 @@ SETTINGS = [
     "--config.training.rows_per_device=6",
 ]
 FSDP = ["--config.mesh.shape.fsdp=-1"]
+# What is done to a run comes some steps later than asked for, and before the next checkpoint.
+LONG = [*FSDP, "--config.training.steps=60", "--config.checkpoint.every_steps=25"]
 SAME = ("step", "layers_run", "tokens", "batches")
 
 
@@ -74,6 +76,12 @@ def interrupt(command, at, action):
     return process.returncode, errors
 
 
+def waited_for_ever(errors, lost):
+    """Whether all others waited in gloo for one that is lost, and only the launcher said so."""
+    names, kill = f"process {lost} ended with -9", "20 s after the first ended: killing the others"
+    return errors.find(names) < errors.find(kill) and errors.count(kill) == 1
+
+
 def records(workdir):
     return [{k: r[k] for k in SAME} for r in read_json_lines(RunFolder(workdir).metrics_file)]
 
@@ -91,6 +99,16 @@ def whole(train, made_once):
         run(launch(2, 2, [*train, *FSDP, f"--workdir={folder / 'whole'}"]))
 
     return made_once("processes", make) / "whole"
+
+
+@pytest.fixture(scope="module")
+def long(train, made_once):
+    """Sixty steps by two processes of two devices, and a checkpoint each 25."""
+
+    def make(folder):
+        run(launch(2, 2, [*train, *LONG, f"--workdir={folder / 'long'}"]))
+
+    return made_once("long", make) / "long"
 
 
 @slow
@@ -164,12 +182,10 @@ def test_saved_by_two_processes_and_gone_on_with_elsewhere(
 
 
 @slow
-def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(train, tmp_path):
+def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(long, train, tmp_path):
     """The service that tells the others looks once a second, so the run has to last a while."""
-    long = [*train, *FSDP, "--config.training.steps=60", "--config.checkpoint.every_steps=25"]
-    run(launch(2, 2, [*long, f"--workdir={tmp_path / 'whole'}"]))
     workdir = tmp_path / "run"
-    command = launch(2, 2, [*long, f"--workdir={workdir}"], "--restarts=0")
+    command = launch(2, 2, [*train, *LONG, f"--workdir={workdir}"], "--restarts=0")
     code, errors = interrupt(command, "step 6/60", lambda pids: os.kill(pids[1], signal.SIGTERM))
     assert code == 0, errors
     stopped = re.findall(r"stopped by SIGTERM to one of the processes after step (\d+)", errors)
@@ -177,47 +193,51 @@ def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(train, tmp_pa
     for number in (0, 1):
         assert f"process {number} ended with {RESTART_EXIT_CODE}" in errors
     assert f"going on from the checkpoint of step {stopped[0]}" in errors
-    assert records(workdir) == records(tmp_path / "whole")
-    assert checksums(workdir, 60) == checksums(tmp_path / "whole", 60)
+    assert records(workdir) == records(long)
+    assert checksums(workdir, 60) == checksums(long, 60)
 
 
 @slow
-def test_a_process_killed_takes_the_run_to_its_last_checkpoint(whole, train, tmp_path):
+def test_a_process_killed_takes_the_run_to_its_last_checkpoint(long, train, tmp_path):
     workdir = tmp_path / "run"
-    command = launch(2, 2, [*train, *FSDP, f"--workdir={workdir}"], "--restarts=1")
-    code, errors = interrupt(command, "step 7/12", lambda pids: os.kill(pids[1], signal.SIGKILL))
+    command = launch(2, 2, [*train, *LONG, f"--workdir={workdir}"], "--restarts=1")
+    code, errors = interrupt(command, "step 30/60", lambda pids: os.kill(pids[1], signal.SIGKILL))
     assert code == 0, errors
     assert "process 1 ended with -9" in errors
     assert "restarting all processes" in errors
-    # One line, and what else there was to say in the log of the process.
+    # One line, and what else there was to say in the log of the process; or it saw nothing.
     log = RunFolder(workdir).logs / "process-0.stderr"
     lost = re.findall("lost process 1 of 2 .*; what it saw is in (.*)", errors)
-    assert lost == [str(log)] and "Traceback" not in errors
-    assert "Traceback" in log.read_text()
-    assert records(workdir) == records(whole)
-    assert checksums(workdir) == checksums(whole)
+    assert "Traceback" not in errors
+    if lost or not waited_for_ever(errors, lost=1):
+        assert lost == [str(log)]
+        assert "Traceback" in log.read_text()
+    assert "going on from the checkpoint of step 25" in errors
+    assert records(workdir) == records(long)
+    assert checksums(workdir, 60) == checksums(long, 60)
 
 
 @slow
-def test_four_processes_restart_when_one_is_killed(whole, train, tmp_path):
+def test_four_processes_restart_when_one_is_killed(long, train, tmp_path):
     """Four of one device each, started again by the launcher, end where two of two devices do."""
     workdir = tmp_path / "run"
-    command = launch(4, 1, [*train, *FSDP, f"--workdir={workdir}"], "--restarts=1")
-    code, errors = interrupt(command, "step 7/12", lambda pids: os.kill(pids[3], signal.SIGKILL))
+    command = launch(4, 1, [*train, *LONG, f"--workdir={workdir}"], "--restarts=1")
+    code, errors = interrupt(command, "step 30/60", lambda pids: os.kill(pids[3], signal.SIGKILL))
     assert code == 0, errors
     assert "process 3 ended with -9" in errors
-    assert errors.count("lost process 3 of 4 (on ") == errors.count("lost process") == 1
+    if "lost process" in errors or not waited_for_ever(errors, lost=3):
+        assert errors.count("lost process 3 of 4 (on ") == errors.count("lost process") == 1
     assert errors.count("restarting all processes") == 1
     # Each says so, once it is started again.
-    assert errors.count("going on from the checkpoint of step 5") == 4
+    assert errors.count("going on from the checkpoint of step 25") == 4
     for number in range(4):
         named = f"processes as named by LAYERSKIP_*: {number} of 4, coordinator localhost:"
         assert errors.count(named) == 2
-    assert records(workdir) == records(whole)
+    assert records(workdir) == records(long)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
         load_run(workdir).parameters,
-        load_run(whole).parameters,
+        load_run(long).parameters,
     )
 
 
