@@ -3,8 +3,9 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,12 +17,10 @@ END_TOKEN = "<|endoftext|>"
 # What published tokenizers call the end of a document, the most specific first.
 END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 SMALLEST_VOCABULARY = 257  # every byte, and the end token
-# A long text takes a tokenizer more than its share of time and memory: one of 16 MB as long as ten
-# of 2 MB, and near a hundred bytes a character.
-PART_CHARACTERS = 1 << 20
-CONTEXT_CHARACTERS = 200  # that are looked at on either side of a place to cut
-# Before a text is given up as one that cannot be cut, by a look around, and by a whole part.
-TRIED_PLACES, TRIED_PARTS = 1000, 5
+# What a tokenizer works on is many times the text, and it is faster where that stays in a
+# processor's cache: at a time it gets parts of texts, and of these so many.
+PART_CHARACTERS, GROUP_CHARACTERS = 1 << 13, 1 << 18
+CONTEXT_CHARACTERS = 100  # that are looked at after a place to cut, and fewer before it
 _LINE_BEGINS = re.compile(r"(?<=\S)\n(?=[^\W\d_])")
 _WORD_BEGINS = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
@@ -93,47 +92,134 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
-    """Returns the ids of each text, without what the tokenizer puts around a text.
+class Part(NamedTuple):
+    """A part of a text.
 
-    A text that is longer than `PART_CHARACTERS` is encoded in parts, one at a time.
+    Attributes:
+      number: of the text.
+      begin: its first character.
+      end: the one after its last.
+      after: the ids of the few characters that follow it, none at the text's end.
+      known: those of them that do not depend on what comes after these characters.
     """
-    short = [text for text in texts if len(text) <= PART_CHARACTERS]
-    encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
-    return [
-        np.fromiter(found := next(encodings).ids, np.int32, len(found))
-        if len(text) <= PART_CHARACTERS
-        else np.concatenate([ids for _, ids in encode_parts(tokenizer, text)])
-        for text in texts
-    ]
+
+    number: int
+    begin: int
+    end: int
+    after: list[int]
+    known: int
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    """Returns the ids of each text, without what the tokenizer puts around a text."""
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    for part, ids in encode_parts(tokenizer, texts):
+        found[part.number].append(ids)
+    return [ids[0] if len(ids) == 1 else np.concatenate(ids) for ids in found]
 
 
 def encode_parts(
-    tokenizer: Tokenizer, text: str
-) -> Iterator[tuple[str, Int32[np.ndarray, "tokens"]]]:
-    """Yields the parts of a text and their ids, which one after the other are those of the whole.
+    tokenizer: Tokenizer, texts: Sequence[str]
+) -> Iterator[tuple[Part, Int32[np.ndarray, "tokens"]]]:
+    """Yields the parts of texts with their ids, which one after the other are those of the whole.
 
     A tokenizer parts a text into words before it looks for tokens in each, and a text is cut where
-    a word begins: at a letter after a single newline, else at a single space before a letter. It
-    has to begin there for a tokenizer that comes from the last cut, as it does in the whole, and
-    what is around the place must have the same ids in two parts as in one. Where a tokenizer has no
-    words, as Llama 2's, or there is no such place, the rest of the text stays whole.
+    a word begins: at a letter after a single newline, else at a single space before a letter. The
+    few characters that follow a place have to have the same ids alone, with as few before them, at
+    the end of the part before and at the beginning of the part after, or what is left of the text
+    stays whole; so it does where a tokenizer has no words, as Llama 2's.
     """
-    start = 0
-    while len(text) - start > PART_CHARACTERS:
-        for at in itertools.islice(_places_to_cut(tokenizer, text, start), TRIED_PARTS):
-            # With what follows, on which a word may depend.
-            encoding = tokenizer.encode(
-                text[start : at + CONTEXT_CHARACTERS], add_special_tokens=False
-            )
-            if (count := _tokens_before(encoding, at - start, text[at] == " ")) is not None:
-                yield text[start:at], np.array(encoding.ids[:count], np.int32)
-                start = at
+    held: tuple[Part, list[int]] | None = None  # a part of which the end is to be confirmed
+    whole = -1  # the text that is no longer cut
+    for group in _groups(_parts(tokenizer, texts)):
+        given = [texts[p.number][p.begin : p.end + CONTEXT_CHARACTERS] for p in group]
+        encodings = tokenizer.encode_batch_fast(given, add_special_tokens=False)
+        for part, encoding in zip(group, encodings, strict=True):
+            if part.number == whole:
+                continue
+            ids = encoding.ids
+            if held is not None:
+                before, ids_before = held
+                if before.number == part.number and not _goes_on(before, ids_before, ids):
+                    whole, text = part.number, texts[part.number]
+                    part = Part(whole, before.begin, len(text), [], 0)
+                    rest = [text[part.begin :]]
+                    ids = tokenizer.encode_batch_fast(rest, add_special_tokens=False)[0].ids
+                else:
+                    yield before, _without_after(before, ids_before)
+            held = part, ids
+    if held is not None:
+        yield held[0], _without_after(*held)
+
+
+def _goes_on(part: Part, ids: list[int], ids_after: list[int]) -> bool:
+    """Returns whether a part ends, and the next one begins, as they do in the whole."""
+    known = part.known
+    return (
+        ids[len(ids) - len(part.after) :] == part.after and ids_after[:known] == part.after[:known]
+    )
+
+
+def _without_after(part: Part, ids: list[int]) -> Int32[np.ndarray, "tokens"]:
+    count = len(ids) - len(part.after)
+    return np.fromiter(ids, np.int32, count)
+
+
+def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    group, characters = [], 0
+    for part in parts:
+        group.append(part)
+        characters += part.end - part.begin
+        if characters >= GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _parts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Part]:
+    has_words = tokenizer.pre_tokenizer is not None
+    for number, text in enumerate(texts):
+        begin = 0
+        while has_words and len(text) - begin > PART_CHARACTERS:
+            # A try takes a fiftieth of a part's time.
+            tries = (len(text) - begin) // PART_CHARACTERS
+            for at in _places_to_cut(text, begin, tries):
+                if found := _ids_after(tokenizer, text, at):
+                    yield Part(number, begin, at, *found)
+                    begin = at
+                    break
+            else:
                 break
-        else:
-            break
-    rest = tokenizer.encode_batch_fast([text[start:]], add_special_tokens=False)[0]
-    yield text[start:], np.array(rest.ids, np.int32)
+        yield Part(number, begin, len(text), [], 0)
+
+
+def _places_to_cut(text: str, begin: int, tries: int) -> Iterator[int]:
+    """Yields places that look like some to cut, `PART_CHARACTERS` after `begin` or later."""
+    first = begin + PART_CHARACTERS
+    # Newlines first: nothing that a tokenizer knows goes across one and on with a letter.
+    lines = _LINE_BEGINS.finditer(text, first - 1, first + PART_CHARACTERS)
+    words = _WORD_BEGINS.finditer(text, first)
+    yield from (match.end() for match in itertools.islice(lines, tries))
+    yield from (match.start() for match in itertools.islice(words, tries))
+
+
+def _ids_after(tokenizer: Tokenizer, text: str, at: int) -> tuple[list[int], int] | None:
+    """Returns what `Part` has of a place, None where no word begins there."""
+    begin, end = max(at - CONTEXT_CHARACTERS // 8, 0), at + CONTEXT_CHARACTERS
+    encoding = tokenizer.encode(text[begin:end], add_special_tokens=False)
+    first = _tokens_before(encoding, at - begin, text[at] == " ")
+    if first is None:
+        return None
+    after = encoding.ids[first:]
+    if tokenizer.encode(text[at:end], add_special_tokens=False).ids != after:
+        return None  # as where a space is put before a text
+    if end >= len(text):
+        return after, len(after)
+    # The last word may go on.
+    word = encoding.token_to_word(len(encoding) - 1)
+    known = 0 if word is None else encoding.word_to_tokens(word)[0] - first
+    return (after, known) if known > 0 else None
 
 
 def _tokens_before(encoding: Encoding, at: int, is_space: bool) -> int | None:
@@ -149,31 +235,3 @@ def _tokens_before(encoding: Encoding, at: int, is_space: bool) -> int | None:
     begin, _ = encoding.token_to_chars(first)
     is_counted = encoding.char_to_token(at) is not None
     return first if begin == (at if is_counted else at + is_space) else None
-
-
-def _places_to_cut(tokenizer: Tokenizer, text: str, start: int) -> Iterator[int]:
-    """Yields places that look like some to cut, `PART_CHARACTERS` after a cut or later."""
-    if tokenizer.pre_tokenizer is None:
-        return
-    first = start + PART_CHARACTERS
-    # Newlines first: nothing that a tokenizer knows goes across one and on with a letter.
-    lines = _LINE_BEGINS.finditer(text, first - 1, first + PART_CHARACTERS)
-    words = _WORD_BEGINS.finditer(text, first)
-    for at in itertools.chain(
-        (match.end() for match in itertools.islice(lines, TRIED_PLACES)),
-        (match.start() for match in itertools.islice(words, TRIED_PLACES)),
-    ):
-        if _is_place_to_cut(tokenizer, text, at):
-            yield at
-
-
-def _is_place_to_cut(tokenizer: Tokenizer, text: str, at: int) -> bool:
-    before = text[max(at - CONTEXT_CHARACTERS, 0) : at]
-    after = text[at : at + CONTEXT_CHARACTERS]
-    words = tokenizer.pre_tokenizer.pre_tokenize_str(before + after)
-    if all(begin != len(before) for _, (begin, _) in words):
-        return False
-    whole, first, second = tokenizer.encode_batch(
-        [before + after, before, after], add_special_tokens=False
-    )
-    return whole.ids == first.ids + second.ids

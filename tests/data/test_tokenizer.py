@@ -229,7 +229,7 @@ def test_a_text_has_the_same_ids_in_parts_as_whole(kind, monkeypatch):
 
 
 def cut_text(tokenizer, text):
-    return [part for part, _ in encode_parts(tokenizer, text)]
+    return [text[part.begin : part.end] for part, _ in encode_parts(tokenizer, [text])]
 
 
 def joined(pieces):
@@ -256,10 +256,32 @@ def test_where_a_text_is_cut(monkeypatch, text, parts):
 
 
 def test_a_text_that_cannot_be_cut_is_given_up_soon(monkeypatch):
+    """After as many tries, at lines and at words, as it would have parts."""
     monkeypatch.setattr(tokenizers_of_text, "PART_CHARACTERS", 12)
-    monkeypatch.setattr(tokenizers_of_text, "TRIED_PLACES", 7)
     tried = []
-    monkeypatch.setattr(tokenizers_of_text, "_is_place_to_cut", lambda *given: tried.append(given))
-    text = "the cat sat on\nthe mat and slept\n" * 50
-    assert cut_text(byte_level(by_pattern(LLAMA_3)), text) == [text]
-    assert len(tried) <= 14
+    monkeypatch.setattr(tokenizers_of_text, "_ids_after", lambda *given: tried.append(given))
+    for text in ("the cat sat on a mat\n", "the cat sat on\nthe mat and slept\n" * 50):
+        tried.clear()
+        assert cut_text(byte_level(by_pattern(LLAMA_3)), text) == [text]
+        assert 0 < len(tried) <= 2 * (len(text) // 12)
+
+
+def test_a_word_that_seemed_to_end_is_not_cut(monkeypatch):
+    """Within quotes that are one word, which the place alone does not show."""
+    monkeypatch.setattr(tokenizers_of_text, "PART_CHARACTERS", 12)
+    monkeypatch.setattr(tokenizers_of_text, "CONTEXT_CHARACTERS", 30)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = by_pattern(r'"[^"]*"|\s?\w+|\s+|[^\w\s"]+|"')
+    quote = '"the mat and the cat on it"'
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([quote] * 4, trainer)
+    plain = "the mat and the cat on it. " * 4
+    text = plain + quote + plain
+    parts = cut_text(tokenizer, text)
+    assert len(parts) > 2 and sum(quote in part for part in parts) == 1
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    assert encode_texts(tokenizer, [text, plain])[0].tolist() == whole
