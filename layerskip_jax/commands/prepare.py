@@ -23,7 +23,6 @@ from layerskip_jax.commands.arguments import (
     add_fields,
     figures_file,
     given_fields,
-    local_path,
     make_parser,
     write_figures,
 )
@@ -36,7 +35,7 @@ from layerskip_jax.data.sources import searched_endings
 from layerskip_jax.data.tokenizer import END_TOKENS, file_sha256, load_tokenizer
 from layerskip_jax.interop.chat import ChatTemplate, chat_template
 from layerskip_jax.interop.pretrained import end_token_ids, published_files
-from layerskip_jax.run_folder.object_store import is_remote
+from layerskip_jax.run_folder.object_store import AnyPath, as_path, is_remote
 from layerskip_jax.run_folder.paths import RunFolder, is_run, open_run
 from layerskip_jax.schema import UserError, require_count
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
     parser = make_parser("prepare", __doc__)
     parser.epilog = f"files that are found in a folder: {searched_endings()}"
     add = parser.add_argument
-    add("--output", type=local_path, required=True, help="folder to make")
+    add("--output", required=True, help="folder to make, on a disk, gs:// or s3://")
     add_fields(parser, PrepareOptions, "tokenizer_sha256", "chat_template_sha256")
     add(
         "--tokenizer",
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> int:
     add(
         "--runner", choices=("local", "beam"), default="local",
         help="who does the work: processes of this machine, or an engine by Apache Beam, whose "
-        "workers all have --output's disk",
+        "workers all reach --output",
     )  # fmt: skip
     add(
         "--beam-options", default="", metavar="OPTIONS",
@@ -71,7 +70,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     require_count("--workers", options.workers, 0)
     require_count("--max-failed-units", options.max_failed_units, 0)
-    runner = _runner(options)
+    runner, output = _runner(options), as_path(options.output)
     existing, chat = {}, None  # what an existing tokenizer decides
     if options.tokenizer is not None:
         model = Path(options.tokenizer)
@@ -91,14 +90,14 @@ def main(argv: list[str]) -> int:
     request = PrepareOptions(**given_fields(options, PrepareOptions) | existing)
     manifest = prepare(
         request,
-        options.output,
+        output,
         tokenizer_file=options.tokenizer,
         chat_turns=None if chat is None else chat.turns,
         overwrite=options.overwrite,
         runner=runner,
         max_failed_units=options.max_failed_units,
     )
-    _print(manifest, options.output)
+    _print(manifest, output)
     if options.json:
         write_figures(options.json, figures(manifest))
     return 0
@@ -166,7 +165,7 @@ def figures(manifest: Manifest) -> dict:
     return result
 
 
-def _print(manifest: Manifest, output: Path) -> None:
+def _print(manifest: Manifest, output: AnyPath) -> None:
     headings = ("documents", "bytes", "tokens", "windows")
     if manifest.request.has_completions:
         headings = ("documents", "over_long", "bytes", "tokens", "targets", "windows")

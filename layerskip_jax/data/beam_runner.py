@@ -1,7 +1,7 @@
 """Units done by Apache Beam: on one machine, or on Dataflow, Flink or Spark.
 
-Every worker writes into the folder of the units, which they all share with who submits: a network
-disk, or a bucket that is mounted. So a unit that is done is there whatever becomes of the pipeline,
+Every worker writes into the folder of the units, which they all share with who submits: on a
+network disk or an object store. So a unit that is done is there whatever becomes of the pipeline,
 and the engine's own repetition of work does no harm.
 """
 
@@ -9,13 +9,11 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from layerskip_jax.data.runners import Failure, Work, attempt
-from layerskip_jax.data.units import Job, Task, UnitRecord, read_record
-from layerskip_jax.run_folder.atomic import write_json
+from layerskip_jax.data.units import Job, Task, UnitRecord, read_records
 from layerskip_jax.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,9 +73,7 @@ class BeamRunner:
             return
         import apache_beam as beam
 
-        folder = job.folder / RESULTS
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        job.folder.remove(RESULTS)
         pipeline = beam.Pipeline(options=self._pipeline_options())
         units = pipeline | "units" >> beam.Create(list(enumerate(tasks)), reshuffle=False)
         _ = units | "spread" >> beam.Reshuffle() | "work" >> beam.Map(do_task, work, job)
@@ -90,15 +86,21 @@ class BeamRunner:
                 "same command goes on there"
             ) from error
         _say_counters(result, str(state))
+        outcomes = job.folder.texts(map(_result_name, range(len(tasks))))
+        records = read_records(job.folder, [task.key for task in tasks])
         for number, task in enumerate(tasks):
-            file = folder / f"{number}.json"
-            if not file.is_file():
+            outcome = outcomes.get(_result_name(number))
+            if outcome is None:
                 failed(Failure(task, "the pipeline ended without it"))
-            elif failure := json.loads(file.read_text(encoding="utf-8")):
+            elif failure := json.loads(outcome):
                 failed(Failure(task, **failure))
             else:
-                done(task, read_record(job.folder, task.key))
-        shutil.rmtree(folder)
+                done(task, records.get(task.key))
+        job.folder.remove(RESULTS)
+
+
+def _result_name(number: int) -> str:
+    return f"{RESULTS}/{number}.json"
 
 
 def do_task(numbered: tuple[int, Task], work: Work, job: Job) -> int:
@@ -110,7 +112,9 @@ def do_task(numbered: tuple[int, Task], work: Work, job: Job) -> int:
     failure = {}
     if isinstance(outcome, Failure):
         failure = {name: getattr(outcome, name) for name in ("reason", "is_input", "is_disk")}
-    write_json(job.folder / RESULTS / f"{number}.json", failure)
+    stage = job.folder.scratch("outcome.json")
+    stage.write_text(json.dumps(failure), encoding="utf-8")
+    job.folder.put(stage, _result_name(number))
     Metrics.counter(NAMESPACE, "failed_units" if failure else "units").inc()
     if isinstance(outcome, UnitRecord):
         counts = outcome.train + outcome.held_out

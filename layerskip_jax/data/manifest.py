@@ -331,6 +331,27 @@ def fingerprint(tokenizer_sha256: str, *splits: Split) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def parse_manifest(text: str, name: str) -> Manifest:
+    """Returns what the text of a manifest says.
+
+    Args:
+      text: of the file.
+      name: of the file, for messages.
+
+    Raises:
+      UserError: it is of another version, or damaged.
+    """
+    try:
+        values = json.loads(text)
+        if (version := values["format"]) != FORMAT:
+            raise UserError(
+                f"{name} has format {version}, and this version reads {FORMAT}; {_AGAIN}"
+            )
+        return build(Manifest, values, name)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{name} is damaged ({error}); {_AGAIN}") from error
+
+
 def read_manifest(folder: str | Path) -> Manifest:
     """Reads and checks the manifest of a prepared folder.
 
@@ -353,15 +374,10 @@ def read_manifest(folder: str | Path) -> Manifest:
             "and if there is none yet, run `layerskip prepare --output=FOLDER`"
         )
     try:
-        values = json.loads(path.read_text())
-        if (version := values["format"]) != FORMAT:
-            raise UserError(
-                f"{path} has format {version}, and this version reads {FORMAT}; {_AGAIN}"
-            )
-        manifest = build(Manifest, values, str(path))
+        manifest = parse_manifest(path.read_text(), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}){remedy(error)}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged ({error}); {_AGAIN}") from error
     tokenizer = path.with_name(TOKENIZER_FILE)
     actual = file_sha256(tokenizer) if tokenizer.is_file() else "none"

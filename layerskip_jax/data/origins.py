@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ class Origin(NamedTuple):
     tokens: int
 
 
-def file_of(folder: Path, split: str, unit: int | None = None) -> Path:
+def file_of(folder: PurePath, split: str, unit: int | None = None) -> PurePath:
     """Returns the file with the origins of a unit, or of a whole split that is held out."""
     name = f"{split}.npz" if unit is None else f"{split}-{unit:05d}.npz"
     return folder / FOLDER / name

@@ -7,8 +7,6 @@ which of its documents to leave out.
 
 import enum
 import hashlib
-import os
-import uuid
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +16,6 @@ from jaxtyping import UInt64
 
 from layerskip_jax.data.reading import DocumentReader
 from layerskip_jax.data.units import Job, Task, seeded_hash
-from layerskip_jax.run_folder.atomic import sync
 from layerskip_jax.schema import UserError
 
 # Documents whose hashes are compared at once: about 64 bytes each.
@@ -53,17 +50,20 @@ def scan_unit(job: Job, task: Task) -> int:
     # Sorted, so that a part of all hashes is one part of each file; of copies the first stays so.
     order = np.lexsort((second, first))
     columns = [first, second, np.array(draws), np.array(sizes), np.arange(len(sizes))]
-    file = scan_file(job.folder, task.key)
-    stage = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.npy")
-    np.save(stage, np.stack([column[order].astype(np.uint64) for column in columns]))
-    sync(stage)
-    os.replace(stage, file)
+    scan = np.stack([column[order].astype(np.uint64) for column in columns])
+    _save(job, scan, scan_name(task.key))
     return len(sizes)
 
 
-def scan_file(folder: Path, key: str) -> Path:
-    """Returns where the scan of a unit is."""
-    return folder / f"scan-{key}.npy"
+def _save(job: Job, array: np.ndarray, name: str) -> None:
+    stage = job.folder.scratch(name)
+    np.save(stage, array)
+    job.folder.put(stage, name)
+
+
+def scan_name(key: str) -> str:
+    """Returns the name of the file with the scan of a unit."""
+    return f"scan-{key}.npy"
 
 
 def select(job: Job, tasks: Sequence[Task]) -> list[Task]:
@@ -79,14 +79,15 @@ def select(job: Job, tasks: Sequence[Task]) -> list[Task]:
     Raises:
       UserError: the limit has no room for any document.
     """
-    scans = [scan_file(job.folder, task.key) for task in tasks]
+    scans = [job.folder.find(scan_name(task.key)) for task in tasks]
     left_out = [np.zeros(_scan(file).shape[1], bool) for file in scans]
     if job.request.deduplicate:
         _mark_copies(tasks, scans, left_out)
     if job.request.max_bytes:
         _mark_undrawn(job, tasks, scans, left_out)
+    there = job.folder.names()
     return [
-        _told(job.folder, task, np.flatnonzero(out))
+        _told(job, task, np.flatnonzero(out), there)
         for task, out in zip(tasks, left_out, strict=True)
     ]
 
@@ -179,22 +180,22 @@ def _mark_undrawn(
     _mark(left_out, unit[order][~fits], number[order][~fits])
 
 
-def _told(folder: Path, task: Task, left_out: np.ndarray) -> Task:
+def _told(job: Job, task: Task, left_out: np.ndarray, there: set[str]) -> Task:
     """Returns a task whose key and file say what it leaves out."""
     if not len(left_out):
         return task
-    told = hashlib.sha256(left_out.astype(np.int64).tobytes()).hexdigest()
+    left_out = left_out.astype(np.int64)
+    told = hashlib.sha256(left_out.tobytes()).hexdigest()
     key = task.unit.key(task.key, told)
-    file = folder / f"left-out-{key}.npy"
-    if not file.exists():
-        stage = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.npy")
-        np.save(stage, left_out.astype(np.int64))
-        os.replace(stage, file)
-    return Task(task.unit, key, file)
+    name = f"left-out-{key}.npy"
+    if name not in there:
+        _save(job, left_out, name)
+    return Task(task.unit, key, name)
 
 
 def scanned(job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
     """Yields the tasks that have no scan yet."""
+    there = job.folder.names()
     for task in tasks:
-        if not scan_file(job.folder, task.key).is_file():
+        if scan_name(task.key) not in there:
             yield task

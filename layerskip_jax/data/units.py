@@ -14,21 +14,20 @@ A unit's folder holds
     record.json                   counts and checksums, written last
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
-import uuid
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Int64
 from tokenizers import Tokenizer
 
 from layerskip_jax.data import records
@@ -39,7 +38,8 @@ from layerskip_jax.data.reading import Document, DocumentReader
 from layerskip_jax.data.sources import Piece
 from layerskip_jax.data.text import begin_tokens, begun, completion_ids, reading_special_tokens
 from layerskip_jax.data.tokenizer import encode_texts, file_sha256, load_tokenizer
-from layerskip_jax.run_folder.atomic import sync, write_text
+from layerskip_jax.data.unit_folder import UnitFolder
+from layerskip_jax.run_folder.atomic import write_text
 from layerskip_jax.schema import build
 
 logger = logging.getLogger(__name__)
@@ -146,24 +146,24 @@ class Job:
     Attributes:
       folder: of the units.
       request: what was asked for.
-      tokenizer: its file.
+      tokenizer: the name of its file there.
       end_token_id: follows every document.
       chat_turns: the chat template, where chats are read.
     """
 
-    folder: Path
+    folder: UnitFolder
     request: PrepareOptions
-    tokenizer: Path
+    tokenizer: str
     end_token_id: int
     chat_turns: ChatTurns | None = None
 
 
 class Task(NamedTuple):
-    """A unit, its key, and the file that says which of its documents are left out, if any."""
+    """A unit, its key, and the name of the file that says what is left out of it, or ""."""
 
     unit: Unit
     key: str
-    left_out: Path | None = None
+    left_out: str = ""
 
 
 def cut_units(pieces: Iterable[Piece], most: int, held_out: str = "") -> Iterator[Unit]:
@@ -194,27 +194,33 @@ def is_validation(name: str, seed: int, fraction: float) -> bool:
     return seeded_hash(seed, name) < fraction * 2**64
 
 
-def read_record(folder: Path, key: str) -> UnitRecord | None:
-    """Returns the record of a unit, None where there is none that can be read."""
-    file = folder / key / RECORD
-    try:
-        return build(UnitRecord, json.loads(file.read_text(encoding="utf-8")), str(file))
-    except (FileNotFoundError, ValueError):
-        return None
+def read_records(folder: UnitFolder, keys: Sequence[str]) -> dict[str, UnitRecord]:
+    """Returns the records of units by key, those that are there and can be read."""
+    texts = folder.texts(f"{key}/{RECORD}" for key in keys)
+    records = {}
+    for key in keys:
+        name = f"{key}/{RECORD}"
+        with contextlib.suppress(KeyError, ValueError):
+            records[key] = build(UnitRecord, json.loads(texts[name]), name)
+    return records
 
 
-def finished(folder: Path, key: str) -> UnitRecord | None:
-    """Returns the record of a unit that is there, whole and undamaged."""
-    place = folder / key
-    record = read_record(folder, key)
-    if record is None:
-        return None
+def finished(folder: UnitFolder, keys: Sequence[str]) -> dict[str, UnitRecord]:
+    """Returns the records of units by key, those that are there, whole and undamaged."""
+    return {
+        key: record
+        for key, record in read_records(folder, keys).items()
+        if _is_whole(folder, record)
+    }
+
+
+def _is_whole(folder: UnitFolder, record: UnitRecord) -> bool:
     for shard in (*record.shards, *record.others):
-        file = place / shard.name
-        if not file.is_file() or file_sha256(file) != shard.sha256:
-            logger.warning("%s is damaged, so its unit is made again", file)
-            return None
-    return record
+        name = f"{record.key}/{shard.name}"
+        if not folder.is_whole(name, shard.bytes, shard.sha256):
+            logger.warning("%s is damaged, so its unit is made again", name)
+            return False
+    return True
 
 
 def make_unit(job: Job, task: Task) -> UnitRecord:
@@ -223,26 +229,24 @@ def make_unit(job: Job, task: Task) -> UnitRecord:
     Raises:
       UserError: its sources hold what is no text, or cannot be read.
     """
-    place = job.folder / task.key
-    stage = job.folder / f"{task.key}.{uuid.uuid4().hex}"
-    stage.mkdir(parents=True)
-    try:
+    with job.folder.staged(task.key, last=RECORD) as stage:
         record = _UnitWork(job, task, stage).run()
         write_text(stage / RECORD, json.dumps(dataclasses.asdict(record)))
-        for file in (*stage.iterdir(), stage):
-            sync(file)
-        if place.exists():  # by another worker, or damaged
-            shutil.rmtree(place)
-        os.rename(stage, place)
-        sync(job.folder)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return record
 
 
-@functools.lru_cache(maxsize=2)
-def _tokenizer(file: Path, stamp: int) -> Tokenizer:
-    return load_tokenizer(file)
+# By its name, which follows from what it holds.
+_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
+
+
+def left_out_of(job: Job, task: Task) -> Int64[np.ndarray, "documents"]:
+    """Returns the numbers of the documents that a unit leaves out, in their order.
+
+    As an array, for they may be most documents.
+    """
+    if not task.left_out:
+        return np.zeros(0, np.int64)
+    return np.load(job.folder.find(task.left_out))
 
 
 class _HeldOut:
@@ -282,10 +286,8 @@ class _UnitWork:
         self._job, self._unit, self._key, self._folder = job, task.unit, task.key, folder
         self._request = job.request
         self._reader = DocumentReader(job.request, job.chat_turns)
-        self._tokenizer = _tokenizer(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
-        # By number, in their order; kept as an array, for they may be most documents.
-        empty = np.zeros(0, np.int64)
-        self._left_out = empty if task.left_out is None else np.load(task.left_out)
+        self._tokenizer = _tokenizer(job.folder.find(job.tokenizer))
+        self._left_out = left_out_of(job, task)
         # Added up in place: a `Counts` for each document would take longer than a short one's ids.
         self._sums = {held_out: dataclasses.asdict(Counts()) for held_out in (False, True)}
         self._held_out = _HeldOut()

@@ -16,7 +16,9 @@ from layerskip_jax.data import beam_runner
 from layerskip_jax.data.prepare import prepare
 from layerskip_jax.schema import UserError
 from tests.data.conftest import small_request
+from tests.data.test_output_places import downloaded, names_in
 from tests.data.test_units import REPOSITORY, UNIT_BYTES, broken_corpus, contents
+from tests.stores import s3_store
 
 BEAM = "apache-beam==2.77.*"
 SITE = REPOSITORY / ".cache" / "beam-2.77"
@@ -143,6 +145,22 @@ def test_a_portable_job_service_gives_the_same_bytes(
     code, said = run(beam_environment, corpus_folder, tmp_path / "data", job_service)
     assert code == 0, said
     assert contents(tmp_path / "data") == expected
+
+
+@pytest.mark.slow  # as above
+def test_workers_share_a_store_with_who_submits(
+    beam_environment, corpus_folder, tmp_path, expected
+):
+    with s3_store() as address:
+        environment = beam_environment | {
+            name: value for name, value in os.environ.items() if name.startswith("AWS_")
+        }
+        options = "--runner=FnApiRunner --direct_running_mode=multi_processing"
+        options += " --direct_num_workers=2"
+        code, said = run(environment, corpus_folder, f"{address}/beam", options)
+        assert code == 0, said
+        assert contents(downloaded(f"{address}/beam", tmp_path)) == expected
+        assert not names_in(f"{address}/.beam.units")
 
 
 @pytest.mark.slow  # as above

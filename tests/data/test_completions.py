@@ -159,9 +159,9 @@ def test_equal_requests_give_equal_data_also_after_a_kill(pairs, lines, tmp_path
     output = tmp_path / "data"
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from layerskip_jax.data import prepare as preparing\n"
+        "from layerskip_jax.data import manifest, prepare as preparing\n"
         "from tests.data.test_completions import pairs_request\n"
-        "preparing.manifests.fingerprint = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "manifest.fingerprint = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "preparing.prepare(pairs_request(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     killed = subprocess.run(

@@ -172,12 +172,12 @@ def test_a_failed_overwrite_keeps_what_is_there(copy, corpus_folder, monkeypatch
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from layerskip_jax.data import manifest
 from layerskip_jax.data import prepare as preparing
-from layerskip_jax.data import units
 from tests.data.conftest import small_request
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-preparing.manifests.fingerprint = die
+manifest.fingerprint = die
 preparing.prepare(small_request(sys.argv[1]), Path(sys.argv[2]))
 """
 

@@ -4,19 +4,20 @@ import json
 import numpy as np
 import pytest
 
-from layerskip_jax.data import selection
+from layerskip_jax.data import selection, unit_folder
 from layerskip_jax.data.manifest import read_manifest
 from layerskip_jax.data.prepare import find_units, prepare
 from layerskip_jax.data.reading import DocumentReader
 from layerskip_jax.data.selection import scan_unit, scanned, select
-from layerskip_jax.data.units import Job, Task
+from layerskip_jax.data.unit_folder import DiskFolder
+from layerskip_jax.data.units import Job, Task, left_out_of
 from layerskip_jax.schema import UserError
 from tests.data.conftest import small_request
 
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_disks(monkeypatch):
-    monkeypatch.setattr(selection, "sync", lambda file: None)
+    monkeypatch.setattr(unit_folder, "sync", lambda file: None)
 
 
 def write_lines(file, texts):
@@ -27,7 +28,7 @@ def write_lines(file, texts):
 def chosen(folder, request):
     """The texts that are kept, in the order of the corpus, each with its set's name."""
     folder.mkdir(exist_ok=True)
-    job = Job(folder, request, folder, 0)
+    job = Job(DiskFolder(folder), request, "", 0)
     settings = repr(dataclasses.replace(request, max_bytes=0))  # of a scan
     tasks = [Task(unit, unit.key(settings)) for unit in find_units(request)]
     for task in scanned(job, tasks):
@@ -35,7 +36,7 @@ def chosen(folder, request):
     assert not list(scanned(job, tasks))
     result = []
     for task in select(job, tasks):
-        left_out = set() if task.left_out is None else set(np.load(task.left_out).tolist())
+        left_out = set(left_out_of(job, task).tolist())
         documents = DocumentReader(request).read(list(task.unit.pieces))
         result += [
             (task.unit.held_out, document.text)
@@ -91,11 +92,11 @@ def test_copies_whose_hashes_are_alike_in_part_are_none(tmp_path, monkeypatch):
     file = tmp_path / "x.txt"
     file.write_text("any")
     request = small_request(file, deduplicate=True)
-    job = Job(tmp_path, request, tmp_path, 0)
+    job = Job(DiskFolder(tmp_path), request, "", 0)
     [unit] = find_units(request)
     scan_unit(job, Task(unit, "key"))
     [task] = select(job, [Task(unit, "key")])
-    assert np.load(task.left_out).tolist() == [2, 4, 5, 6, 7]
+    assert left_out_of(job, task).tolist() == [2, 4, 5, 6, 7]
 
 
 class _Told:

@@ -27,12 +27,13 @@ from layerskip_jax.data.prepare import prepare
 from layerskip_jax.data.runners import Processes
 from layerskip_jax.data.sources import Piece
 from layerskip_jax.data.tokenizer import file_sha256, load_tokenizer
+from layerskip_jax.data.unit_folder import DiskFolder
 from layerskip_jax.data.units import Job, Task, Unit
 from layerskip_jax.schema import ConfigError, UserError
 from tests.data.conftest import DOCUMENTS, small_request
 
 UNIT_BYTES = 700
-JOB = Job(Path(), small_request("none"), Path(), 0)
+JOB = Job(DiskFolder(Path()), small_request("none"), "", 0)
 REPOSITORY = Path(__file__).parents[2]
 
 
