@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,8 +17,15 @@ from typing import Protocol, runtime_checkable
 
 from etils import epath
 
-from layerskip_jax.data.assembly import EmptyError, Output
-from layerskip_jax.data.manifest import MANIFEST_FILE, Manifest, parse_manifest, read_manifest
+from layerskip_jax.data import origins
+from layerskip_jax.data.assembly import DOCUMENTS, EmptyError, Output
+from layerskip_jax.data.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+)
 from layerskip_jax.data.runners import is_of_disk
 from layerskip_jax.data.unit_folder import DiskFolder, StoreFolder, UnitFolder
 from layerskip_jax.run_folder.atomic import remedy, staged_folder, unwritable
@@ -25,6 +33,12 @@ from layerskip_jax.run_folder.object_store import AnyPath, as_path, is_remote
 from layerskip_jax.schema import UserError
 
 logger = logging.getLogger(__name__)
+
+# What is put on a store before the manifest.
+_PUT_TOGETHER = re.compile(
+    rf".+-[0-9]+\.array_record|{origins.FOLDER}|{DOCUMENTS}|{TOKENIZER_FILE}|.*info\.json|"
+    r"features\.json"
+)
 
 
 @runtime_checkable
@@ -155,10 +169,13 @@ class StorePlace:
         return None if text is None else parse_manifest(text, str(file))
 
     def check(self) -> None:
-        """See `OutputPlace`; what was left half copied is none that stays."""
+        """See `OutputPlace`; what an interruption left there does not stay."""
         with _store_errors(self.output):
-            is_there = self._folder(Path()).names()
-        if is_there and not self._units_folder(Path()).names():
+            there = self._folder(Path()).names()
+            if MANIFEST_FILE in there:
+                raise UserError(f"--output={self.output} was prepared by another process meanwhile")
+            left = not there or self._units_folder(Path()).names()
+        if not left or not all(map(_PUT_TOGETHER.fullmatch, there)):
             raise _other_than_data(self.output)
 
     @contextlib.contextmanager
@@ -172,8 +189,7 @@ class StorePlace:
     @contextlib.contextmanager
     def staged(self) -> Iterator[Output]:
         """See `OutputPlace`."""
-        if (self.output / MANIFEST_FILE).exists():
-            raise UserError(f"--output={self.output} was prepared by another process meanwhile")
+        self.check()
         with tempfile.TemporaryDirectory(prefix="layerskip-") as here:
             folder = self._folder(Path(here))
             folder.remove()  # of one that was interrupted

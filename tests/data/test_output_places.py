@@ -104,11 +104,19 @@ def test_a_rerun_on_a_store_makes_what_is_missing(
             prepare(request, output, runner=scans[1])
     assert len(names_in(str(output))) == 3
     assert not set(scans[0].made) & set(scans[1].made)
+    # What somebody else has put there, or beside it, is not taken for that.
+    filesystem, _ = fsspec.core.url_to_fs(store)
+    for name in ("rerun/letter.txt", "rerun-2/letter.txt", ".rerun.units-2/letter.txt"):
+        filesystem.pipe_file(f"{store}/{name}", b"of somebody")
+    with pytest.raises(UserError, match="/rerun exists and is no prepared data"):
+        prepare(request, output)
+    filesystem.rm_file(f"{store}/rerun/letter.txt")
     runner = DiesAfter(0)
     prepare(request, output, runner=runner)
     assert runner.made == []
     assert contents(downloaded(str(output), tmp_path)) == contents(on_disk)
     assert not names_in(f"{store}/.rerun.units") and not list(temporary.iterdir())
+    assert names_in(f"{store}/rerun-2") and names_in(f"{store}/.rerun.units-2")
 
 
 def test_a_damaged_unit_on_a_store_is_made_again(store, corpus_folder, tmp_path, caplog):
