@@ -29,7 +29,7 @@ from layerskip_jax.data.manifest import (
 from layerskip_jax.data.runners import is_of_disk
 from layerskip_jax.data.unit_folder import DiskFolder, StoreFolder, UnitFolder
 from layerskip_jax.run_folder.atomic import remedy, staged_folder, unwritable
-from layerskip_jax.run_folder.object_store import AnyPath, as_path, is_remote
+from layerskip_jax.run_folder.object_store import AnyPath, is_remote
 from layerskip_jax.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def output_place(output: AnyPath, overwrite: bool) -> OutputPlace:
       overwrite: whether prepared data that are there are replaced.
 
     Raises:
-      UserError: the store cannot be reached, or replaces nothing.
+      UserError: a store is to replace what is there.
     """
     if not is_remote(output):
         return DiskPlace(Path(output), overwrite)
@@ -87,7 +87,7 @@ def output_place(output: AnyPath, overwrite: bool) -> OutputPlace:
             f"--overwrite: a store cannot exchange one folder for another, so {output} would be "
             "neither the old nor the new data for a while; take another --output, or remove it"
         )
-    return StorePlace(as_path(output))
+    return StorePlace(output)
 
 
 @contextlib.contextmanager
@@ -196,9 +196,7 @@ class StorePlace:
             stage = Path(here) / "stage"
             stage.mkdir()
             yield Output(stage, folder.url)
-            files = [file for file in stage.rglob("*") if file.is_file()]
-            for file in sorted(files, key=lambda file: (file.name == MANIFEST_FILE, file)):
-                folder.put(file, file.relative_to(stage).as_posix())
+            folder.put_all(stage, "", last=MANIFEST_FILE)
 
     def _folder(self, here: Path) -> StoreFolder:
         return StoreFolder(str(self.output), here)

@@ -89,7 +89,8 @@ def prepare(
     place = output_place(output, overwrite)
     if (existing := place.prepared()) is not None:
         _require_same(request, existing.request, output)
-        logger.info("%s is prepared already (--overwrite reads the sources once more)", output)
+        again = "" if is_remote(output) else " (--overwrite reads the sources once more)"
+        logger.info("%s is prepared already%s", output, again)
         return existing
     place.check()
     with place.units() as folder:

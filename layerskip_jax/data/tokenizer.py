@@ -125,7 +125,7 @@ def encode_parts(
 
     A tokenizer parts a text into words before it looks for tokens in each, and a text is cut where
     a word begins: at a letter after a single newline, else at a single space before a letter. The
-    few characters that follow a place have to have the same ids alone, with as few before them, at
+    few characters that follow a place have to have the same ids alone, with some before them, at
     the end of the part before and at the beginning of the part after, or what is left of the text
     stays whole; so it does where a tokenizer has no words, as Llama 2's.
     """
@@ -182,7 +182,7 @@ def _parts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Part]:
     for number, text in enumerate(texts):
         begin = 0
         while has_words and len(text) - begin > PART_CHARACTERS:
-            # A try takes a fiftieth of a part's time.
+            # A try takes little of a part's time, so all of them take little of the text's.
             tries = (len(text) - begin) // PART_CHARACTERS
             for at in _places_to_cut(text, begin, tries):
                 if found := _ids_after(tokenizer, text, at):

@@ -181,14 +181,18 @@ class StoreFolder:
             yield Path(stage)
             # Nobody takes for whole what is replaced a file at a time.
             self.remove(f"{name}/{last}")
-            files = [file for file in Path(stage).rglob("*") if file.is_file()]
-            for file in sorted(files, key=lambda file: (file.name == last, file)):
-                self.put(file, f"{name}/{file.relative_to(stage).as_posix()}")
+            self.put_all(Path(stage), f"{name}/", last)
 
     def put(self, file: Path, name: str) -> None:
         """See `UnitFolder`."""
         filesystem, root = self._opened()
         filesystem.put_file(str(file), f"{root}/{name}")
+
+    def put_all(self, stage: Path, prefix: str, last: str) -> None:
+        """Uploads the files of a folder of this machine, the one called `last` after the others."""
+        files = [file for file in stage.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == last, file)):
+            self.put(file, f"{prefix}{file.relative_to(stage).as_posix()}")
 
     def scratch(self, name: str) -> Path:
         """See `UnitFolder`."""
